@@ -1,0 +1,90 @@
+// The Python module fused_tricks._extension.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "cpu/kernels.h"
+#include "cpu/step.h"
+#include "plan.h"
+#include "threads.h"
+
+namespace fused_tricks {
+namespace {
+
+using ScaleRuleFields = std::tuple<double, double, double, double, int32_t, int32_t>;
+
+// In the order of fused_tricks/backends/request.py.
+enum Outcome : int { kStale, kSkipped, kApplied };
+
+getter getter_of(const py::handle& type, const char* name) {
+  const py::object descriptor = type.attr(name);
+  if (!Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type)) {
+    throw std::runtime_error(std::string("torch.Tensor.") + name + " is not the attribute that fused_tricks expects");
+  }
+  return reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset->get;
+}
+
+// Torch's types and functions live as long as the process, and so do the references taken here.
+void connect(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
+             uintptr_t torch_parallel_for) {
+  const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+  auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  if (api->version.major != 1 || api->tensor_from_object == nullptr) {
+    throw std::runtime_error("torch offers no DLPack 1.x exchange interface that fused_tricks can use");
+  }
+  TorchApi& torch = torch_api();
+  torch.exchange = api;
+  torch.increment_version = increment_version.inc_ref().ptr();
+  torch.tensor = reinterpret_cast<PyTypeObject*>(tensor_type.inc_ref().ptr());
+  torch.parameter = reinterpret_cast<PyTypeObject*>(parameter_type.inc_ref().ptr());
+  torch.grad = getter_of(tensor_type, "grad");
+  torch.version = getter_of(tensor_type, "_version");
+  set_parallel_for(reinterpret_cast<void*>(torch_parallel_for));
+}
+
+int cpu_step(Plan& plan, const py::list& groups, const py::dict& state, bool unscales,
+             std::optional<double> grad_scale, bool found_inf, std::optional<double> max_norm,
+             const std::optional<ScaleRuleFields>& scale_rule) {
+  StepRequest request{};
+  request.unscales = unscales;
+  request.external = grad_scale.has_value();
+  request.grad_scale = static_cast<float>(grad_scale.value_or(1.0));
+  request.found_inf = found_inf;
+  request.clips = max_norm.has_value();
+  request.max_norm = max_norm.value_or(0.0);
+  request.dynamic = scale_rule.has_value();
+  if (scale_rule) {
+    const auto& [growth, backoff, floor, ceiling, interval, hysteresis] = *scale_rule;
+    request.rule = {growth, backoff, static_cast<float>(floor), static_cast<float>(ceiling), interval, hysteresis};
+  }
+  struct Release {
+    Plan& plan;
+    ~Release() { plan.release_gradients(); }
+  } release{plan};
+  if (!plan.refresh(groups, state)) return kStale;
+  return cpu::run_step(plan, request) ? kApplied : kSkipped;
+}
+
+PYBIND11_MODULE(_extension, module) {
+  module.def("connect", &connect, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("increment_version"),
+             py::arg("torch_parallel_for"));
+  module.def("instruction_sets", &cpu::instruction_sets);
+  module.def("selected_instruction_set", &cpu::selected_instruction_set);
+  module.def("select_instruction_set", &cpu::select_instruction_set, py::arg("name"));
+  py::class_<Plan>(module, "Plan")
+      .def(py::init<const py::list&, const py::object&>(), py::arg("entries"), py::arg("step_state"))
+      .def("watch_state", &Plan::watch_state, py::arg("state"))
+      .def("cpu_step", &cpu_step, py::arg("groups"), py::arg("state"), py::arg("unscales"), py::arg("grad_scale"),
+           py::arg("found_inf"), py::arg("max_norm"), py::arg("scale_rule"));
+#if defined(FUSED_TRICKS_VERSION)
+  module.attr("__version__") = FUSED_TRICKS_VERSION;
+#endif
+}
+
+}  // namespace
+}  // namespace fused_tricks

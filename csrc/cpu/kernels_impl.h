@@ -1,0 +1,164 @@
+// The CPU kernels over `Simd`: a vector type `Float` of `kWidth` floats, with load and store for each element
+// type and the operations of sgd_update.h. Included once by each kernels_*.cpp; everything here is local to that
+// file, or the linker could pick a copy that was compiled for another processor.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace fused_tricks::cpu {
+namespace {
+
+// An element is not finite when its exponent bits are all ones: adding one to them, with the sign bit cleared,
+// then carries into the sign bit.
+template <typename Bits>
+bool any_exponent_full(const Bits* bits, int64_t count, Bits exponent_one) {
+  constexpr Bits kSign = static_cast<Bits>(Bits(1) << (8 * sizeof(Bits) - 1));
+  Bits carry = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    carry = static_cast<Bits>(carry | static_cast<Bits>((bits[i] & static_cast<Bits>(~kSign)) + exponent_one));
+  }
+  return (carry & kSign) != 0;
+}
+
+bool has_non_finite(const void* grad, DType type, int64_t count) {
+  switch (type) {
+    case DType::kFloat16:
+      return any_exponent_full(static_cast<const uint16_t*>(grad), count, uint16_t(1u << 10));
+    case DType::kBFloat16:
+      return any_exponent_full(static_cast<const uint16_t*>(grad), count, uint16_t(1u << 7));
+    case DType::kFloat32:
+      return any_exponent_full(static_cast<const uint32_t*>(grad), count, uint32_t(1u << 23));
+    case DType::kFloat64:
+      return any_exponent_full(static_cast<const uint64_t*>(grad), count, uint64_t(1) << 52);
+  }
+  return false;
+}
+
+// Element i goes to lane i % 16 whatever the vector width, so that every instruction set gives the same bits.
+// FP64 holds a squared FP32 exactly and cannot overflow from it.
+constexpr int64_t kLanes = 16;
+
+double sum_of_lanes(const double* lanes) {
+  double sum = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  return sum;
+}
+
+template <typename Simd, typename T>
+double sum_of_squares_of(const T* grad, int64_t count) {
+  double lanes[kLanes] = {};
+  float values[kLanes];
+  const auto add = [&](const T* block) {
+    for (int64_t i = 0; i < kLanes; i += Simd::kWidth) Simd::store(values + i, Simd::load(block + i));
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) add(grad + i);
+  if (i < count) {
+    T padded[kLanes] = {};
+    std::memcpy(padded, grad + i, static_cast<size_t>(count - i) * sizeof(T));
+    add(padded);
+  }
+  return sum_of_lanes(lanes);
+}
+
+template <>
+double sum_of_squares_of<void, double>(const double* grad, int64_t count) {
+  double lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i % kLanes] += grad[i] * grad[i];
+  return sum_of_lanes(lanes);
+}
+
+template <typename Simd>
+double sum_of_squares(const void* grad, DType type, int64_t count) {
+  switch (type) {
+    case DType::kFloat16:
+      return sum_of_squares_of<Simd>(static_cast<const Half*>(grad), count);
+    case DType::kBFloat16:
+      return sum_of_squares_of<Simd>(static_cast<const BFloat16*>(grad), count);
+    case DType::kFloat32:
+      return sum_of_squares_of<Simd>(static_cast<const float*>(grad), count);
+    case DType::kFloat64:
+      return sum_of_squares_of<void, double>(static_cast<const double*>(grad), count);
+  }
+  return 0;
+}
+
+// `Param` is float where the weight is the parameter itself.
+template <typename Simd, typename Param, typename Grad>
+void update_vector(const Grad* grad, float* weight, float* buffer, Param* param, const Rule<float>& rule) {
+  using V = typename Simd::Float;
+  V w = Simd::load(weight);
+  V b = rule.has_momentum && !rule.first ? Simd::load(buffer) : V(0.0f);
+  sgd_update(rule, Simd::load(grad), w, b);
+  Simd::store(weight, w);
+  if (rule.has_momentum) Simd::store(buffer, b);
+  if constexpr (!std::is_same_v<Param, float>) Simd::store(param, w);
+}
+
+template <typename Simd, typename Param, typename Grad>
+void update_span(const Span& span, const Rule<float>& shared_rule) {
+  const Rule<float> rule = shared_rule;  // a local copy cannot alias the stores, so it stays in registers
+  const auto* grad = static_cast<const Grad*>(span.grad);
+  auto* weight = static_cast<float*>(span.weight);
+  // Where there is none the pointer is never followed, but adding to a null pointer is undefined.
+  auto* buffer = static_cast<float*>(span.buffer != nullptr ? span.buffer : span.weight);
+  auto* param = static_cast<Param*>(span.param != nullptr ? span.param : span.weight);
+  int64_t i = 0;
+  for (; i + Simd::kWidth <= span.count; i += Simd::kWidth) {
+    update_vector<Simd, Param, Grad>(grad + i, weight + i, buffer + i, param + i, rule);
+  }
+  const size_t rest = static_cast<size_t>(span.count - i);
+  if (rest == 0) return;
+  Grad rest_grad[Simd::kWidth] = {};
+  float rest_weight[Simd::kWidth] = {};
+  float rest_buffer[Simd::kWidth] = {};
+  Param rest_param[Simd::kWidth] = {};
+  std::memcpy(rest_grad, grad + i, rest * sizeof(Grad));
+  std::memcpy(rest_weight, weight + i, rest * sizeof(float));
+  if (rule.has_momentum && !rule.first) std::memcpy(rest_buffer, buffer + i, rest * sizeof(float));
+  update_vector<Simd, Param, Grad>(rest_grad, rest_weight, rest_buffer, rest_param, rule);
+  std::memcpy(weight + i, rest_weight, rest * sizeof(float));
+  if (rule.has_momentum) std::memcpy(buffer + i, rest_buffer, rest * sizeof(float));
+  if constexpr (!std::is_same_v<Param, float>) std::memcpy(param + i, rest_param, rest * sizeof(Param));
+}
+
+template <typename Simd>
+void update(const Span& span, const Rule<float>& rule) {
+  const bool wide = span.grad_type == DType::kFloat32;
+  switch (span.param_type) {
+    case DType::kFloat16:
+      return wide ? update_span<Simd, Half, float>(span, rule) : update_span<Simd, Half, Half>(span, rule);
+    case DType::kBFloat16:
+      return wide ? update_span<Simd, BFloat16, float>(span, rule) : update_span<Simd, BFloat16, BFloat16>(span, rule);
+    case DType::kFloat32:
+      return update_span<Simd, float, float>(span, rule);
+    case DType::kFloat64:
+      return;
+  }
+}
+
+void update_double(const Span& span, const Rule<double>& shared_rule) {
+  const Rule<double> rule = shared_rule;
+  const auto* grad = static_cast<const double*>(span.grad);
+  auto* weight = static_cast<double*>(span.weight);
+  auto* buffer = static_cast<double*>(span.buffer);
+  for (int64_t i = 0; i < span.count; ++i) {
+    double w = weight[i];
+    double b = rule.has_momentum && !rule.first ? buffer[i] : 0.0;
+    sgd_update(rule, grad[i], w, b);
+    weight[i] = w;
+    if (rule.has_momentum) buffer[i] = b;
+  }
+}
+
+template <typename Simd>
+constexpr Kernels kernels_of() {
+  return {has_non_finite, sum_of_squares<Simd>, update<Simd>, update_double};
+}
+
+}  // namespace
+}  // namespace fused_tricks::cpu

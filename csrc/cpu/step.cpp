@@ -1,0 +1,121 @@
+#include "step.h"
+
+#include <atomic>
+#include <vector>
+
+#include "../threads.h"
+#include "kernels.h"
+
+namespace fused_tricks::cpu {
+
+namespace {
+
+// Below this many elements waking the other threads costs more than they save.
+constexpr int64_t kSmall = 1 << 15;
+
+// Without what differs between the tensors of a group.
+template <typename T>
+std::vector<Rule<T>> rules_of(const std::vector<Group>& groups, const StepState& state, const StepRequest& request) {
+  std::vector<Rule<T>> rules;
+  for (const Group& group : groups) {
+    Rule<T> rule{};
+    rule.inverse_scale = static_cast<T>(state.inverse_scale);
+    rule.clip = static_cast<T>(state.clip);
+    rule.weight_decay = static_cast<T>(group.weight_decay);
+    rule.momentum = static_cast<T>(group.momentum);
+    rule.gradient_weight = static_cast<T>(1.0 - group.dampening);
+    rule.minus_lr = static_cast<T>(-group.lr);
+    rule.unscales = request.unscales;
+    rule.clips = request.clips;
+    rule.maximizes = group.maximize;
+    rule.has_momentum = group.momentum != 0;
+    rule.nesterov = group.nesterov;
+    rules.push_back(rule);
+  }
+  return rules;
+}
+
+template <typename T>
+Rule<T> for_tensor(Rule<T> rule, const Entry& entry) {
+  rule.decays = entry.decays;
+  rule.first = entry.first;
+  return rule;
+}
+
+const void* at(const void* base, DType type, int64_t index) {
+  return static_cast<const char*>(base) + index * size_of(type);
+}
+
+void* at(void* base, DType type, int64_t index) { return static_cast<char*>(base) + index * size_of(type); }
+
+Span span_of(const Entry& entry, const Chunk& chunk, bool has_momentum) {
+  const DType state_type = entry.type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  Span span;
+  span.grad = at(entry.grad, entry.grad_type, chunk.begin);
+  span.param = at(entry.param, entry.type, chunk.begin);
+  span.weight = entry.master != nullptr ? at(entry.master, state_type, chunk.begin) : span.param;
+  span.buffer = has_momentum ? at(entry.buffer, state_type, chunk.begin) : nullptr;
+  span.grad_type = entry.grad_type;
+  span.param_type = entry.type;
+  span.count = chunk.count;
+  return span;
+}
+
+void scan(const Plan& plan, const StepRequest& request, bool& found, double& squares) {
+  const Kernels& kernels = selected_kernels();
+  const int64_t chunk_count = static_cast<int64_t>(plan.chunks.size());
+  std::atomic<bool> any{false};
+  std::vector<double> partial(request.clips ? plan.chunks.size() : 0);
+  parallel_for(chunk_count, plan.total_count <= kSmall, [&](int64_t begin, int64_t end) {
+    for (size_t i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+      const Chunk& chunk = plan.chunks[i];
+      const Entry& entry = plan.entries[static_cast<size_t>(chunk.entry)];
+      if (entry.grad == nullptr) continue;
+      const void* grad = at(entry.grad, entry.grad_type, chunk.begin);
+      if (kernels.has_non_finite(grad, entry.grad_type, chunk.count)) any.store(true, std::memory_order_relaxed);
+      if (request.clips) partial[i] = kernels.sum_of_squares(grad, entry.grad_type, chunk.count);
+    }
+  });
+  found = any.load();
+  squares = 0;
+  for (const double value : partial) squares += value;
+}
+
+void update(const Plan& plan, const StepRequest& request) {
+  const Kernels& kernels = selected_kernels();
+  const std::vector<Rule<float>> rules = rules_of<float>(plan.groups, *plan.state, request);
+  const std::vector<Rule<double>> double_rules = rules_of<double>(plan.groups, *plan.state, request);
+  parallel_for(static_cast<int64_t>(plan.chunks.size()), plan.total_count <= kSmall, [&](int64_t begin, int64_t end) {
+    // Backwards, so that the gradients that this thread scanned last are still in its cache.
+    for (size_t i = static_cast<size_t>(end); i-- > static_cast<size_t>(begin);) {
+      const Chunk& chunk = plan.chunks[i];
+      const Entry& entry = plan.entries[static_cast<size_t>(chunk.entry)];
+      if (entry.grad == nullptr) continue;
+      const Span span = span_of(entry, chunk, rules[entry.group].has_momentum);
+      if (entry.type == DType::kFloat64) {
+        kernels.update_double(span, for_tensor(double_rules[entry.group], entry));
+      } else {
+        kernels.update(span, for_tensor(rules[entry.group], entry));
+      }
+    }
+  });
+}
+
+}  // namespace
+
+bool run_step(Plan& plan, const StepRequest& request) {
+  {
+    const py::gil_scoped_release release;
+    bool found = false;
+    double squares = 0;
+    // A GradScaler has looked for non-finite gradients itself.
+    if ((request.unscales && !request.external) || request.clips) scan(plan, request, found, squares);
+    decide_step(*plan.state, found, squares, request);
+    if (!plan.state->skip) update(plan, request);
+  }
+  if (plan.state->skip) return false;
+  plan.mark_updated();
+  return true;
+}
+
+}  // namespace fused_tricks::cpu

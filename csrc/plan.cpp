@@ -1,0 +1,275 @@
+#include "plan.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace fused_tricks {
+
+namespace {
+
+constexpr int64_t kChunk = 1 << 15;
+
+PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+struct Names {
+  PyObject* params = interned("params");
+  PyObject* lr = interned("lr");
+  PyObject* momentum = interned("momentum");
+  PyObject* dampening = interned("dampening");
+  PyObject* weight_decay = interned("weight_decay");
+  PyObject* nesterov = interned("nesterov");
+  PyObject* maximize = interned("maximize");
+  PyObject* bias_decay = interned("bias_decay");
+  PyObject* grad = interned("grad");
+  PyObject* version = interned("_version");
+  PyObject* momentum_buffer = interned("momentum_buffer");
+  PyObject* master_param = interned("master_param");
+};
+
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+bool to_dtype(const dlpack::DataType& type, DType& out) {
+  if (type.lanes != 1) return false;
+  if (type.code == dlpack::kBfloat && type.bits == 16) {
+    out = DType::kBFloat16;
+  } else if (type.code == dlpack::kFloat && type.bits == 16) {
+    out = DType::kFloat16;
+  } else if (type.code == dlpack::kFloat && type.bits == 32) {
+    out = DType::kFloat32;
+  } else if (type.code == dlpack::kFloat && type.bits == 64) {
+    out = DType::kFloat64;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// False, with no Python error left, for a tensor that DLPack does not describe (sparse, quantised, …).
+bool read_tensor(PyObject* object, dlpack::Tensor& out) {
+  if (torch_api().exchange->tensor_from_object(object, &out) == 0) {
+    out.data = static_cast<char*>(out.data) + out.byte_offset;
+    return true;
+  }
+  PyErr_Clear();
+  return false;
+}
+
+dlpack::Tensor require_tensor(const py::handle& object) {
+  dlpack::Tensor tensor;
+  if (torch_api().exchange->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
+  tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return tensor;
+}
+
+void* data_or_null(const py::handle& object) { return object.is_none() ? nullptr : require_tensor(object).data; }
+
+PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && !PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
+  if (value == nullptr) throw py::error_already_set();
+  return value;
+}
+
+double number(PyObject* dict, PyObject* key) {
+  const double value = PyFloat_AsDouble(item(dict, key));
+  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+bool truth(PyObject* dict, PyObject* key) {
+  const int value = PyObject_IsTrue(item(dict, key));
+  if (value < 0) throw py::error_already_set();
+  return value != 0;
+}
+
+// An attribute of a tensor, past the lookup where the type is known not to override it.
+PyObject* tensor_attribute(PyObject* tensor, getter direct, PyObject* name) {
+  const PyTypeObject* type = Py_TYPE(tensor);
+  const bool is_plain = type == torch_api().parameter || type == torch_api().tensor;
+  return is_plain ? direct(tensor, nullptr) : PyObject_GetAttr(tensor, name);
+}
+
+int64_t version_of(PyObject* tensor) {
+  const py::object value =
+      py::reinterpret_steal<py::object>(tensor_attribute(tensor, torch_api().version, names().version));
+  if (!value) throw py::error_already_set();
+  return PyLong_AsLongLong(value.ptr());
+}
+
+// What `key` holds in a parameter's state; null when there is nothing.
+PyObject* state_item(PyObject* state, PyObject* key) {
+  if (state == nullptr || !PyDict_Check(state)) return nullptr;
+  return PyDict_GetItemWithError(state, key);
+}
+
+}  // namespace
+
+TorchApi& torch_api() {
+  static TorchApi api;
+  return api;
+}
+
+// Strides of dimensions of one element mean nothing, and torch sets them as it likes.
+bool Layout::matches(const dlpack::Tensor& tensor) const {
+  if (static_cast<size_t>(tensor.ndim) != shape.size()) return false;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (tensor.shape[i] != shape[i]) return false;
+    if (shape[i] > 1 && tensor.strides[i] != strides[i]) return false;
+  }
+  return true;
+}
+
+Plan::Plan(const py::list& specifications, const py::object& step_state) : keep_alive_(specifications) {
+  state = static_cast<StepState*>(require_tensor(step_state).data);
+  for (const py::handle& item : specifications) {
+    const auto fields = py::reinterpret_borrow<py::tuple>(item);
+    Entry entry;
+    entry.object = fields[0].ptr();
+    entry.source = fields[1].ptr();
+    if (!fields[2].is_none()) entry.alias = fields[2].ptr();
+    entry.live = fields[3].cast<bool>();
+    if (entry.live) {
+      const dlpack::Tensor tensor = require_tensor(fields[1]);
+      if (!to_dtype(tensor.dtype, entry.type)) throw std::invalid_argument("a parameter's dtype is not supported");
+      entry.count = 1;
+      entry.dimensions = tensor.ndim;
+      for (int32_t i = 0; i < tensor.ndim; ++i) {
+        entry.layout.shape.push_back(tensor.shape[i]);
+        entry.layout.strides.push_back(tensor.strides[i]);
+        entry.count *= tensor.shape[i];
+      }
+      entry.param = tensor.data;
+      entry.master = data_or_null(fields[4]);
+      entry.buffer = data_or_null(fields[5]);
+      entry.first = fields[6].cast<bool>();
+      entry.watches_version = fields[7].cast<bool>();
+      if (entry.watches_version) entry.version = version_of(entry.object);
+      for (int64_t begin = 0; begin < entry.count; begin += kChunk) {
+        const int64_t count = entry.count - begin < kChunk ? entry.count - begin : kChunk;
+        chunks.push_back({static_cast<int32_t>(entries.size()), begin, count});
+      }
+      total_count += entry.count;
+    }
+    entries.push_back(entry);
+  }
+}
+
+void Plan::watch_state(const py::dict& optimizer_state) {
+  watched_.clear();
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(optimizer_state.ptr(), &position, &key, &value)) watched_.emplace_back(key, value);
+  for (Entry& entry : entries) {
+    entry.state = nullptr;
+    if (entry.live && optimizer_state.contains(py::handle(entry.object))) {
+      entry.state = PyDict_GetItem(optimizer_state.ptr(), entry.object);
+    }
+    entry.state_buffer = state_item(entry.state, names().momentum_buffer);
+    entry.state_master = state_item(entry.state, names().master_param);
+  }
+}
+
+bool Plan::state_is_unchanged(const py::dict& optimizer_state) const {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  size_t index = 0;
+  while (PyDict_Next(optimizer_state.ptr(), &position, &key, &value)) {
+    if (index == watched_.size() || watched_[index].first != key || watched_[index].second != value) return false;
+    ++index;
+  }
+  if (index != watched_.size()) return false;
+  for (const Entry& entry : entries) {
+    if (entry.state == nullptr) continue;
+    if (state_item(entry.state, names().momentum_buffer) != entry.state_buffer) return false;
+    if (state_item(entry.state, names().master_param) != entry.state_master) return false;
+  }
+  return true;
+}
+
+bool Plan::refresh_entry(Entry& entry) {
+  PyObject* grad = tensor_attribute(entry.source, torch_api().grad, names().grad);
+  if (grad == nullptr) throw py::error_already_set();
+  if (grad == Py_None) {
+    Py_DECREF(grad);
+    entry.grad = nullptr;
+    return true;
+  }
+  grads_.push_back(grad);
+  if (!entry.live) return false;
+  dlpack::Tensor tensor;
+  if (!read_tensor(entry.source, tensor) || tensor.data != entry.param || !entry.layout.matches(tensor)) return false;
+  DType type;
+  if (!to_dtype(tensor.dtype, type) || type != entry.type) return false;
+  const dlpack::Device device = tensor.device;
+  if (!read_tensor(grad, tensor) || !entry.layout.matches(tensor)) return false;
+  if (tensor.device.type != device.type || tensor.device.index != device.index) return false;
+  if (!to_dtype(tensor.dtype, entry.grad_type)) return false;
+  const bool wide = entry.grad_type == DType::kFloat32 && entry.master != nullptr;
+  if (entry.grad_type != entry.type && !wide) return false;
+  if (groups[entry.group].momentum != 0 && entry.buffer == nullptr) return false;
+  if (entry.watches_version && version_of(entry.object) != entry.version) return false;
+  // An empty tensor may have no address, and there is nothing to update.
+  entry.grad = entry.count == 0 ? nullptr : tensor.data;
+  return true;
+}
+
+bool Plan::refresh_group(PyObject* dict, size_t& index) {
+  const Group& group = groups.back();
+  const py::object params =
+      py::reinterpret_steal<py::object>(PySequence_Fast(item(dict, names().params), "group['params'] is no list"));
+  if (!params) throw py::error_already_set();
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(params.ptr());
+  for (Py_ssize_t i = 0; i < size; ++i, ++index) {
+    if (index == entries.size()) return false;
+    Entry& entry = entries[index];
+    if (PySequence_Fast_GET_ITEM(params.ptr(), i) != entry.object) return false;
+    entry.group = groups.size() - 1;
+    entry.decays = group.weight_decay != 0 && (group.bias_decay || entry.dimensions > 1);
+    if (!refresh_entry(entry)) return false;
+  }
+  return true;
+}
+
+bool Plan::refresh(const py::list& group_dicts, const py::dict& optimizer_state) {
+  if (!state_is_unchanged(optimizer_state)) return false;
+  groups.clear();
+  size_t index = 0;
+  for (const py::handle& handle : group_dicts) {
+    PyObject* dict = handle.ptr();
+    groups.push_back({number(dict, names().lr), number(dict, names().momentum), number(dict, names().dampening),
+                      number(dict, names().weight_decay), truth(dict, names().nesterov),
+                      truth(dict, names().maximize), truth(dict, names().bias_decay)});
+    if (!refresh_group(dict, index)) return false;
+  }
+  return index == entries.size();
+}
+
+void Plan::release_gradients() {
+  for (PyObject* grad : grads_) Py_DECREF(grad);
+  grads_.clear();
+}
+
+void Plan::mark_updated() {
+  size_t count = 0;
+  bool same = true;
+  for (Entry& entry : entries) {
+    if (entry.grad == nullptr || entry.alias == nullptr) continue;
+    same = same && count < updated_.size() && PyList_GET_ITEM(updated_.ptr(), count) == entry.alias;
+    if (entry.watches_version) entry.version += 1;
+    ++count;
+  }
+  if (!same || count != updated_.size()) {
+    updated_ = py::list();
+    for (const Entry& entry : entries) {
+      if (entry.grad != nullptr && entry.alias != nullptr) updated_.append(py::handle(entry.alias));
+    }
+  }
+  const py::object done =
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_api().increment_version, updated_.ptr()));
+  if (!done) throw py::error_already_set();
+}
+
+}  // namespace fused_tricks

@@ -1,0 +1,117 @@
+// What stays the same between steps: the tensors, their sizes and types, and their cut into chunks.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "dlpack.h"
+#include "dtype.h"
+#include "step_state.h"
+
+namespace fused_tricks {
+
+namespace py = pybind11;
+
+// Borrowed from torch once, when the package is imported.
+struct TorchApi {
+  const dlpack::ExchangeApi* exchange = nullptr;
+  PyObject* increment_version = nullptr;
+  PyTypeObject* tensor = nullptr;
+  PyTypeObject* parameter = nullptr;
+  getter grad = nullptr;     // Tensor.grad and Tensor._version, as plain functions for those two types
+  getter version = nullptr;
+};
+TorchApi& torch_api();
+
+// Size and order of a tensor's elements in memory.
+struct Layout {
+  std::vector<int64_t> shape;
+  std::vector<int64_t> strides;
+  bool matches(const dlpack::Tensor& tensor) const;
+};
+
+// The options of a group in this step.
+struct Group {
+  double lr;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  bool nesterov;
+  bool maximize;
+  bool bias_decay;
+};
+
+// One parameter. Python objects are borrowed: fused_tricks/plan.py holds them for as long as the plan lives.
+struct Entry {
+  PyObject* object = nullptr;  // the parameter as its group lists it
+  PyObject* source = nullptr;  // whose memory and gradient are used: the parameter, or its dense stand-in
+  PyObject* alias = nullptr;   // shares the parameter's version counter; null: the caller writes the parameter
+  bool live = false;           // false: it had no gradient when the plan was made, and the fields below are empty
+  Layout layout;
+  int64_t count = 0;
+  int32_t dimensions = 0;
+  DType type = DType::kFloat32;
+  void* param = nullptr;
+  void* master = nullptr;
+  void* buffer = nullptr;
+  bool first = false;            // the buffer was never written
+  bool watches_version = false;  // a master must notice that its parameter was written by others
+  int64_t version = 0;
+  PyObject* state = nullptr;         // the parameter's dict in Optimizer.state, and what it must still hold
+  PyObject* state_buffer = nullptr;
+  PyObject* state_master = nullptr;
+
+  const void* grad = nullptr;  // of this step; null: no gradient, no update
+  DType grad_type = DType::kFloat32;
+  size_t group = 0;
+  bool decays = false;
+};
+
+struct Chunk {
+  int32_t entry;
+  int64_t begin;
+  int64_t count;
+};
+
+class Plan {
+ public:
+  // entries: tuples (parameter, source, alias, live, master, buffer, first, watches_version), one for each parameter
+  // of every group in order. step_state: the uint8 tensor behind StepState.
+  Plan(const py::list& entries, const py::object& step_state);
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+  ~Plan() { release_gradients(); }
+
+  // Remembers what Optimizer.state holds now; `refresh` notices when it changes.
+  void watch_state(const py::dict& state);
+
+  // Reads groups and gradients for this step. False: something that the plan holds has changed, and nothing was
+  // touched; make a new plan.
+  bool refresh(const py::list& group_dicts, const py::dict& state);
+
+  // Lets go of the gradients that `refresh` read.
+  void release_gradients();
+
+  // After an update: tells autograd that the parameters changed.
+  void mark_updated();
+
+  std::vector<Entry> entries;
+  std::vector<Group> groups;
+  std::vector<Chunk> chunks;
+  int64_t total_count = 0;
+  StepState* state = nullptr;
+
+ private:
+  bool refresh_group(PyObject* dict, size_t& index);
+  bool refresh_entry(Entry& entry);
+  bool state_is_unchanged(const py::dict& state) const;
+
+  py::list keep_alive_;
+  py::list updated_;  // aliases of what the last step updated
+  std::vector<PyObject*> grads_;  // owned during a step, which runs without the interpreter lock
+  std::vector<std::pair<PyObject*, PyObject*>> watched_;
+};
+
+}  // namespace fused_tricks

@@ -1,0 +1,86 @@
+// The update of one parameter, written once for every processor. These are the roundings of torch.optim.SGD, whose
+// add(alpha=) is a fused multiply-add.
+#pragma once
+
+#include <cmath>
+
+// Always inlined: the same function is compiled for several instruction sets, and the linker keeps one copy of those
+// that are not.
+#if defined(__CUDACC__)
+#define FUSED_TRICKS_INLINE __host__ __device__ __forceinline__
+#else
+#define FUSED_TRICKS_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fused_tricks {
+
+// Hyper-parameters of one tensor in one step, rounded once to the type that the arithmetic runs in.
+template <typename T>
+struct Rule {
+  T inverse_scale;
+  T clip;
+  T weight_decay;
+  T momentum;
+  T gradient_weight;  // 1 - dampening
+  T minus_lr;
+  bool unscales;
+  bool clips;
+  bool maximizes;
+  bool decays;
+  bool has_momentum;
+  bool first;  // the momentum buffer holds nothing yet
+  bool nesterov;
+};
+
+FUSED_TRICKS_INLINE float fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fmaf(a, b, c);
+#endif
+}
+
+FUSED_TRICKS_INLINE double fma(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+  return __fma_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+FUSED_TRICKS_INLINE float mul(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+FUSED_TRICKS_INLINE double mul(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+FUSED_TRICKS_INLINE float negate(float a) { return -a; }
+FUSED_TRICKS_INLINE double negate(double a) { return -a; }
+
+// V is one number or a vector of them, with fma, mul and negate; it converts from T by repeating it.
+// Reads the gradient g, updates the weight w and, where there is momentum, the buffer b.
+template <typename V, typename T>
+FUSED_TRICKS_INLINE void sgd_update(const Rule<T>& rule, V g, V& w, V& b) {
+  if (rule.unscales) g = mul(g, V(rule.inverse_scale));
+  if (rule.clips) g = mul(g, V(rule.clip));
+  if (rule.maximizes) g = negate(g);
+  if (rule.decays) g = fma(V(rule.weight_decay), w, g);
+  V d = g;
+  if (rule.has_momentum) {
+    b = rule.first ? g : fma(V(rule.gradient_weight), g, mul(V(rule.momentum), b));
+    d = rule.nesterov ? fma(V(rule.momentum), b, g) : b;
+  }
+  w = fma(V(rule.minus_lr), d, w);
+}
+
+}  // namespace fused_tricks

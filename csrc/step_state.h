@@ -1,0 +1,89 @@
+// What a step decides for all tensors together: skip or not, the clipping factor, the next loss scale.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "sgd_update.h"
+
+namespace fused_tricks {
+
+// Lives on the parameters' device, so that no step waits for the host. fused_tricks/step_state.py
+// has views of the fields up to skipped_steps at these offsets.
+struct StepState {
+  float scale;
+  int32_t growth_tracker;
+  int32_t hysteresis_tracker;
+  float grad_norm;
+  int64_t applied_steps;
+  int64_t skipped_steps;
+  int32_t skip;  // the last decision
+  float inverse_scale;
+  float clip;
+};
+
+static_assert(offsetof(StepState, grad_norm) == 12, "the Python views rely on it");
+static_assert(offsetof(StepState, applied_steps) == 16, "the Python views rely on it");
+static_assert(offsetof(StepState, skip) == 32, "the Python views rely on it");
+
+struct ScaleRule {
+  double growth_factor;
+  double backoff_factor;
+  float min_scale;
+  float max_scale;
+  int32_t growth_interval;
+  int32_t hysteresis;
+};
+
+struct StepRequest {
+  bool unscales;       // gradients carry a factor: this state's scale, or the external one
+  bool external;       // the factor and its adjustment belong to a GradScaler
+  float grad_scale;    // the external factor
+  bool found_inf;      // the GradScaler's verdict
+  bool clips;          // measure the norm and clip to max_norm
+  double max_norm;
+  bool dynamic;        // adjust the scale by `rule`
+  ScaleRule rule;
+};
+
+// GradScaler's rule with Apex's hysteresis, then the floor and the ceiling.
+FUSED_TRICKS_INLINE void advance_scale(StepState& state, bool found, const ScaleRule& rule) {
+  if (found) {
+    state.growth_tracker = 0;
+    if (state.hysteresis_tracker > 0) state.hysteresis_tracker -= 1;
+    if (state.hysteresis_tracker > 0) return;
+    state.scale = static_cast<float>(state.scale * rule.backoff_factor);
+  } else {
+    state.hysteresis_tracker = rule.hysteresis;
+    state.growth_tracker += 1;
+    if (state.growth_tracker >= rule.growth_interval) {
+      const float grown = static_cast<float>(state.scale * rule.growth_factor);
+      if (std::isfinite(grown)) state.scale = grown;
+      state.growth_tracker = 0;
+    }
+  }
+  if (state.scale < rule.min_scale) state.scale = rule.min_scale;
+  if (state.scale > rule.max_scale) state.scale = rule.max_scale;
+}
+
+// `found`: a gradient element is not finite. `squares`: the sum of all squared elements as they are stored.
+FUSED_TRICKS_INLINE void decide_step(StepState& state, bool found, double squares, const StepRequest& request) {
+  found = found || request.found_inf;
+  state.inverse_scale = request.unscales ? 1.0f / (request.external ? request.grad_scale : state.scale) : 1.0f;
+  state.clip = 1.0f;
+  if (request.clips) {
+    state.grad_norm = static_cast<float>(std::sqrt(squares) * static_cast<double>(state.inverse_scale));
+    const float ratio = static_cast<float>(request.max_norm) / (state.grad_norm + 1e-6f);
+    if (ratio < 1.0f) state.clip = ratio;
+  }
+  state.skip = found;
+  if (found) {
+    state.skipped_steps += 1;
+  } else {
+    state.applied_steps += 1;
+  }
+  if (request.dynamic) advance_scale(state, found, request.rule);
+}
+
+}  // namespace fused_tricks

@@ -1,0 +1,24 @@
+// Loops over torch's own threads, by the address of `torch_parallel_for` in libtorch's C interface.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_tricks {
+
+using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
+
+void set_parallel_for(void* torch_parallel_for);
+
+// Splits [0, count) over the threads; on the calling thread alone where `small` says it is not worth it.
+void parallel_ranges(int64_t count, bool small, RangeFunction function, void* context);
+
+// body(begin, end)
+template <typename Body>
+void parallel_for(int64_t count, bool small, const Body& body) {
+  parallel_ranges(
+      count, small,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+}  // namespace fused_tricks

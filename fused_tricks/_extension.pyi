@@ -1,0 +1,24 @@
+from typing import Any
+
+class Plan:
+    def __init__(self, entries: list[tuple[Any, ...]], step_state: Any) -> None: ...
+    def watch_state(self, state: dict[Any, Any]) -> None: ...
+    def cpu_step(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        unscales: bool,
+        grad_scale: float | None,
+        found_inf: bool,
+        max_norm: float | None,
+        scale_rule: tuple[float, float, float, float, int, int] | None,
+    ) -> int: ...
+
+__version__: str
+
+def connect(
+    tensor_type: type, parameter_type: type, increment_version: object, torch_parallel_for: int
+) -> None: ...
+def instruction_sets() -> list[str]: ...
+def selected_instruction_set() -> str: ...
+def select_instruction_set(name: str) -> None: ...

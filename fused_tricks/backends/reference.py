@@ -1,0 +1,126 @@
+"""The executable specification: plain torch operations on any device, one parameter after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import Entry, Plan, state_dtype
+from ..step_state import StepState
+from .request import Outcome, StepRequest
+
+
+class ReferenceStepper:
+    """Runs one step over a plan. It never trusts an old plan: a second step is ``STALE``."""
+
+    def __init__(self, plan: Plan, step_state: StepState) -> None:
+        self._plan = plan
+        self._step_state = step_state
+        self._is_used = False
+
+    @torch.no_grad()
+    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
+        if self._is_used:
+            return Outcome.STALE
+        self._is_used = True
+        active = list(self._active(groups))
+        grads = [entry.source.grad for entry, _ in active if entry.source.grad is not None]
+        found = request.found_inf or (request.scans and not all(_is_finite(grad) for grad in grads))
+        inverse_scale, clip = self._factors(request, grads)
+        self._record(request, found)
+        if found:
+            return Outcome.SKIPPED
+        for entry, group in active:
+            _update(entry, group, inverse_scale if request.unscales else None, clip)
+        return Outcome.APPLIED
+
+    def _active(self, groups: list[dict[str, Any]]) -> Iterator[tuple[Entry, dict[str, Any]]]:
+        listed = [group for group in groups for _ in group["params"]]
+        for entry, group in zip(self._plan.entries, listed, strict=True):
+            if entry.source.grad is not None:
+                yield entry, group
+
+    def _factors(self, request: StepRequest, grads: list[Tensor]) -> tuple[float, float | None]:
+        scale = self._step_state.scale.item() if request.grad_scale is None else request.grad_scale
+        inverse_scale = _float32(1.0 / _float32(scale)) if request.unscales else 1.0
+        if request.max_norm is None:
+            return inverse_scale, None
+        squares = sum(float(grad.double().square().sum()) for grad in grads)
+        norm = torch.tensor(math.sqrt(squares) * inverse_scale, dtype=torch.float32)
+        self._step_state.grad_norm.fill_(norm)
+        return inverse_scale, min(1.0, float(torch.tensor(request.max_norm, dtype=torch.float32) / (norm + 1e-6)))
+
+    def _record(self, request: StepRequest, found: bool) -> None:
+        state = self._step_state
+        state.skip.fill_(found)
+        (state.skipped_steps if found else state.applied_steps).add_(1)
+        if request.scale_rule is None:
+            return
+        scale, growth_tracker, hysteresis_tracker, *_ = state.read()
+        scale, growth_tracker, hysteresis_tracker = _advance_scale(
+            scale, growth_tracker, hysteresis_tracker, found, request.scale_rule
+        )
+        state.scale.fill_(scale)
+        state.growth_tracker.fill_(growth_tracker)
+        state.hysteresis_tracker.fill_(hysteresis_tracker)
+
+
+def _advance_scale(
+    scale: float,
+    growth_tracker: int,
+    hysteresis_tracker: int,
+    found: bool,
+    rule: tuple[float, float, float, float, int, int],
+) -> tuple[float, int, int]:
+    growth_factor, backoff_factor, min_scale, max_scale, growth_interval, hysteresis = rule
+    if found:
+        growth_tracker = 0
+        hysteresis_tracker = max(0, hysteresis_tracker - 1)
+        if hysteresis_tracker > 0:
+            return scale, growth_tracker, hysteresis_tracker
+        scale = _float32(scale * backoff_factor)
+    else:
+        hysteresis_tracker = hysteresis
+        growth_tracker += 1
+        if growth_tracker >= growth_interval:
+            growth_tracker = 0
+            grown = _float32(scale * growth_factor)
+            scale = grown if math.isfinite(grown) else scale
+    return min(max(scale, _float32(min_scale)), _float32(max_scale)), growth_tracker, hysteresis_tracker
+
+
+def _update(entry: Entry, group: dict[str, Any], inverse_scale: float | None, clip: float | None) -> None:
+    assert entry.source.grad is not None
+    weight = entry.source if entry.master is None else entry.master
+    grad = entry.source.grad.to(state_dtype(entry.source))
+    if inverse_scale is not None:
+        grad = grad * inverse_scale
+    if clip is not None:
+        grad = grad * clip
+    if group["maximize"]:
+        grad = -grad
+    if group["weight_decay"] != 0 and (group["bias_decay"] or entry.param.dim() > 1):
+        grad = grad.add(weight, alpha=float(group["weight_decay"]))
+    direction = grad
+    if group["momentum"] != 0:
+        assert entry.buffer is not None
+        if entry.first:
+            entry.buffer.copy_(grad)
+        else:
+            entry.buffer.mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])
+        direction = grad.add(entry.buffer, alpha=group["momentum"]) if group["nesterov"] else entry.buffer
+    weight.add_(direction, alpha=-float(group["lr"]))
+    if entry.master is not None:
+        entry.source.copy_(entry.master)
+
+
+def _is_finite(grad: Tensor) -> bool:
+    return bool(torch.isfinite(grad).all())
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()

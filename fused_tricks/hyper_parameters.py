@@ -1,0 +1,39 @@
+"""The range of every option that a parameter group may set."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+_MESSAGES = {
+    "lr": "Invalid learning rate: {}",
+    "momentum": "Invalid momentum value: {}",
+    "dampening": "Invalid dampening value: {}",
+    "weight_decay": "Invalid weight_decay value: {}",
+}
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Checks a group with every option filled in, with the messages of ``torch.optim.SGD``.
+
+    Raises:
+        TypeError: An option is not a number (or, for lr and weight_decay, a tensor of one element).
+        ValueError: An option is outside its range.
+    """
+    for name, message in _MESSAGES.items():
+        value = group[name]
+        if isinstance(value, Tensor) and name in ("lr", "weight_decay"):
+            if value.numel() != 1:
+                raise ValueError(f"Tensor {name} must be 1-element")
+            # Not the value itself: reading it would wait for its device.
+            if value.device.type != "cpu":
+                continue
+            value = value.item()
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not math.isfinite(value) or (value < 0 and name != "dampening"):
+            raise ValueError(message.format(value))
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")

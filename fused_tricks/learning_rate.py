@@ -1,0 +1,71 @@
+"""The linear scaling rule: a learning rate that grows with the global batch."""
+
+import math
+import numbers
+
+import torch.distributed
+
+
+def scale_lr(base_lr: float, batch_size: int, base_batch_size: int = 256) -> float:
+    """Returns the learning rate for a batch of another size: ``base_lr * batch_size / base_batch_size``.
+
+    A batch k times as large has a gradient with less noise, and an epoch of it has k times fewer updates;
+    a rate k times as large makes up for both. Large rates need a warm-up.
+
+    Args:
+        base_lr: the rate that is right for ``base_batch_size``; finite, zero or more (as ``torch.optim.SGD``
+            takes it: zero stays zero).
+        batch_size: samples that one update averages over, on all devices together: see
+            `global_batch_size`.
+        base_batch_size: samples an update at ``base_lr``.
+
+    Returns:
+        The scaled rate; exactly ``base_lr`` where the two batch sizes are equal.
+
+    Raises:
+        TypeError: ``base_lr`` is not a real number, or a batch size is not an integer.
+        ValueError: ``base_lr`` is negative, infinite or NaN, or a batch size is below 1.
+
+    Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1; the rule is from
+    "Accurate, Large Minibatch SGD" (arXiv 1706.02677), section 2.1.
+    """
+    if isinstance(base_lr, bool) or not isinstance(base_lr, numbers.Real):
+        raise TypeError(f"base_lr must be a real number, got {base_lr!r}")
+    if not (math.isfinite(base_lr) and base_lr >= 0):
+        raise ValueError(f"base_lr must be finite and at least 0, got {base_lr!r}")
+    batch_size = _count("batch_size", batch_size)
+    base_batch_size = _count("base_batch_size", base_batch_size)
+    return float(base_lr) * (batch_size / base_batch_size)
+
+
+def global_batch_size(
+    per_device_batch_size: int, accumulation_steps: int = 1, world_size: int | None = None
+) -> int:
+    """Returns how many samples one update averages over: the product of the three.
+
+    Args:
+        per_device_batch_size: samples in one forward pass of one process.
+        accumulation_steps: backward passes between two updates.
+        world_size: processes that average their gradients; ``None``: the size of ``torch.distributed``'s
+            default group where one is initialised, else 1.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: an argument is below 1.
+    """
+    if world_size is None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        world_size = torch.distributed.get_world_size() if distributed else 1
+    return (
+        _count("per_device_batch_size", per_device_batch_size)
+        * _count("accumulation_steps", accumulation_steps)
+        * _count("world_size", world_size)
+    )
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return int(value)

@@ -1,0 +1,206 @@
+"""Dynamic loss scaling, decided on the device."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+
+from .step_state import StepState
+
+_INT32_MAX = 2**31 - 1
+
+
+class DynamicLossScale:
+    """The rules and the state of a loss scale that follows the gradients' range.
+
+    ``torch.amp.GradScaler``'s rules with a floor, a ceiling and Apex's hysteresis. After a step with a gradient
+    that is not finite the scale is multiplied by ``backoff_factor``; after ``growth_interval`` good steps in a row
+    it is multiplied by ``growth_factor`` where the product is finite. Either result is clamped to
+    ``[min_scale, max_scale]``. Products are taken in FP64 and rounded to FP32.
+
+    An instance serves one :class:`~fused_tricks.FusedSGD`, which decides and updates it inside its step. The
+    attributes named as the arguments may be assigned at any time; they are checked then, too. The growth tracker is
+    compared with ``>=``, so lowering ``growth_interval`` below it grows the scale in the next good step.
+
+    Args:
+        init_scale: The first scale, within ``[min_scale, max_scale]``.
+        growth_factor: Greater than 1.
+        backoff_factor: Between 0 and 1, both excluded.
+        growth_interval: Good steps in a row before the scale grows, at least 1.
+        hysteresis: Overflows before the scale backs off, at least 1. A good step restores the count; once it is
+            used up, every further overflow backs off (Apex ``update_scale_hysteresis``).
+        min_scale: The floor, greater than 0.
+        max_scale: The ceiling, at least ``min_scale``.
+
+    Raises:
+        TypeError: An argument is not a number, or a count is not an ``int``.
+        ValueError: An argument is outside its range.
+    """
+
+    init_scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    hysteresis: int
+    min_scale: float
+    max_scale: float
+
+    def __init__(
+        self,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        hysteresis: int = 1,
+        min_scale: float = 1.0,
+        max_scale: float = 2.0**24,
+    ) -> None:
+        rules = {
+            "init_scale": init_scale,
+            "growth_factor": growth_factor,
+            "backoff_factor": backoff_factor,
+            "growth_interval": growth_interval,
+            "hysteresis": hysteresis,
+            "min_scale": min_scale,
+            "max_scale": max_scale,
+        }
+        _check_rules(rules)
+        if not min_scale <= init_scale <= max_scale:
+            raise ValueError(f"init_scale={init_scale} is outside [min_scale, max_scale] = [{min_scale}, {max_scale}]")
+        self.__dict__.update(rules)
+        self._step_state = StepState(scale=init_scale, hysteresis=hysteresis)
+        self._owner: weakref.ref[Any] | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _RULES:
+            _check_rules({rule: getattr(self, rule) for rule in _RULES} | {name: value})
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_owner": None}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{rule}={getattr(self, rule)}' for rule in _RULES)})"
+
+    def rule(self) -> tuple[float, float, float, float, int, int]:
+        """What a step needs to know: growth and backoff factor, floor, ceiling, growth interval, hysteresis."""
+        return (
+            self.growth_factor,
+            self.backoff_factor,
+            self.min_scale,
+            self.max_scale,
+            self.growth_interval,
+            self.hysteresis,
+        )
+
+    def bind(self, owner: object) -> StepState:
+        """Makes ``owner`` the one optimizer that this scale serves, and returns the state that it updates.
+
+        Raises:
+            ValueError: It serves another optimizer that is still alive.
+        """
+        current = self._owner() if self._owner is not None else None
+        if current is not None and current is not owner:
+            raise ValueError(
+                "loss_scale: this DynamicLossScale serves another optimizer; each optimizer updates its scale in "
+                "every step, so give each its own DynamicLossScale"
+            )
+        self._owner = weakref.ref(owner)
+        return self._step_state
+
+    def get_scale(self) -> float:
+        """The scale that the next ``scale(loss)`` uses. Synchronises."""
+        return self._step_state.scale.item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in the keys of ``torch.amp.GradScaler.state_dict()``, which can load it, and three more.
+
+        Returns:
+            ``scale``, ``growth_factor``, ``backoff_factor``, ``growth_interval`` and ``_growth_tracker`` as
+            GradScaler has them, then ``hysteresis``, ``min_scale``, ``max_scale`` and ``_hysteresis_tracker``.
+        """
+        scale, growth_tracker, hysteresis_tracker, *_ = self._step_state.read()
+        return {
+            "scale": scale,
+            "growth_factor": self.growth_factor,
+            "backoff_factor": self.backoff_factor,
+            "growth_interval": self.growth_interval,
+            "_growth_tracker": growth_tracker,
+            "hysteresis": self.hysteresis,
+            "min_scale": self.min_scale,
+            "max_scale": self.max_scale,
+            "_hysteresis_tracker": hysteresis_tracker,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state of this class or of ``torch.amp.GradScaler``, whose missing rules keep their values.
+
+        Raises:
+            KeyError: A key that GradScaler writes is missing, as in the empty state of a disabled one.
+            TypeError, ValueError: A value is outside its range. Nothing is changed.
+        """
+        missing = [key for key in _GRAD_SCALER_KEYS if key not in state_dict]
+        if missing:
+            raise KeyError(f"the state has no {', '.join(missing)}; was it saved from a disabled GradScaler?")
+        rules = {rule: state_dict.get(rule, getattr(self, rule)) for rule in _RULES}
+        _check_rules(rules)
+        self.restore(
+            state_dict["scale"],
+            state_dict["_growth_tracker"],
+            state_dict.get("_hysteresis_tracker", rules["hysteresis"]),
+        )
+        self.__dict__.update(rules)
+
+    def restore(self, scale: float, growth_tracker: int, hysteresis_tracker: int) -> None:
+        """Sets the scale and its trackers.
+
+        Raises:
+            TypeError, ValueError: One is not a number or outside its range. Nothing is changed.
+        """
+        check_scale("scale", scale)
+        _check_count("_growth_tracker", growth_tracker, 0)
+        _check_count("_hysteresis_tracker", hysteresis_tracker, 0)
+        self._step_state.scale.fill_(scale)
+        self._step_state.growth_tracker.fill_(growth_tracker)
+        self._step_state.hysteresis_tracker.fill_(hysteresis_tracker)
+
+
+_RULES = tuple(DynamicLossScale.__annotations__)
+_GRAD_SCALER_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+
+
+def check_scale(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a number that FP32 holds as a positive finite one."""
+    _check_number(name, value)
+    if not (value > 0 and 0 < torch.tensor(float(value), dtype=torch.float32).item() < math.inf):
+        raise ValueError(f"{name}={value} must be positive and finite in FP32")
+
+
+def _check_rules(rules: dict[str, Any]) -> None:
+    for name in ("init_scale", "min_scale", "max_scale"):
+        check_scale(name, rules[name])
+    for name in ("growth_factor", "backoff_factor"):
+        _check_number(name, rules[name])
+    for name in ("growth_interval", "hysteresis"):
+        _check_count(name, rules[name], 1)
+    if not 1 < rules["growth_factor"] < math.inf:
+        raise ValueError(f"growth_factor={rules['growth_factor']} must be greater than 1 and finite")
+    if not 0 < rules["backoff_factor"] < 1:
+        raise ValueError(f"backoff_factor={rules['backoff_factor']} must lie between 0 and 1")
+    if rules["min_scale"] > rules["max_scale"]:
+        raise ValueError(f"min_scale={rules['min_scale']} is greater than max_scale={rules['max_scale']}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not least <= value <= _INT32_MAX:
+        raise ValueError(f"{name}={value} must lie in [{least}, 2**31 - 1]")

@@ -1,0 +1,229 @@
+"""Low-precision training: a network in FP16 or BF16 whose norm layers stay in FP32."""
+
+import copy
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, MutableMapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Keep = type | str | nn.Module
+
+# _NormBase is the base of every BatchNorm (SyncBatchNorm and the lazy ones too) and every InstanceNorm.
+_NORM_TYPES = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+# Their kernels take FP16 or BF16 input with FP32 weights and statistics; autocast relies on the same.
+_MIXED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def norm_layers(model: nn.Module) -> list[nn.Module]:
+    """Returns the norm layers of ``model``: what `cast_model` keeps in FP32 when not told otherwise.
+
+    These are PyTorch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm and RMSNorm, lazy ones and
+    subclasses included, and any module that owns a ``running_var`` buffer (a frozen BatchNorm, say).
+    LocalResponseNorm is not one: it has nothing to keep.
+    """
+    return [m for m in model.modules() if isinstance(m, _NORM_TYPES) or "running_var" in m._buffers]
+
+
+def cast_model(
+    model: ModelT,
+    dtype: torch.dtype = torch.float16,
+    keep_fp32: Iterable[Keep] | Keep | None = None,
+    output_dtype: torch.dtype | None = torch.float32,
+) -> ModelT:
+    """Converts ``model`` to low-precision training, in place, and returns it.
+
+    Floating-point parameters, their gradients and floating-point buffers become ``dtype``; those of the kept
+    modules become FP32. Parameters stay the objects they were, so an optimizer built before and tied weights
+    still refer to them. Calling the model casts every floating-point tensor among its arguments to ``dtype``
+    (FP64 ones too), within tuples, named tuples, lists, dicts and dataclasses, and every floating-point tensor
+    of what it returns to ``output_dtype``.
+
+    A kept module gets its input in FP32 and gives its output in ``dtype``; a BatchNorm, whose kernels
+    take both precisions at once, reads and writes ``dtype`` directly. The casts are forward hooks: methods
+    other than ``model(...)`` run without them. `torch.compile`, `DistributedDataParallel` and the
+    like go around the converted model.
+
+    Calling it again starts anew from the arguments given then; with ``torch.float32`` it undoes the
+    conversion: everything is FP32, and nothing is cast on the way in or out.
+
+    Args:
+        model: the model to convert.
+        dtype: ``torch.float16``, ``torch.bfloat16`` or ``torch.float32``.
+        keep_fp32: the modules to keep in FP32 with all that they contain, instead of the default
+            ``norm_layers(model)``. One or several of: a type (its instances), a name pattern (as
+            in `fnmatch`, case-sensitive, against the whole name in ``model.named_modules()``; ``*`` also matches
+            dots), or a module. To keep the classifier as well: ``[*norm_layers(model), "fc"]``.
+        output_dtype: what the model returns; ``None`` leaves its outputs as they are.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``keep_fp32`` holds something else than types, names and modules.
+        ValueError: ``dtype`` or ``output_dtype`` is not one of the above; a name pattern or module in
+            ``keep_fp32`` is not found in ``model``; a parameter to be cast is complex; a parameter belongs
+            to a kept module and to another one. A refused call leaves the model as it was.
+
+    Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1, low-precision
+    training; "Mixed Precision Training" (arXiv 1710.03740) for the norm layers in FP32.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or torch.float32, got {dtype!r}")
+    if output_dtype is not None and not (
+        isinstance(output_dtype, torch.dtype) and output_dtype.is_floating_point
+    ):
+        raise ValueError(f"output_dtype must be a floating-point dtype or None, got {output_dtype!r}")
+    kept = _kept_modules(model, norm_layers(model) if keep_fp32 is None else keep_fp32)
+    fp32 = _fp32_tensors(model, kept)
+
+    def convert(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.float32 if id(tensor) in fp32 else dtype)
+
+    model._apply(convert)
+    _remove_casts(model)
+    if dtype is not torch.float32:
+        _add_casts(model, kept, dtype, output_dtype)
+    return model
+
+
+def _kept_modules(model: nn.Module, keep_fp32: Iterable[Keep] | Keep) -> set[nn.Module]:
+    """The modules that `keep_fp32` asks for and all that they contain."""
+    if isinstance(keep_fp32, Keep):
+        keep_fp32 = (keep_fp32,)
+    named = list(model.named_modules(remove_duplicate=False))
+    kept: set[nn.Module] = set()
+    for keep in keep_fp32:
+        found: list[nn.Module]
+        if isinstance(keep, type):
+            found = [module for _, module in named if issubclass(type(module), keep)]
+        elif isinstance(keep, str):
+            found = [module for name, module in named if fnmatchcase(name, keep)]
+            if not found:
+                raise ValueError(f"keep_fp32: no module's name matches {keep!r}; see model.named_modules()")
+        elif isinstance(keep, nn.Module):
+            found = [module for _, module in named if module is keep]
+            if not found:
+                raise ValueError(f"keep_fp32: this module is not in the model: {keep}")
+        else:
+            raise TypeError(f"keep_fp32 takes types, name patterns and modules, got {keep!r}")
+        for module in found:
+            kept.update(_inside(module))
+    for _, module in named:
+        # It computes with out_proj's weight without calling out_proj, so the two go together.
+        if isinstance(module, nn.MultiheadAttention) and module.out_proj in kept:
+            kept.update(module.modules())
+    return kept
+
+
+def _inside(module: nn.Module) -> Iterator[nn.Module]:
+    """`module` and all that it contains; for a list or dict of modules, which is never called, its items."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        for item in module.children():
+            yield from _inside(item)
+    else:
+        yield from module.modules()
+
+
+def _fp32_tensors(model: nn.Module, kept: set[nn.Module]) -> dict[int, Tensor]:
+    """The kept modules' parameters, gradients and buffers by id; raises where a parameter cannot be cast."""
+    fp32: dict[int, Tensor] = {}
+    for module in kept:
+        for param in module.parameters(recurse=False):
+            fp32[id(param)] = param
+            if param.grad is not None:
+                fp32[id(param.grad)] = param.grad
+        fp32.update((id(buffer), buffer) for buffer in module.buffers(recurse=False))
+    for prefix, module in model.named_modules():
+        if module in kept:
+            continue
+        for name, param in module.named_parameters(prefix, recurse=False):
+            if param.is_complex():
+                raise ValueError(f"parameter {name} is complex; name its module in keep_fp32")
+            if id(param) in fp32:
+                raise ValueError(f"parameter {name} is also in a module kept in FP32; keep both or neither")
+    return fp32
+
+
+class _CastInput:
+    """Forward pre-hook: casts the arguments of the module it is on."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        # Pickled along, so that a process that loads the model gives the hook's key to no other hook.
+        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _cast((args, kwargs), self.dtype, {})
+
+
+class _CastOutput:
+    """Forward hook: casts what the module it is on returns."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.handle = module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return _cast(output, self.dtype, {})
+
+
+def _add_casts(
+    model: nn.Module, kept: set[nn.Module], dtype: torch.dtype, output_dtype: torch.dtype | None
+) -> None:
+    casts: dict[nn.Module, tuple[torch.dtype, torch.dtype | None]] = {}
+    for parent in model.modules():
+        if parent not in kept:
+            casts.update((child, (torch.float32, dtype)) for child in parent.children() if child in kept)
+    casts = {module: c for module, c in casts.items() if type(module).forward not in _MIXED_FORWARDS}
+    casts[model] = (torch.float32 if model in kept else dtype, output_dtype)
+    for module, (entering, leaving) in casts.items():
+        _CastInput(module, entering)
+        if leaving is not None:
+            _CastOutput(module, leaving)
+
+
+def _remove_casts(model: nn.Module) -> None:
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if isinstance(hook, _CastInput | _CastOutput):
+                hook.handle.remove()
+
+
+def _cast(value: Any, dtype: torch.dtype, done: dict[int, Tensor]) -> Any:
+    """`value` with every floating-point tensor in `dtype`; containers are rebuilt, other things passed on.
+
+    `done` holds what was cast so far, by the id of the original: a tensor that occurs several times stays one
+    tensor, which is how attention knows self-attention.
+    """
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value
+        if id(value) not in done:
+            done[id(value)] = value.to(dtype)
+        return done[id(value)]
+    if isinstance(value, tuple):
+        items = [_cast(item, dtype, done) for item in value]
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    if isinstance(value, list):
+        return [_cast(item, dtype, done) for item in value]
+    if type(value) in (dict, OrderedDict):  # the copy below would break torch.compile's graph
+        return type(value)((key, _cast(item, dtype, done)) for key, item in value.items())
+    if isinstance(value, MutableMapping):
+        mapping = copy.copy(value)
+        for key, item in value.items():
+            mapping[key] = _cast(item, dtype, done)
+        return mapping
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        rebuilt: Any = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(rebuilt, field.name, _cast(getattr(value, field.name), dtype, done))
+        return rebuilt
+    return value

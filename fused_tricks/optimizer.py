@@ -1,0 +1,370 @@
+"""SGD with FP32 master weights, loss scaling, clipping and bias-excluded weight decay in one fused update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from .backends import Stepper, check_backend, stepper_class
+from .backends.request import Outcome, StepRequest
+from .checkpoint import SCALE_KEYS, import_state
+from .hyper_parameters import check_group
+from .loss_scale import DynamicLossScale, check_scale
+from .plan import Plan, build_plan
+from .step_state import StepState
+
+
+class StepStats(NamedTuple):
+    """What :meth:`FusedSGD.stats` reports.
+
+    Attributes:
+        scale: The loss scale that the next ``scale(loss)`` uses; None without loss scaling.
+        applied_steps: Updates applied since the optimizer (or the checkpoint it continues) was made.
+        skipped_steps: Updates skipped because a gradient was not finite.
+        grad_norm: The unscaled L2 norm over all gradients of the last step; None without ``max_grad_norm``.
+        last_step_skipped: Whether the last step was skipped.
+    """
+
+    scale: float | None
+    applied_steps: int
+    skipped_steps: int
+    grad_norm: float | None
+    last_step_skipped: bool
+
+
+class FusedSGD(Optimizer):
+    """``torch.optim.SGD`` for low-precision training, as one pass over every parameter.
+
+    Parameters in FP16 or BF16 are updated through FP32 master weights and momentum, which live in the optimizer's
+    state; FP32 and FP64 parameters are updated in place in their own type (Bag of Tricks, arXiv 1812.01187, section
+    3). The roundings are those of ``torch.optim.SGD(foreach=False)``: with FP32 parameters, ``loss_scale=None`` and
+    ``bias_decay=True`` the results are equal bit for bit. Gradients are read and never written.
+
+    A step in which any gradient element is not finite is skipped where gradients are scanned, that is with a loss
+    scale or ``max_grad_norm``: it changes nothing but the scale and the counters. ``loss_scale=None`` works under a
+    ``torch.amp.GradScaler``, whose unscaling and verdict are taken into the update.
+
+    A low-precision parameter may be written to between steps (under ``torch.no_grad()``, by ``load_state_dict``, or
+    with a new ``.data``); the next step continues from the new values. Writing through ``param.data`` in place is
+    not noticed.
+
+    Args:
+        params: Tensors, ``(name, tensor)`` pairs as of ``named_parameters()``, or dicts that define groups.
+        lr: Learning rate, a number or a tensor of one element.
+        momentum: Momentum factor.
+        dampening: Dampening for momentum; it does not apply to a parameter's first update.
+        weight_decay: L2 penalty.
+        nesterov: Nesterov momentum; needs momentum and no dampening.
+        maximize: Ascend instead of descend.
+        bias_decay: Whether parameters of one dimension or fewer (biases, norms' γ and β) are decayed as well. False
+            is the paper's "no bias decay" (section 3.1), True the behaviour of ``torch.optim.SGD``.
+        loss_scale: None, a positive number (a static scale), ``"dynamic"``, or a :class:`DynamicLossScale`.
+        max_grad_norm: Clip gradients to this global L2 norm, as ``torch.nn.utils.clip_grad_norm_``, without writing
+            to them; ``inf`` only measures. The norm is accumulated in FP64 in a fixed order.
+        backend: ``"auto"``, or one of the names that ``python -m fused_tricks`` lists.
+        foreach: Accepted as ``torch.optim.SGD`` does; chooses nothing.
+        fused: Accepted as ``torch.optim.SGD`` does; chooses nothing.
+        differentiable: Must be False.
+
+    All options up to ``bias_decay`` may differ between groups.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is outside its range, or a group is malformed.
+        RuntimeError: The backend is not usable here.
+    """
+
+    # torch.amp.GradScaler hands `grad_scale` and `found_inf` to an optimizer that has this.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        bias_decay: bool = False,
+        loss_scale: float | str | DynamicLossScale | None = None,
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
+    ) -> None:
+        if differentiable:
+            raise ValueError("differentiable=True is not supported; use torch.optim.SGD to differentiate through steps")
+        check_backend(backend)
+        _check_max_grad_norm(max_grad_norm)
+        loss_scale = _parse_loss_scale(loss_scale)
+        self._backend = backend
+        self._stepper: Stepper | None = None
+        self._plan: Plan | None = None
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "maximize": maximize,
+                "bias_decay": bias_decay,
+                "foreach": foreach,
+                "differentiable": False,
+                "fused": fused,
+            },
+        )
+        self.max_grad_norm = max_grad_norm
+        self._loss_scale = loss_scale
+        if isinstance(loss_scale, DynamicLossScale):
+            self._step_state = loss_scale.bind(self)
+        else:
+            self._step_state = StepState(scale=1.0 if loss_scale is None else loss_scale)
+        self._step_state.move_to(self.param_groups[0]["params"][0].device)
+
+    @property
+    def loss_scale(self) -> float | DynamicLossScale | None:
+        """The loss scaling in use: None, the static scale, or the :class:`DynamicLossScale`."""
+        return self._loss_scale
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale, on the device and without a sync; ``loss`` itself without loss scaling.
+
+        Args:
+            loss: A floating-point tensor of any shape. FP16 and BF16 are multiplied in FP32, where the product
+                cannot overflow.
+
+        Raises:
+            TypeError: ``loss`` is not a floating-point tensor.
+        """
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            raise TypeError(f"loss must be a floating-point tensor, got {torch.typename(loss)}")
+        if self._loss_scale is None:
+            return loss
+        scale = self._step_state.scale
+        if scale.device != loss.device:
+            scale = scale.to(loss.device, non_blocking=True)
+        # A copy, because the step changes the scale before autograd is through with a retained graph.
+        return (loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss) * scale.clone()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: Reevaluates the model and returns the loss, as in ``torch.optim.SGD``.
+
+        Returns:
+            What the closure returns, or None.
+
+        Raises:
+            RuntimeError: A closure came together with loss scaling, a ``GradScaler`` together with ``loss_scale``,
+                or a parameter or gradient that cannot be updated; the message names it. Nothing is changed then.
+        """
+        if self._is_observed():
+            return self._observed_step() if closure is None else self._observed_step(closure)
+        return self._step(closure)
+
+    # The base class would wrap every step in a profiler range, at several times the cost of the step itself.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_observed(self) -> bool:
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        )
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        request = self._request()
+        loss = None
+        if closure is not None:
+            if request.unscales or request.found_inf:
+                raise RuntimeError(
+                    "a closure cannot be combined with loss scaling: the optimizer cannot tell whether the closure "
+                    "scales its loss; call backward() yourself and step() without a closure"
+                )
+            with torch.enable_grad():
+                loss = closure()
+        outcome = self._run(request)
+        if outcome is Outcome.STALE:
+            self._plan = build_plan(self)
+            devices = {entry.param.device for entry in self._plan.entries if entry.live}
+            stepper = stepper_class(self._backend, devices)
+            if len(devices) == 1:
+                self._step_state.move_to(next(iter(devices)))
+            self._stepper = stepper(self._plan, self._step_state)
+            outcome = self._run(request)
+        if outcome is Outcome.APPLIED and self._plan is not None and self._plan.new:
+            self._plan.publish(self)
+            self._stepper = self._plan = None
+        return loss
+
+    _observed_step = Optimizer.profile_hook_step(_step)
+
+    def _run(self, request: StepRequest) -> Outcome:
+        stepper, plan = self._stepper, self._plan
+        if stepper is None or plan is None:
+            return Outcome.STALE
+        if not plan.staged:
+            return stepper.step(self.param_groups, self.state, request)
+        with torch.no_grad():
+            if not plan.stage():
+                return Outcome.STALE
+            outcome = stepper.step(self.param_groups, self.state, request)
+            if outcome is Outcome.APPLIED:
+                plan.unstage()
+            return outcome
+
+    def _request(self) -> StepRequest:
+        grad_scale = self.__dict__.get("grad_scale")
+        found_inf = self.__dict__.get("found_inf")
+        loss_scale = self._loss_scale
+        if found_inf is None:
+            rule = loss_scale.rule() if isinstance(loss_scale, DynamicLossScale) else None
+            return StepRequest(loss_scale is not None, None, False, self.max_grad_norm, rule)
+        if loss_scale is not None:
+            # GradScaler removes them only after a step that returns.
+            del self.grad_scale, self.found_inf
+            raise RuntimeError(
+                "this FusedSGD scales its own loss (loss_scale is set) and was stepped by a GradScaler; use "
+                "optimizer.scale(loss).backward() and optimizer.step() without the GradScaler, or loss_scale=None"
+            )
+        return StepRequest(
+            grad_scale is not None,
+            None if grad_scale is None else float(grad_scale),
+            float(found_inf) != 0,
+            self.max_grad_norm,
+            None,
+        )
+
+    def stats(self) -> StepStats:
+        """Scale, counters and the last norm. Synchronises with the device, which ``step`` never does."""
+        scale, _, _, grad_norm, applied, skipped, last_skipped = self._step_state.read()
+        return StepStats(
+            scale=None if self._loss_scale is None else scale,
+            applied_steps=applied,
+            skipped_steps=skipped,
+            grad_norm=None if self.max_grad_norm is None else grad_norm,
+            last_step_skipped=last_skipped,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            TypeError, ValueError: The group or one of its options is not valid. It is not added then.
+        """
+        if isinstance(param_group, dict):
+            check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        self._stepper = self._plan = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in the format of ``torch.optim.SGD``, which can load it.
+
+        ``state`` has ``momentum_buffer`` where there is momentum and ``master_param`` beside FP16 and BF16
+        parameters, both FP32 (FP64 beside FP64 parameters), once the parameter was updated. Each group also carries
+        ``applied_steps``, ``skipped_steps`` and, with a loss scale, ``loss_scale``, ``growth_tracker`` and
+        ``hysteresis_tracker``: there they survive tools that keep only ``state`` and ``param_groups``.
+        Synchronises.
+        """
+        packed = super().state_dict()
+        scale, growth_tracker, hysteresis_tracker, _, applied, skipped, _ = self._step_state.read()
+        extra: dict[str, float] = {"applied_steps": applied, "skipped_steps": skipped}
+        if self._loss_scale is not None:
+            extra |= {
+                "loss_scale": scale,
+                "growth_tracker": growth_tracker,
+                "hysteresis_tracker": hysteresis_tracker,
+            }
+        for group in packed["param_groups"]:
+            group.update(extra)
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class or of ``torch.optim.SGD``.
+
+        FP32 state stays FP32 beside an FP16 parameter, where ``torch.optim.Optimizer`` would cast it. Tensors are
+        copied. Options that the state lacks, and the scale where it has none, keep their values.
+
+        Raises:
+            KeyError, TypeError, ValueError: The state does not fit the optimizer. Nothing is changed then.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replacement = hook(self, state_dict)
+            if replacement is not None:
+                state_dict = replacement
+        groups = deepcopy(state_dict["param_groups"])
+        state = import_state(state_dict["state"], groups, self.param_groups)
+        progress = [{key: group.pop(key) for key in SCALE_KEYS if key in group} for group in groups]
+        for group, current in zip(groups, self.param_groups, strict=True):
+            for key in self.defaults:
+                group.setdefault(key, current[key])
+            if "param_names" in current:
+                group.setdefault("param_names", current["param_names"])
+            group["params"] = current["params"]
+            check_group(group)
+        self._restore_progress(progress[0])
+        self.__setstate__({"state": state, "param_groups": groups})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _restore_progress(self, saved: dict[str, Any]) -> None:
+        if isinstance(self._loss_scale, DynamicLossScale) and "loss_scale" in saved:
+            self._loss_scale.restore(
+                saved["loss_scale"],
+                saved.get("growth_tracker", 0),
+                saved.get("hysteresis_tracker", self._loss_scale.hysteresis),
+            )
+        if "applied_steps" in saved:
+            self._step_state.applied_steps.fill_(saved["applied_steps"])
+            self._step_state.skipped_steps.fill_(saved.get("skipped_steps", 0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "max_grad_norm": self.max_grad_norm,
+            "_backend": self._backend,
+            "_loss_scale": self._loss_scale,
+            "_step_state": self._step_state,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stepper = self._plan = None
+        if isinstance(self._loss_scale, DynamicLossScale):
+            self._step_state = self._loss_scale.bind(self)
+
+
+def _check_max_grad_norm(max_grad_norm: Any) -> None:
+    if max_grad_norm is None:
+        return
+    if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, (int, float)):
+        raise TypeError(f"max_grad_norm must be a number or None, got {type(max_grad_norm).__name__}")
+    if not max_grad_norm > 0 or math.isnan(max_grad_norm):
+        raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; it must be positive, or inf to measure only")
+
+
+def _parse_loss_scale(loss_scale: Any) -> float | DynamicLossScale | None:
+    if loss_scale is None or isinstance(loss_scale, DynamicLossScale):
+        return loss_scale
+    if isinstance(loss_scale, str):
+        if loss_scale != "dynamic":
+            raise ValueError(f"loss_scale={loss_scale!r} is unknown; use None, a number, 'dynamic' or DynamicLossScale")
+        return DynamicLossScale()
+    check_scale("loss_scale", loss_scale)
+    return float(loss_scale)

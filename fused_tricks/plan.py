@@ -1,0 +1,209 @@
+"""Which memory a step works on: built once, and again only when something that it holds changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+MOMENTUM_BUFFER = "momentum_buffer"
+MASTER_PARAM = "master_param"
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+_SUPPORTED = (*LOW_PRECISION, torch.float32, torch.float64)
+
+
+@dataclass
+class Entry:
+    """One parameter.
+
+    Attributes:
+        param: The parameter as its group lists it.
+        live: Whether it had a gradient when the plan was made. What follows is empty where it had none.
+        source: The tensor whose memory and ``.grad`` the kernels use: the parameter, or a contiguous stand-in where
+            the parameter has gaps or its gradient has other strides.
+        master: FP32 weights of an FP16 or BF16 parameter, with the strides of ``source``.
+        buffer: Momentum in the type of the arithmetic, with the strides of ``source``.
+        is_new: ``master`` or ``buffer`` is not in the optimizer's state yet, and the buffer holds nothing.
+        version: The parameter's version counter when ``master`` was last known to agree with it.
+    """
+
+    param: Tensor
+    live: bool
+    source: Tensor
+    master: Tensor | None = None
+    buffer: Tensor | None = None
+    first: bool = False
+    is_new: bool = False
+    version: int = 0
+
+    @property
+    def is_staged(self) -> bool:
+        return self.source is not self.param
+
+
+@dataclass
+class Plan:
+    """The entries of every parameter of every group, in order."""
+
+    entries: list[Entry]
+    staged: list[Entry] = field(init=False)
+    new: list[Entry] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.staged = [entry for entry in self.entries if entry.is_staged]
+        self.new = [entry for entry in self.entries if entry.is_new]
+
+    def stage(self) -> bool:
+        """Copies what the kernels cannot read in place into its stand-in. False: a new plan is needed."""
+        for entry in self.staged:
+            grad = entry.param.grad
+            if grad is None:
+                entry.source.grad = None
+                continue
+            if entry.master is not None and entry.param._version != entry.version:
+                return False
+            if grad.shape != entry.source.shape or entry.param.shape != entry.source.shape:
+                return False
+            entry.source.copy_(entry.param)
+            if grad.dtype != entry.source.dtype:
+                entry.source.grad_dtype = grad.dtype  # type: ignore[attr-defined]
+            entry.source.grad = grad.resolve_neg().clone(memory_format=torch.contiguous_format)
+        return True
+
+    def unstage(self) -> None:
+        """Copies the stand-ins back after an update."""
+        for entry in self.staged:
+            if entry.source.grad is not None:
+                entry.param.copy_(entry.source)
+                entry.source.grad = None
+                entry.version = entry.param._version
+
+    def publish(self, optimizer: Optimizer) -> None:
+        """Puts the masters and buffers that an applied update has just created into the optimizer's state."""
+        has_momentum = {id(p): g["momentum"] != 0 for g in optimizer.param_groups for p in g["params"]}
+        for entry in self.new:
+            if entry.param.grad is None:
+                continue
+            state = optimizer.state[entry.param]
+            if entry.master is not None:
+                state[MASTER_PARAM] = entry.master
+            if entry.buffer is not None and has_momentum[id(entry.param)]:
+                state[MOMENTUM_BUFFER] = entry.buffer
+
+
+def build_plan(optimizer: Optimizer) -> Plan:
+    """Makes a plan from an optimizer's groups, gradients and state.
+
+    Nothing is changed but this: a master takes over its parameter's values where the parameter is no longer the
+    master's rounding, because somebody else wrote to it; and a state tensor of another dtype, device or layout is
+    replaced by one that fits.
+
+    Raises:
+        RuntimeError: A parameter or gradient cannot be updated. Then nothing is changed at all.
+    """
+    listed = [
+        (parameter_name(group, group_index, index), param, group)
+        for group_index, group in enumerate(optimizer.param_groups)
+        for index, param in enumerate(group["params"])
+    ]
+    for name, param, _ in listed:
+        if param.grad is not None:
+            _check(name, param, param.grad, optimizer.state.get(param, {}))
+    with torch.no_grad():
+        return Plan([_entry(param, group, optimizer.state.get(param)) for _, param, group in listed])
+
+
+def parameter_name(group: dict[str, Any], group_index: int, index: int) -> str:
+    """How errors call a parameter: by its name where the optimizer was given names."""
+    if "param_names" in group:
+        return f"parameter '{group['param_names'][index]}'"
+    return f"parameter {index} of group {group_index}"
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """The type of the arithmetic, of masters and of momentum buffers: FP64 for FP64 parameters, else FP32."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _check(name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    if param.dtype not in _SUPPORTED:
+        raise RuntimeError(f"{name} has dtype {param.dtype}; FusedSGD updates float16, bfloat16, float32 and float64")
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{name} has a gradient of layout {grad.layout}; FusedSGD needs dense gradients: build the layer with "
+            "sparse=False, or use torch.optim.SGD for it"
+        )
+    if param.layout != torch.strided:
+        raise RuntimeError(f"{name} has layout {param.layout}; FusedSGD needs dense parameters")
+    wide = grad.dtype == torch.float32 and param.dtype in LOW_PRECISION
+    if grad.dtype != param.dtype and not wide:
+        raise RuntimeError(
+            f"{name} has dtype {param.dtype} and a gradient of dtype {grad.dtype}; cast the gradient to the "
+            "parameter's dtype, or to float32 for a float16 or bfloat16 parameter"
+        )
+    if grad.device != param.device:
+        raise RuntimeError(f"{name} is on {param.device} and its gradient on {grad.device}; move the gradient there")
+    if grad.shape != param.shape:
+        raise RuntimeError(f"{name} has shape {tuple(param.shape)} and a gradient of shape {tuple(grad.shape)}")
+    if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+        raise RuntimeError(
+            f"{name} has elements that share memory (it was expanded); clone() it before it is optimized"
+        )
+    for key in (MASTER_PARAM, MOMENTUM_BUFFER):
+        value = state.get(key)
+        if value is not None and value.shape != param.shape:
+            raise RuntimeError(
+                f"{name} has shape {tuple(param.shape)} and a {key} of shape {tuple(value.shape)} in the optimizer's "
+                "state; load the state that belongs to this model, or delete the entry"
+            )
+
+
+def _entry(param: Tensor, group: dict[str, Any], state: dict[str, Any] | None) -> Entry:
+    if param.grad is None:
+        return Entry(param, live=False, source=param)
+    state = {} if state is None else state
+    source = param if _fits(param.grad, param) else param.detach().clone(memory_format=torch.contiguous_format)
+    entry = Entry(param, live=True, source=source, version=param._version)
+    if param.dtype in LOW_PRECISION:
+        entry.master = _fitting_state(state, MASTER_PARAM, source)
+        if entry.master is None:
+            entry.master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
+            entry.is_new = True
+        else:
+            _adopt_foreign_values(entry.master, param)
+    if group["momentum"] != 0:
+        entry.buffer = _fitting_state(state, MOMENTUM_BUFFER, source)
+        if entry.buffer is None:
+            entry.buffer = torch.zeros_like(source, dtype=state_dtype(param), requires_grad=False)
+            entry.first = entry.is_new = True
+    return entry
+
+
+def _fits(grad: Tensor, param: Tensor) -> bool:
+    """Whether both can be walked as two flat arrays that list the same elements in the same order."""
+    dense = torch.empty_like(param, device="meta")
+    return _same_strides(param, dense) and _same_strides(param, grad) and not grad.is_neg() and not param.is_neg()
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    return all(m == n for m, n, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1)
+
+
+def _fitting_state(state: dict[str, Any], key: str, source: Tensor) -> Tensor | None:
+    value: Tensor | None = state.get(key)
+    if value is None:
+        return None
+    dtype = state_dtype(source)
+    if value.dtype != dtype or value.device != source.device or not _same_strides(value, source):
+        value = torch.empty_like(source, dtype=dtype, requires_grad=False).copy_(value)
+        state[key] = value
+    return value
+
+
+def _adopt_foreign_values(master: Tensor, param: Tensor) -> None:
+    master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))

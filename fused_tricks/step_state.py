@@ -1,0 +1,63 @@
+"""The few numbers of an optimizer that live on its parameters' device."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+# The layout of StepState in csrc/step_state.h, whose tail is private to the kernels.
+_SIZE = 64
+
+
+class StepState:
+    """Loss scale, trackers and counters of one optimizer in one 64-byte tensor.
+
+    Every attribute is a 0-dim view of ``block``, so a kernel changes them without a host sync, and reading one as a
+    Python number is a sync.
+
+    Attributes:
+        block: ``uint8`` tensor of 64 bytes that the kernels are given.
+        scale: FP32, the loss scale; 1 where none is in use.
+        growth_tracker: INT32, good steps since the scale last changed or an overflow was found.
+        hysteresis_tracker: INT32, overflows left until the scale backs off.
+        grad_norm: FP32, the unscaled L2 norm of the last measured gradients.
+        applied_steps: INT64, updates applied.
+        skipped_steps: INT64, updates skipped.
+        skip: INT32, 1 when the last step was skipped.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", scale: float = 1.0, hysteresis: int = 1) -> None:
+        self._view(torch.zeros(_SIZE, dtype=torch.uint8, device=device))
+        self.scale.fill_(scale)
+        self.hysteresis_tracker.fill_(hysteresis)
+
+    def _view(self, block: Tensor) -> None:
+        self.block = block
+        self.scale = block[0:4].view(torch.float32)[0]
+        self.growth_tracker = block[4:8].view(torch.int32)[0]
+        self.hysteresis_tracker = block[8:12].view(torch.int32)[0]
+        self.grad_norm = block[12:16].view(torch.float32)[0]
+        self.applied_steps = block[16:24].view(torch.int64)[0]
+        self.skipped_steps = block[24:32].view(torch.int64)[0]
+        self.skip = block[32:36].view(torch.int32)[0]
+
+    def move_to(self, device: torch.device) -> None:
+        """Continues on another device."""
+        if self.block.device != device:
+            self._view(self.block.to(device))
+
+    def read(self) -> tuple[float, int, int, float, int, int, bool]:
+        """Every field in order, in one copy to the host."""
+        scale, growth, hysteresis, norm, applied, skipped, skip = struct.unpack(
+            "=fiifqqi", bytes(self.block[:36].tolist())
+        )
+        return scale, growth, hysteresis, norm, applied, skipped, bool(skip)
+
+    def __getstate__(self) -> Tensor:
+        return self.block
+
+    def __setstate__(self, block: Tensor) -> None:
+        # A copied or unpickled block no longer shares memory with views that were copied beside it.
+        self._view(block.clone())
