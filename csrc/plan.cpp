@@ -142,6 +142,8 @@ Plan::Plan(const py::list& specifications, const py::object& step_state) : keep_
         entry.count *= tensor.shape[i];
       }
       entry.param = tensor.data;
+      entry.has_master = !fields[4].is_none();
+      entry.has_buffer = !fields[5].is_none();
       entry.master = data_or_null(fields[4]);
       entry.buffer = data_or_null(fields[5]);
       entry.first = fields[6].cast<bool>();
@@ -207,9 +209,9 @@ bool Plan::refresh_entry(Entry& entry) {
   if (!read_tensor(grad, tensor) || !entry.layout.matches(tensor)) return false;
   if (tensor.device.type != device.type || tensor.device.index != device.index) return false;
   if (!to_dtype(tensor.dtype, entry.grad_type)) return false;
-  const bool wide = entry.grad_type == DType::kFloat32 && entry.master != nullptr;
+  const bool wide = entry.grad_type == DType::kFloat32 && entry.has_master;
   if (entry.grad_type != entry.type && !wide) return false;
-  if (groups[entry.group].momentum != 0 && entry.buffer == nullptr) return false;
+  if (groups[entry.group].momentum != 0 && !entry.has_buffer) return false;
   if (entry.watches_version && version_of(entry.object) != entry.version) return false;
   // An empty tensor may have no address, and there is nothing to update.
   entry.grad = entry.count == 0 ? nullptr : tensor.data;

@@ -54,6 +54,8 @@ struct Entry {
   int32_t dimensions = 0;
   DType type = DType::kFloat32;
   void* param = nullptr;
+  bool has_master = false;  // of an empty tensor the addresses below are null
+  bool has_buffer = false;
   void* master = nullptr;
   void* buffer = nullptr;
   bool first = false;            // the buffer was never written

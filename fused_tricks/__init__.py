@@ -1,8 +1,10 @@
 """Low-precision training by the recipe of "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187)."""
 
+from .learning_rate import global_batch_size, scale_lr
 from .loss_scale import DynamicLossScale
+from .low_precision import cast_model
 from .optimizer import FusedSGD, StepStats
 
 __version__ = "0.1.0"
 
-__all__ = ["DynamicLossScale", "FusedSGD", "StepStats"]
+__all__ = ["DynamicLossScale", "FusedSGD", "StepStats", "cast_model", "global_batch_size", "scale_lr"]

@@ -158,7 +158,7 @@ class FusedSGD(Optimizer):
         # A copy, because the step changes the scale before autograd is through with a retained graph.
         return (loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss) * scale.clone()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
 
         Args:
@@ -184,7 +184,7 @@ class FusedSGD(Optimizer):
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or torch._C._autograd._profiler_enabled()
         )
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -207,6 +207,8 @@ class FusedSGD(Optimizer):
                 self._step_state.move_to(next(iter(devices)))
             self._stepper = stepper(self._plan, self._step_state)
             outcome = self._run(request)
+            if outcome is Outcome.STALE:
+                raise RuntimeError("parameters, gradients or state changed while the step was being prepared")
         if outcome is Outcome.APPLIED and self._plan is not None and self._plan.new:
             self._plan.publish(self)
             self._stepper = self._plan = None
@@ -237,7 +239,7 @@ class FusedSGD(Optimizer):
             return StepRequest(loss_scale is not None, None, False, self.max_grad_norm, rule)
         if loss_scale is not None:
             # GradScaler removes them only after a step that returns.
-            del self.grad_scale, self.found_inf
+            del self.__dict__["grad_scale"], self.__dict__["found_inf"]
             raise RuntimeError(
                 "this FusedSGD scales its own loss (loss_scale is set) and was stepped by a GradScaler; use "
                 "optimizer.scale(loss).backward() and optimizer.step() without the GradScaler, or loss_scale=None"
@@ -304,8 +306,8 @@ class FusedSGD(Optimizer):
             KeyError, TypeError, ValueError: The state does not fit the optimizer. Nothing is changed then.
         """
         state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replacement = hook(self, state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replacement = pre_hook(self, state_dict)
             if replacement is not None:
                 state_dict = replacement
         groups = deepcopy(state_dict["param_groups"])
@@ -320,8 +322,8 @@ class FusedSGD(Optimizer):
             check_group(group)
         self._restore_progress(progress[0])
         self.__setstate__({"state": state, "param_groups": groups})
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def _restore_progress(self, saved: dict[str, Any]) -> None:
         if isinstance(self._loss_scale, DynamicLossScale) and "loss_scale" in saved:

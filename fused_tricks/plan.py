@@ -71,7 +71,7 @@ class Plan:
                 return False
             entry.source.copy_(entry.param)
             if grad.dtype != entry.source.dtype:
-                entry.source.grad_dtype = grad.dtype  # type: ignore[attr-defined]
+                entry.source.grad_dtype = grad.dtype
             entry.source.grad = grad.resolve_neg().clone(memory_format=torch.contiguous_format)
         return True
 
