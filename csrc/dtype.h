@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "inline.h"
+
 namespace fused_tricks {
 
 struct Half {
@@ -16,7 +18,7 @@ struct BFloat16 {
 
 enum class DType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
-inline int64_t size_of(DType type) {
+FUSED_TRICKS_INLINE int64_t size_of(DType type) {
   switch (type) {
     case DType::kFloat16:
     case DType::kBFloat16:

@@ -64,8 +64,6 @@ dlpack::Tensor require_tensor(const py::handle& object) {
   return tensor;
 }
 
-void* data_or_null(const py::handle& object) { return object.is_none() ? nullptr : require_tensor(object).data; }
-
 PyObject* item(PyObject* dict, PyObject* key) {
   PyObject* value = PyDict_GetItemWithError(dict, key);
   if (value == nullptr && !PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
@@ -112,6 +110,15 @@ TorchApi& torch_api() {
   return api;
 }
 
+void* data_of(const py::handle& tensor) { return tensor.is_none() ? nullptr : require_tensor(tensor).data; }
+
+void* current_stream(const dlpack::Device& device) {
+  void* stream = nullptr;
+  if (device.type == dlpack::kCpu) return stream;
+  if (torch_api().exchange->current_work_stream(device.type, device.index, &stream) != 0) throw py::error_already_set();
+  return stream;
+}
+
 // Strides of dimensions of one element mean nothing, and torch sets them as it likes.
 bool Layout::matches(const dlpack::Tensor& tensor) const {
   if (static_cast<size_t>(tensor.ndim) != shape.size()) return false;
@@ -122,17 +129,21 @@ bool Layout::matches(const dlpack::Tensor& tensor) const {
   return true;
 }
 
-Plan::Plan(const py::list& specifications, const py::object& step_state) : keep_alive_(specifications) {
-  state = static_cast<StepState*>(require_tensor(step_state).data);
+Plan::Plan(const py::list& specifications, const py::object& step_state, bool reads_lr)
+    : reads_lr_(reads_lr), keep_alive_(specifications) {
+  const dlpack::Tensor state_tensor = require_tensor(step_state);
+  state = static_cast<StepState*>(state_tensor.data);
+  device = state_tensor.device;
   for (const py::handle& item : specifications) {
     const auto fields = py::reinterpret_borrow<py::tuple>(item);
     Entry entry;
-    entry.object = fields[0].ptr();
-    entry.source = fields[1].ptr();
-    if (!fields[2].is_none()) entry.alias = fields[2].ptr();
-    entry.live = fields[3].cast<bool>();
+    entry.group = fields[0].cast<size_t>();
+    entry.object = fields[1].ptr();
+    entry.source = fields[2].ptr();
+    if (!fields[3].is_none()) entry.alias = fields[3].ptr();
+    entry.live = fields[4].cast<bool>();
     if (entry.live) {
-      const dlpack::Tensor tensor = require_tensor(fields[1]);
+      const dlpack::Tensor tensor = require_tensor(fields[2]);
       if (!to_dtype(tensor.dtype, entry.type)) throw std::invalid_argument("a parameter's dtype is not supported");
       entry.count = 1;
       entry.dimensions = tensor.ndim;
@@ -142,12 +153,13 @@ Plan::Plan(const py::list& specifications, const py::object& step_state) : keep_
         entry.count *= tensor.shape[i];
       }
       entry.param = tensor.data;
-      entry.has_master = !fields[4].is_none();
-      entry.has_buffer = !fields[5].is_none();
-      entry.master = data_or_null(fields[4]);
-      entry.buffer = data_or_null(fields[5]);
-      entry.first = fields[6].cast<bool>();
-      entry.watches_version = fields[7].cast<bool>();
+      entry.has_master = !fields[5].is_none();
+      entry.has_buffer = !fields[6].is_none();
+      entry.master = data_of(fields[5]);
+      entry.buffer = data_of(fields[6]);
+      entry.first = fields[7].cast<bool>();
+      entry.watches_version = fields[8].cast<bool>();
+      entry.first_step = static_cast<int64_t*>(data_of(fields[9]));
       if (entry.watches_version) entry.version = version_of(entry.object);
       for (int64_t begin = 0; begin < entry.count; begin += kChunk) {
         const int64_t count = entry.count - begin < kChunk ? entry.count - begin : kChunk;
@@ -227,12 +239,26 @@ bool Plan::refresh_group(PyObject* dict, size_t& index) {
   for (Py_ssize_t i = 0; i < size; ++i, ++index) {
     if (index == entries.size()) return false;
     Entry& entry = entries[index];
-    if (PySequence_Fast_GET_ITEM(params.ptr(), i) != entry.object) return false;
-    entry.group = groups.size() - 1;
+    if (PySequence_Fast_GET_ITEM(params.ptr(), i) != entry.object || entry.group != groups.size() - 1) return false;
     entry.decays = group.weight_decay != 0 && (group.bias_decay || entry.dimensions > 1);
     if (!refresh_entry(entry)) return false;
   }
   return true;
+}
+
+void Plan::read_lr(PyObject* dict, Group& group) const {
+  PyObject* lr = item(dict, names().lr);
+  dlpack::Tensor tensor;
+  DType type;
+  const bool readable = reads_lr_ && !PyFloat_Check(lr) && !PyLong_Check(lr) && read_tensor(lr, tensor) &&
+                        tensor.device.type == device.type && tensor.device.index == device.index &&
+                        to_dtype(tensor.dtype, type) && size_of(type) >= 4;
+  if (readable) {
+    group.lr_pointer = tensor.data;
+    group.lr_is_double = type == DType::kFloat64;
+  } else {
+    group.lr = number(dict, names().lr);
+  }
 }
 
 bool Plan::refresh(const py::list& group_dicts, const py::dict& optimizer_state) {
@@ -241,9 +267,15 @@ bool Plan::refresh(const py::list& group_dicts, const py::dict& optimizer_state)
   size_t index = 0;
   for (const py::handle& handle : group_dicts) {
     PyObject* dict = handle.ptr();
-    groups.push_back({number(dict, names().lr), number(dict, names().momentum), number(dict, names().dampening),
-                      number(dict, names().weight_decay), truth(dict, names().nesterov),
-                      truth(dict, names().maximize), truth(dict, names().bias_decay)});
+    Group group{};
+    read_lr(dict, group);
+    group.momentum = number(dict, names().momentum);
+    group.dampening = number(dict, names().dampening);
+    group.weight_decay = number(dict, names().weight_decay);
+    group.nesterov = truth(dict, names().nesterov);
+    group.maximize = truth(dict, names().maximize);
+    group.bias_decay = truth(dict, names().bias_decay);
+    groups.push_back(group);
     if (!refresh_group(dict, index)) return false;
   }
   return index == entries.size();

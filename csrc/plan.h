@@ -25,6 +25,11 @@ struct TorchApi {
 };
 TorchApi& torch_api();
 
+// The address of a tensor's first element; null for None and for empty tensors.
+void* data_of(const py::handle& tensor);
+// Torch's current stream of a device.
+void* current_stream(const dlpack::Device& device);
+
 // Size and order of a tensor's elements in memory.
 struct Layout {
   std::vector<int64_t> shape;
@@ -35,6 +40,8 @@ struct Layout {
 // The options of a group in this step.
 struct Group {
   double lr;
+  const void* lr_pointer;  // where the kernel reads the rate itself; null: `lr` has it
+  bool lr_is_double;
   double momentum;
   double dampening;
   double weight_decay;
@@ -45,6 +52,7 @@ struct Group {
 
 // One parameter. Python objects are borrowed: fused_tricks/plan.py holds them for as long as the plan lives.
 struct Entry {
+  size_t group = 0;
   PyObject* object = nullptr;  // the parameter as its group lists it
   PyObject* source = nullptr;  // whose memory and gradient are used: the parameter, or its dense stand-in
   PyObject* alias = nullptr;   // shares the parameter's version counter; null: the caller writes the parameter
@@ -58,7 +66,8 @@ struct Entry {
   bool has_buffer = false;
   void* master = nullptr;
   void* buffer = nullptr;
-  bool first = false;            // the buffer was never written
+  bool first = false;             // the buffer was never written
+  int64_t* first_step = nullptr;  // on a GPU: where that is noted, so that the host need not know
   bool watches_version = false;  // a master must notice that its parameter was written by others
   int64_t version = 0;
   PyObject* state = nullptr;         // the parameter's dict in Optimizer.state, and what it must still hold
@@ -67,7 +76,6 @@ struct Entry {
 
   const void* grad = nullptr;  // of this step; null: no gradient, no update
   DType grad_type = DType::kFloat32;
-  size_t group = 0;
   bool decays = false;
 };
 
@@ -79,9 +87,10 @@ struct Chunk {
 
 class Plan {
  public:
-  // entries: tuples (parameter, source, alias, live, master, buffer, first, watches_version), one for each parameter
-  // of every group in order. step_state: the uint8 tensor behind StepState.
-  Plan(const py::list& entries, const py::object& step_state);
+  // entries: tuples (group index, parameter, source, alias, live, master, buffer, first, watches_version, first_step),
+  // one for each parameter of every group in order. step_state: the uint8 tensor behind StepState. reads_lr: whether the kernels
+  // read a learning rate that is a tensor themselves, so that the host need not wait for it.
+  Plan(const py::list& entries, const py::object& step_state, bool reads_lr);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
   ~Plan() { release_gradients(); }
@@ -104,12 +113,15 @@ class Plan {
   std::vector<Chunk> chunks;
   int64_t total_count = 0;
   StepState* state = nullptr;
+  dlpack::Device device{};
 
  private:
   bool refresh_group(PyObject* dict, size_t& index);
   bool refresh_entry(Entry& entry);
+  void read_lr(PyObject* dict, Group& group) const;
   bool state_is_unchanged(const py::dict& state) const;
 
+  bool reads_lr_;
   py::list keep_alive_;
   py::list updated_;  // aliases of what the last step updated
   std::vector<PyObject*> grads_;  // owned during a step, which runs without the interpreter lock

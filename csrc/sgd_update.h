@@ -4,13 +4,7 @@
 
 #include <cmath>
 
-// Always inlined: the same function is compiled for several instruction sets, and the linker keeps one copy of those
-// that are not.
-#if defined(__CUDACC__)
-#define FUSED_TRICKS_INLINE __host__ __device__ __forceinline__
-#else
-#define FUSED_TRICKS_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace fused_tricks {
 

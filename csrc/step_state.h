@@ -21,6 +21,8 @@ struct StepState {
   int32_t skip;  // the last decision
   float inverse_scale;
   float clip;
+  int32_t found;     // used within a launch on a GPU
+  int32_t arrivals;  // likewise
 };
 
 static_assert(offsetof(StepState, grad_norm) == 12, "the Python views rely on it");
@@ -45,6 +47,9 @@ struct StepRequest {
   double max_norm;
   bool dynamic;        // adjust the scale by `rule`
   ScaleRule rule;
+
+  // Whether the gradients must be read once before any is used. A GradScaler has looked for non-finite ones itself.
+  FUSED_TRICKS_INLINE bool scans() const { return (unscales && !external) || clips; }
 };
 
 // GradScaler's rule with Apex's hysteresis, then the floor and the ceiling.

@@ -1,7 +1,9 @@
 from typing import Any
 
+ScaleRule = tuple[float, float, float, float, int, int]
+
 class Plan:
-    def __init__(self, entries: list[tuple[Any, ...]], step_state: Any) -> None: ...
+    def __init__(self, entries: list[tuple[Any, ...]], step_state: Any, reads_lr: bool) -> None: ...
     def watch_state(self, state: dict[Any, Any]) -> None: ...
     def cpu_step(
         self,
@@ -11,7 +13,25 @@ class Plan:
         grad_scale: float | None,
         found_inf: bool,
         max_norm: float | None,
-        scale_rule: tuple[float, float, float, float, int, int] | None,
+        scale_rule: ScaleRule | None,
+    ) -> int: ...
+
+class CudaStep:
+    def __init__(self, plan: Plan) -> None: ...
+    def tensor_records(self) -> bytes: ...
+    def chunk_records(self) -> bytes: ...
+    def scratch_size(self) -> int: ...
+    def set_memory(self, tensors: Any, chunks: Any, scratch: Any) -> None: ...
+    def run(
+        self,
+        plan: Plan,
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        unscales: bool,
+        grad_scale: Any,
+        found_inf: Any,
+        max_norm: float | None,
+        scale_rule: ScaleRule | None,
     ) -> int: ...
 
 __version__: str

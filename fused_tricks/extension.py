@@ -23,12 +23,19 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         return None, f"torch {torch.__version__} has no DLPack exchange interface; install torch 2.10 or later"
     try:
-        module.connect(
-            torch.Tensor, torch.nn.Parameter, torch.autograd.graph.increment_version, _parallel_for_address()
-        )
+        connect(module)
     except RuntimeError as error:
         return None, str(error)
     return module, None
+
+
+def connect(module: ModuleType) -> None:
+    """Gives an extension module what it needs of torch.
+
+    Raises:
+        RuntimeError: torch's interfaces are not those that the module was written for.
+    """
+    module.connect(torch.Tensor, torch.nn.Parameter, torch.autograd.graph.increment_version, _parallel_for_address())
 
 
 def load_extension() -> ModuleType:

@@ -45,10 +45,10 @@ def cast_model(
     (FP64 ones too), within tuples, named tuples, lists, dicts and dataclasses, and every floating-point tensor
     of what it returns to ``output_dtype``.
 
-    A kept module gets its input in FP32 and gives its output in ``dtype``; a BatchNorm, whose kernels
-    take both precisions at once, reads and writes ``dtype`` directly. The casts are forward hooks: methods
-    other than ``model(...)`` run without them. `torch.compile`, `DistributedDataParallel` and the
-    like go around the converted model.
+    A kept module gets its input in FP32 and gives its output in ``dtype``; a BatchNorm, whose kernels take both
+    precisions at once, reads and writes ``dtype`` directly. The casts are forward hooks: a method that does not
+    go through ``model(...)`` or ``kept_module(...)`` runs without them. Convert first, then wrap the model in
+    `torch.compile` or `DistributedDataParallel`.
 
     Calling it again starts anew from the arguments given then; with ``torch.float32`` it undoes the
     conversion: everything is FP32, and nothing is cast on the way in or out.
@@ -60,7 +60,7 @@ def cast_model(
             ``norm_layers(model)``. One or several of: a type (its instances), a name pattern (as
             in `fnmatch`, case-sensitive, against the whole name in ``model.named_modules()``; ``*`` also matches
             dots), or a module. To keep the classifier as well: ``[*norm_layers(model), "fc"]``.
-        output_dtype: what the model returns; ``None`` leaves its outputs as they are.
+        output_dtype: a floating-point dtype; ``None`` leaves the outputs as the model computes them.
 
     Raises:
         TypeError: ``model`` is not a module, or ``keep_fp32`` holds something else than types, names and modules.
@@ -68,8 +68,8 @@ def cast_model(
             ``keep_fp32`` is not found in ``model``; a parameter to be cast is complex; a parameter belongs
             to a kept module and to another one. A refused call leaves the model as it was.
 
-    Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1, low-precision
-    training; "Mixed Precision Training" (arXiv 1710.03740) for the norm layers in FP32.
+    Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.2, low-precision
+    training; "Mixed Precision Training" (arXiv 1710.03740), section 3.3, for the norm layers in FP32.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

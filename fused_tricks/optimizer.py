@@ -17,7 +17,7 @@ from .backends.request import Outcome, StepRequest
 from .checkpoint import SCALE_KEYS, import_state
 from .hyper_parameters import check_group
 from .loss_scale import DynamicLossScale, check_scale
-from .plan import Plan, build_plan
+from .plan import Plan, build_plan, forget_unwritten_buffers
 from .step_state import StepState
 
 
@@ -191,7 +191,7 @@ class FusedSGD(Optimizer):
         request = self._request()
         loss = None
         if closure is not None:
-            if request.unscales or request.found_inf:
+            if request.unscales or request.found_inf is not None:
                 raise RuntimeError(
                     "a closure cannot be combined with loss scaling: the optimizer cannot tell whether the closure "
                     "scales its loss; call backward() yourself and step() without a closure"
@@ -200,7 +200,7 @@ class FusedSGD(Optimizer):
                 loss = closure()
         outcome = self._run(request)
         if outcome is Outcome.STALE:
-            self._plan = build_plan(self)
+            self._plan = build_plan(self, self._step_state)
             devices = {entry.param.device for entry in self._plan.entries if entry.live}
             stepper = stepper_class(self._backend, devices)
             if len(devices) == 1:
@@ -236,7 +236,7 @@ class FusedSGD(Optimizer):
         loss_scale = self._loss_scale
         if found_inf is None:
             rule = loss_scale.rule() if isinstance(loss_scale, DynamicLossScale) else None
-            return StepRequest(loss_scale is not None, None, False, self.max_grad_norm, rule)
+            return StepRequest(loss_scale is not None, None, None, self.max_grad_norm, rule)
         if loss_scale is not None:
             # GradScaler removes them only after a step that returns.
             del self.__dict__["grad_scale"], self.__dict__["found_inf"]
@@ -244,13 +244,9 @@ class FusedSGD(Optimizer):
                 "this FusedSGD scales its own loss (loss_scale is set) and was stepped by a GradScaler; use "
                 "optimizer.scale(loss).backward() and optimizer.step() without the GradScaler, or loss_scale=None"
             )
-        return StepRequest(
-            grad_scale is not None,
-            None if grad_scale is None else float(grad_scale),
-            float(found_inf) != 0,
-            self.max_grad_norm,
-            None,
-        )
+        # GradScaler sums the verdicts of its devices, and says 0 where there was no gradient on any.
+        verdict = found_inf if isinstance(found_inf, Tensor) else None
+        return StepRequest(grad_scale is not None, grad_scale, verdict, self.max_grad_norm, None)
 
     def stats(self) -> StepStats:
         """Scale, counters and the last norm. Synchronises with the device, which ``step`` never does."""
@@ -283,6 +279,7 @@ class FusedSGD(Optimizer):
         ``hysteresis_tracker``: there they survive tools that keep only ``state`` and ``param_groups``.
         Synchronises.
         """
+        self._settle()
         packed = super().state_dict()
         scale, growth_tracker, hysteresis_tracker, _, applied, skipped, _ = self._step_state.read()
         extra: dict[str, float] = {"applied_steps": applied, "skipped_steps": skipped}
@@ -336,7 +333,14 @@ class FusedSGD(Optimizer):
             self._step_state.applied_steps.fill_(saved["applied_steps"])
             self._step_state.skipped_steps.fill_(saved.get("skipped_steps", 0))
 
+    def _settle(self) -> None:
+        """Makes ``state`` say what the host could not know before."""
+        if self._step_state.first_steps:
+            forget_unwritten_buffers(self, self._step_state)
+            self._stepper = self._plan = None
+
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         return {
             **super().__getstate__(),
             "max_grad_norm": self.max_grad_norm,

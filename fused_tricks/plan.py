@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .step_state import StepState
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
@@ -22,6 +24,7 @@ class Entry:
     """One parameter.
 
     Attributes:
+        group: The index of its group.
         param: The parameter as its group lists it.
         live: Whether it had a gradient when the plan was made. What follows is empty where it had none.
         source: The tensor whose memory and ``.grad`` the kernels use: the parameter, or a contiguous stand-in where
@@ -32,6 +35,7 @@ class Entry:
         version: The parameter's version counter when ``master`` was last known to agree with it.
     """
 
+    group: int
     param: Tensor
     live: bool
     source: Tensor
@@ -85,18 +89,17 @@ class Plan:
 
     def publish(self, optimizer: Optimizer) -> None:
         """Puts the masters and buffers that an applied update has just created into the optimizer's state."""
-        has_momentum = {id(p): g["momentum"] != 0 for g in optimizer.param_groups for p in g["params"]}
         for entry in self.new:
             if entry.param.grad is None:
                 continue
             state = optimizer.state[entry.param]
             if entry.master is not None:
                 state[MASTER_PARAM] = entry.master
-            if entry.buffer is not None and has_momentum[id(entry.param)]:
+            if entry.buffer is not None and optimizer.param_groups[entry.group]["momentum"] != 0:
                 state[MOMENTUM_BUFFER] = entry.buffer
 
 
-def build_plan(optimizer: Optimizer) -> Plan:
+def build_plan(optimizer: Optimizer, step_state: StepState) -> Plan:
     """Makes a plan from an optimizer's groups, gradients and state.
 
     Nothing is changed but this: a master takes over its parameter's values where the parameter is no longer the
@@ -107,7 +110,7 @@ def build_plan(optimizer: Optimizer) -> Plan:
         RuntimeError: A parameter or gradient cannot be updated. Then nothing is changed at all.
     """
     listed = [
-        (parameter_name(group, group_index, index), param, group)
+        (parameter_name(group, group_index, index), param, group_index)
         for group_index, group in enumerate(optimizer.param_groups)
         for index, param in enumerate(group["params"])
     ]
@@ -115,7 +118,30 @@ def build_plan(optimizer: Optimizer) -> Plan:
         if param.grad is not None:
             _check(name, param, param.grad, optimizer.state.get(param, {}))
     with torch.no_grad():
-        return Plan([_entry(param, group, optimizer.state.get(param)) for _, param, group in listed])
+        return Plan(
+            [
+                _entry(
+                    param,
+                    group,
+                    optimizer.param_groups[group]["momentum"] != 0,
+                    optimizer.state.get(param, {}),
+                    step_state,
+                )
+                for _, param, group in listed
+            ]
+        )
+
+
+def forget_unwritten_buffers(optimizer: Optimizer, step_state: StepState) -> None:
+    """Takes momentum buffers out of the optimizer's state whose every step so far was skipped on the device.
+
+    Synchronises where a buffer may be one of them.
+    """
+    for state in optimizer.state.values():
+        buffer = state.get(MOMENTUM_BUFFER) if isinstance(state, dict) else None
+        if isinstance(buffer, Tensor) and buffer in step_state.first_steps:
+            if step_state.first_steps.pop(buffer) < 0:
+                del state[MOMENTUM_BUFFER]
 
 
 def parameter_name(group: dict[str, Any], group_index: int, index: int) -> str:
@@ -163,21 +189,22 @@ def _check(name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> Non
             )
 
 
-def _entry(param: Tensor, group: dict[str, Any], state: dict[str, Any] | None) -> Entry:
+def _entry(
+    param: Tensor, group: int, has_momentum: bool, state: dict[str, Any], step_state: StepState
+) -> Entry:
     if param.grad is None:
-        return Entry(param, live=False, source=param)
-    state = {} if state is None else state
+        return Entry(group, param, live=False, source=param)
     source = param if _fits(param.grad, param) else param.detach().clone(memory_format=torch.contiguous_format)
-    entry = Entry(param, live=True, source=source, version=param._version)
+    entry = Entry(group, param, live=True, source=source, version=param._version)
     if param.dtype in LOW_PRECISION:
-        entry.master = _fitting_state(state, MASTER_PARAM, source)
+        entry.master = _fitting_state(state, MASTER_PARAM, source, step_state)
         if entry.master is None:
             entry.master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
             entry.is_new = True
         else:
             _adopt_foreign_values(entry.master, param)
-    if group["momentum"] != 0:
-        entry.buffer = _fitting_state(state, MOMENTUM_BUFFER, source)
+    if has_momentum:
+        entry.buffer = _fitting_state(state, MOMENTUM_BUFFER, source, step_state)
         if entry.buffer is None:
             entry.buffer = torch.zeros_like(source, dtype=state_dtype(param), requires_grad=False)
             entry.first = entry.is_new = True
@@ -194,15 +221,18 @@ def _same_strides(a: Tensor, b: Tensor) -> bool:
     return all(m == n for m, n, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1)
 
 
-def _fitting_state(state: dict[str, Any], key: str, source: Tensor) -> Tensor | None:
+def _fitting_state(state: dict[str, Any], key: str, source: Tensor, step_state: StepState) -> Tensor | None:
     value: Tensor | None = state.get(key)
     if value is None:
         return None
     dtype = state_dtype(source)
-    if value.dtype != dtype or value.device != source.device or not _same_strides(value, source):
-        value = torch.empty_like(source, dtype=dtype, requires_grad=False).copy_(value)
-        state[key] = value
-    return value
+    if value.dtype == dtype and value.device == source.device and _same_strides(value, source):
+        return value
+    fitting = torch.empty_like(source, dtype=dtype, requires_grad=False).copy_(value)
+    if value in step_state.first_steps:
+        step_state.first_steps[fitting] = step_state.first_steps.pop(value)
+    state[key] = fitting
+    return fitting
 
 
 def _adopt_foreign_values(master: Tensor, param: Tensor) -> None:

@@ -6,6 +6,7 @@ import struct
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # The layout of StepState in csrc/step_state.h, whose tail is private to the kernels.
 _SIZE = 64
@@ -26,6 +27,9 @@ class StepState:
         applied_steps: INT64, updates applied.
         skipped_steps: INT64, updates skipped.
         skip: INT32, 1 when the last step was skipped.
+        first_steps: For each momentum buffer that a GPU may not have written yet, because the host does not wait to
+            hear whether its first step was skipped: a 0-dim INT64 tensor with the number of the update that first
+            wrote it, -1 before.
     """
 
     def __init__(self, device: torch.device | str = "cpu", scale: float = 1.0, hysteresis: int = 1) -> None:
@@ -42,6 +46,7 @@ class StepState:
         self.applied_steps = block[16:24].view(torch.int64)[0]
         self.skipped_steps = block[24:32].view(torch.int64)[0]
         self.skip = block[32:36].view(torch.int32)[0]
+        self.first_steps = WeakTensorKeyDictionary()
 
     def move_to(self, device: torch.device) -> None:
         """Continues on another device."""

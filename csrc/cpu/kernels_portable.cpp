@@ -1,63 +1,16 @@
 // One element at a time in standard C++: for processors without a vector version, and to test those against.
+#include "../low_precision.h"
 #include "kernels_impl.h"
 
 namespace fused_tricks::cpu {
 namespace {
-
-float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-float half_to_float(Half half) {
-  const uint32_t sign = static_cast<uint32_t>(half.bits & 0x8000u) << 16;
-  const uint32_t magnitude = half.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) {  // infinity, or NaN made quiet as hardware does
-    const uint32_t quiet = magnitude > 0x7c00u ? 0x400000u : 0u;
-    return bits_to_float(sign | 0x7f800000u | quiet | (magnitude & 0x3ffu) << 13);
-  }
-  if (magnitude < 0x400u) {  // a multiple of 2^-24, zero included
-    return bits_to_float(sign | float_to_bits(static_cast<float>(magnitude) * 0x1p-24f));
-  }
-  return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));
-}
-
-Half float_to_half(float value) {
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-  } else if (magnitude >= 0x477ff000u) {  // rounds past 65504
-    half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 lets the FP32 adder round to multiples of 2^-24
-    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
-  } else {
-    half = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  }
-  return {static_cast<uint16_t>(sign | half)};
-}
-
-BFloat16 float_to_bfloat16(float value) {
-  const uint32_t bits = float_to_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
-  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
-}
 
 struct Scalar {
   using Float = float;
   static constexpr int64_t kWidth = 1;
   static float load(const float* from) { return *from; }
   static float load(const Half* from) { return half_to_float(*from); }
-  static float load(const BFloat16* from) { return bits_to_float(static_cast<uint32_t>(from->bits) << 16); }
+  static float load(const BFloat16* from) { return bfloat16_to_float(*from); }
   static void store(float* to, float value) { *to = value; }
   static void store(Half* to, float value) { *to = float_to_half(value); }
   static void store(BFloat16* to, float value) { *to = float_to_bfloat16(value); }

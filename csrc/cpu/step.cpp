@@ -108,8 +108,7 @@ bool run_step(Plan& plan, const StepRequest& request) {
     const py::gil_scoped_release release;
     bool found = false;
     double squares = 0;
-    // A GradScaler has looked for non-finite gradients itself.
-    if ((request.unscales && !request.external) || request.clips) scan(plan, request, found, squares);
+    if (request.scans()) scan(plan, request, found, squares);
     decide_step(*plan.state, found, squares, request);
     if (!plan.state->skip) update(plan, request);
   }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ..plan import Plan
 from ..step_state import StepState
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .request import Outcome, StepRequest
 
 
@@ -23,12 +23,31 @@ class Stepper(Protocol):
         ...
 
 
-_STEPPERS: dict[str, type[Stepper]] = {"cpu": cpu.CpuStepper, "reference": reference.ReferenceStepper}
+class Backend(NamedTuple):
+    """A way to run steps.
+
+    Attributes:
+        stepper: The class that runs them.
+        unavailable_because: Why it cannot be used here; None when it can.
+        device_type: The only type of device that it serves; None for any.
+    """
+
+    stepper: type[Stepper]
+    unavailable_because: Callable[[], str | None]
+    device_type: str | None
+
+
+# The fastest first.
+BACKENDS = {
+    "cuda": Backend(cuda.CudaStepper, cuda.unavailable_because, "cuda"),
+    "cpu": Backend(cpu.CpuStepper, cpu.unavailable_because, "cpu"),
+    "reference": Backend(reference.ReferenceStepper, lambda: None, None),
+}
 
 
 def availability() -> dict[str, str | None]:
     """Every backend, with ``None`` where it is usable here and otherwise the reason why it is not."""
-    return {"cpu": cpu.unavailable_because(), "reference": None}
+    return {name: backend.unavailable_because() for name, backend in BACKENDS.items()}
 
 
 def check_backend(name: str) -> None:
@@ -40,22 +59,33 @@ def check_backend(name: str) -> None:
     """
     if name == "auto":
         return
-    reasons = availability()
-    if name not in reasons:
-        raise ValueError(f"backend={name!r} is unknown; choose from 'auto', {', '.join(map(repr, reasons))}")
-    if reasons[name] is not None:
-        raise RuntimeError(f"backend={name!r} is not usable here: {reasons[name]}")
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is unknown; choose from 'auto', {', '.join(map(repr, BACKENDS))}")
+    reason = BACKENDS[name].unavailable_because()
+    if reason is not None:
+        raise RuntimeError(f"backend={name!r} is not usable here: {reason}")
 
 
 def stepper_class(name: str, devices: Iterable[torch.device]) -> type[Stepper]:
     """The backend called ``name`` for parameters on ``devices``; ``"auto"`` takes the fastest that serves them.
 
     Raises:
-        RuntimeError: The backend does not serve one of the devices.
+        RuntimeError: The backend does not serve these devices.
     """
-    others = [device for device in devices if device.type != "cpu"]
+    devices = set(devices)
     if name == "auto":
-        name = "cpu" if not others and availability()["cpu"] is None else "reference"
-    if name == "cpu" and others:
-        raise RuntimeError(f"backend='cpu' updates parameters on the CPU, and one is on {others[0]}; use 'auto'")
-    return _STEPPERS[name]
+        for backend in BACKENDS.values():
+            if _serves(backend, devices) and backend.unavailable_because() is None:
+                return backend.stepper
+    if not _serves(BACKENDS[name], devices):
+        raise RuntimeError(
+            f"backend={name!r} updates parameters on one device of type '{BACKENDS[name].device_type}', and these "
+            f"are on {', '.join(sorted(map(str, devices)))}; use backend='auto', or move them"
+        )
+    return BACKENDS[name].stepper
+
+
+def _serves(backend: Backend, devices: set[torch.device]) -> bool:
+    if backend.device_type is None:
+        return True
+    return len(devices) <= 1 and all(device.type == backend.device_type for device in devices)

@@ -29,7 +29,7 @@ class ReferenceStepper:
         self._is_used = True
         active = list(self._active(groups))
         grads = [entry.source.grad for entry, _ in active if entry.source.grad is not None]
-        found = request.found_inf or (request.scans and not all(_is_finite(grad) for grad in grads))
+        found = request.has_found or (request.scans and not all(_is_finite(grad) for grad in grads))
         inverse_scale, clip = self._factors(request, grads)
         self._record(request, found)
         if found:
@@ -45,7 +45,7 @@ class ReferenceStepper:
                 yield entry, group
 
     def _factors(self, request: StepRequest, grads: list[Tensor]) -> tuple[float, float | None]:
-        scale = self._step_state.scale.item() if request.grad_scale is None else request.grad_scale
+        scale = self._step_state.scale.item() if request.grad_scale is None else float(request.grad_scale)
         inverse_scale = _float32(1.0 / _float32(scale)) if request.unscales else 1.0
         if request.max_norm is None:
             return inverse_scale, None

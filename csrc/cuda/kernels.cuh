@@ -1,0 +1,398 @@
+// The scan and update kernels. Also compiled as plain C++ against a shim that stands in for the CUDA language.
+#pragma once
+
+#include "memory.cuh"
+#include "tables.h"
+
+namespace fused_tricks::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarpSize = 32;
+constexpr int kWarps = kThreads / kWarpSize;
+
+// What one block works on, read from the tables by one thread.
+struct BlockWork {
+  Rule<float> rule;
+  Rule<double> double_rule;  // for FP64 parameters
+  const char* grad;          // null: nothing to do
+  char* weight;
+  char* buffer;
+  char* param;
+  int count;
+  DType type;
+  bool wide_grad;  // FP32 beside FP16 or BF16
+};
+
+template <typename Args>
+__device__ inline void find_grad(const Args& args, const ChunkRecord& chunk, const TensorRecord& tensor,
+                                 BlockWork& work) {
+  const GradAddress address = args.grad(chunk.tensor);
+  const int64_t rest = tensor.count - chunk.begin;
+  work.type = tensor.type;
+  work.wide_grad = (address & 1u) != 0;
+  work.count = static_cast<int>(rest < kChunk ? rest : kChunk);
+  const DType grad_type = work.wide_grad ? DType::kFloat32 : tensor.type;
+  work.grad = address == 0 ? nullptr
+                           : reinterpret_cast<const char*>(address & ~GradAddress{1}) + chunk.begin * size_of(grad_type);
+}
+
+// Whether this block is the last of the launch to get here. What the others wrote before is then visible to it.
+__device__ inline bool arrives_last(StepState* state, bool* is_last) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *is_last = atomicAdd(&state->arrivals, 1) == static_cast<int>(gridDim.x) - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return *is_last;
+}
+
+template <typename Args>
+__device__ inline StepState decided(const Args& args, StepState state, bool found, double squares) {
+  StepRequest request = args.request;
+  if (args.external_scale != nullptr) request.grad_scale = load(args.external_scale);
+  if (args.external_found_inf != nullptr) request.found_inf = load(args.external_found_inf) != 0.0f;
+  decide_step(state, found, squares, request);
+  state.arrivals = 0;
+  state.found = 0;
+  return state;
+}
+
+// An element is not finite when its exponent bits are all ones: adding one to them, with the sign cleared, carries
+// into the sign bit. Two 16-bit elements in one word do not disturb each other.
+template <typename T>
+struct Exponent;
+template <>
+struct Exponent<Half> {
+  static constexpr uint32_t kMagnitude = 0x7fff7fffu, kOne = 0x04000400u, kSign = 0x80008000u;
+};
+template <>
+struct Exponent<BFloat16> {
+  static constexpr uint32_t kMagnitude = 0x7fff7fffu, kOne = 0x00800080u, kSign = 0x80008000u;
+};
+template <>
+struct Exponent<float> {
+  static constexpr uint32_t kMagnitude = 0x7fffffffu, kOne = 0x00800000u, kSign = 0x80000000u;
+};
+
+template <typename T>
+__device__ inline uint32_t carries(uint32_t word) {
+  return ((word & Exponent<T>::kMagnitude) + Exponent<T>::kOne) & Exponent<T>::kSign;
+}
+__device__ inline uint32_t carries_of(Half value) { return carries<Half>(value.bits); }
+__device__ inline uint32_t carries_of(BFloat16 value) { return carries<BFloat16>(value.bits); }
+__device__ inline uint32_t carries_of(float value) { return carries<float>(bits_of(value)); }
+__device__ inline uint32_t carries_of(double value) { return ((bits_of(value) >> 52) & 0x7ffu) == 0x7ffu; }
+
+template <typename T>
+__device__ inline double squares_in(uint32_t word) {
+  double sum = 0;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(4 / sizeof(T)); ++i) {
+    const double value = to_double(element_of<T>(word, i));
+    sum += value * value;
+  }
+  return sum;
+}
+
+// Returns the carries and adds to the squares of this thread's share.
+template <typename T>
+__device__ inline uint32_t scan_span(const T* grad, int count, bool measures, double& squares) {
+  uint32_t found = 0;
+  int done = 0;
+  if constexpr (sizeof(T) <= 4) {
+    if (is_aligned(grad)) {
+      constexpr int kPerVector = 16 / sizeof(T);
+      const int vectors = count / kPerVector;
+#pragma unroll 4
+      for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) {
+        const Words4 words = load_words(grad + i * kPerVector);
+        found |= carries<T>(words.x) | carries<T>(words.y) | carries<T>(words.z) | carries<T>(words.w);
+        if (measures) {
+          squares += squares_in<T>(words.x) + squares_in<T>(words.y) + squares_in<T>(words.z) + squares_in<T>(words.w);
+        }
+      }
+      done = vectors * kPerVector;
+    }
+  }
+  for (int i = done + static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    const T element = load(grad + i);
+    found |= carries_of(element);
+    const double value = to_double(element);
+    if (measures) squares += value * value;
+  }
+  return found;
+}
+
+// In one order whatever the timing: the lanes of a warp by halves, then the warps one after the other.
+__device__ inline double block_sum(double value, double* per_warp) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  if (threadIdx.x % kWarpSize == 0) per_warp[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  double sum = 0;
+  for (int warp = 0; warp < kWarps; ++warp) sum += per_warp[warp];
+  return sum;
+}
+
+template <typename Args>
+__global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ Args args) {
+  __shared__ BlockWork work;
+  __shared__ double per_warp[kWarps];
+  __shared__ bool is_last;
+  const Tables& tables = args.tables;
+  const bool measures = args.request.clips;
+  if (threadIdx.x == 0) {
+    work.grad = nullptr;
+    if (blockIdx.x < tables.chunk_count) {
+      const ChunkRecord chunk = load(&tables.chunks[blockIdx.x]);
+      find_grad(args, chunk, load(&tables.tensors[chunk.tensor]), work);
+    }
+  }
+  __syncthreads();
+  double squares = 0;
+  if (work.grad != nullptr) {
+    uint32_t found = 0;
+    switch (work.wide_grad ? DType::kFloat32 : work.type) {
+      case DType::kFloat16:
+        found = scan_span(reinterpret_cast<const Half*>(work.grad), work.count, measures, squares);
+        break;
+      case DType::kBFloat16:
+        found = scan_span(reinterpret_cast<const BFloat16*>(work.grad), work.count, measures, squares);
+        break;
+      case DType::kFloat32:
+        found = scan_span(reinterpret_cast<const float*>(work.grad), work.count, measures, squares);
+        break;
+      case DType::kFloat64:
+        found = scan_span(reinterpret_cast<const double*>(work.grad), work.count, measures, squares);
+        break;
+    }
+    if (found != 0) atomicOr(&tables.state->found, 1);
+  }
+  if (measures && blockIdx.x < tables.chunk_count) {
+    const double sum = block_sum(squares, per_warp);
+    if (threadIdx.x == 0) store(&tables.partial_squares[blockIdx.x], sum);
+  }
+  if (!arrives_last(tables.state, &is_last)) return;
+  double total = 0;
+  if (measures) {
+    for (int64_t i = threadIdx.x; i < tables.chunk_count; i += kThreads) total += load_fresh(&tables.partial_squares[i]);
+    total = block_sum(total, per_warp);
+  }
+  if (threadIdx.x == 0) {
+    const bool found = load_fresh(&tables.state->found) != 0;
+    store(tables.state, decided(args, load(tables.state), found, total));
+  }
+}
+
+template <typename T>
+__device__ inline void fill_rule(Rule<T>& rule, const GroupRecord& group, double lr, const StepState& state,
+                                 const StepRequest& request) {
+  rule.inverse_scale = static_cast<T>(state.inverse_scale);
+  rule.clip = static_cast<T>(state.clip);
+  rule.weight_decay = static_cast<T>(group.weight_decay);
+  rule.momentum = static_cast<T>(group.momentum);
+  rule.gradient_weight = static_cast<T>(1.0 - group.dampening);
+  rule.minus_lr = static_cast<T>(-lr);
+  rule.unscales = request.unscales;
+  rule.clips = request.clips;
+  rule.maximizes = group.maximize;
+  rule.has_momentum = group.momentum != 0;
+  rule.nesterov = group.nesterov;
+}
+
+__device__ inline double learning_rate(const GroupRecord& group) {
+  if (group.lr_pointer == nullptr) return group.lr;
+  if (group.lr_is_double) return load(static_cast<const double*>(group.lr_pointer));
+  return static_cast<double>(load(static_cast<const float*>(group.lr_pointer)));
+}
+
+// Whether this update is the first to write the tensor's buffer. The block of the first chunk notes its number; the
+// others read that number or none at all, and either says "first".
+__device__ inline bool is_first(const TensorRecord& tensor, const ChunkRecord& chunk, int64_t number) {
+  const int64_t first_step = load_fresh(tensor.first_step);
+  if (first_step < 0 && chunk.begin == 0) store(tensor.first_step, number);
+  return first_step < 0 || first_step == number;
+}
+
+template <typename Args>
+__device__ inline void prepare_update(const Args& args, const StepState& state, int64_t index, BlockWork& work) {
+  const ChunkRecord chunk = load(&args.tables.chunks[index]);
+  const TensorRecord tensor = load(&args.tables.tensors[chunk.tensor]);
+  find_grad(args, chunk, tensor, work);
+  if (state.skip != 0) work.grad = nullptr;
+  if (work.grad == nullptr) return;
+  const GroupRecord group = args.group(tensor.group);
+  const bool decays = group.weight_decay != 0 && (group.bias_decay || tensor.is_matrix);
+  const bool first = group.momentum != 0 && is_first(tensor, chunk, state.applied_steps);
+  const int64_t state_size = tensor.type == DType::kFloat64 ? 8 : 4;
+  work.param = static_cast<char*>(tensor.param) + chunk.begin * size_of(tensor.type);
+  work.weight = tensor.master == nullptr ? work.param : static_cast<char*>(tensor.master) + chunk.begin * state_size;
+  work.buffer = static_cast<char*>(tensor.buffer) + chunk.begin * state_size;
+  if (tensor.type == DType::kFloat64) {
+    fill_rule(work.double_rule, group, learning_rate(group), state, args.request);
+    work.double_rule.decays = decays;
+    work.double_rule.first = first;
+  } else {
+    fill_rule(work.rule, group, learning_rate(group), state, args.request);
+    work.rule.decays = decays;
+    work.rule.first = first;
+  }
+}
+
+__device__ inline void update_quad(const Rule<float>& rule, const Float4& grad, float* weight_address,
+                                   float* buffer_address, Float4& weight) {
+  weight = load_once(weight_address);
+  Float4 buffer = {0, 0, 0, 0};
+  if (rule.has_momentum && !rule.first) buffer = load_once(buffer_address);
+  sgd_update(rule, grad.x, weight.x, buffer.x);
+  sgd_update(rule, grad.y, weight.y, buffer.y);
+  sgd_update(rule, grad.z, weight.z, buffer.z);
+  sgd_update(rule, grad.w, weight.w, buffer.w);
+  store_once(weight_address, weight);
+  if (rule.has_momentum) store_once(buffer_address, buffer);
+}
+
+template <typename T>
+__device__ inline Float4 quad_of(uint32_t low, uint32_t high) {
+  return {to_float(element_of<T>(low, 0)), to_float(element_of<T>(low, 1)), to_float(element_of<T>(high, 0)),
+          to_float(element_of<T>(high, 1))};
+}
+
+// Two neighbouring lanes share 16 elements. As 16-bit elements a lane's 16 bytes are quads 0 and 1 (even lane) or 2
+// and 3 (odd lane). As FP32 they load quads 0 and 1 together, then 2 and 3, so that each instruction takes whole
+// 32-byte sectors. The lanes therefore swap the quads that the other one needs.
+__device__ inline void swap_quads(bool odd, uint32_t& low, uint32_t& high, uint32_t& next_low, uint32_t& next_high) {
+  const uint32_t got_low = __shfl_xor_sync(kAllLanes, odd ? low : next_low, 1);
+  const uint32_t got_high = __shfl_xor_sync(kAllLanes, odd ? high : next_high, 1);
+  (odd ? low : next_low) = got_low;
+  (odd ? high : next_high) = got_high;
+}
+
+template <typename Param, typename Grad>
+__device__ inline int update_pairs(const Rule<float>& rule, const Grad* grad, float* weight, float* buffer,
+                                   Param* param, int count) {
+  const int pairs = count / 16;
+  const bool odd = threadIdx.x % 2 != 0;
+  for (int first = 0; first < pairs; first += kThreads / 2) {  // as often in every lane, for the shuffles
+    const int pair = first + static_cast<int>(threadIdx.x) / 2;
+    const bool inside = pair < pairs;
+    const int own = 16 * pair + (odd ? 8 : 0);
+    const int quad = 16 * pair + (odd ? 4 : 0);
+    Words4 words = {0, 0, 0, 0};
+    Float4 grads[2];
+    if constexpr (sizeof(Grad) == 2) {
+      if (inside) words = load_words_once(grad + own);
+      swap_quads(odd, words.x, words.y, words.z, words.w);
+      grads[0] = quad_of<Grad>(words.x, words.y);
+      grads[1] = quad_of<Grad>(words.z, words.w);
+    } else if (inside) {
+      grads[0] = load_once(grad + quad);
+      grads[1] = load_once(grad + quad + 8);
+    }
+    if (inside) {
+      Float4 weights[2];
+      update_quad(rule, grads[0], weight + quad, buffer + quad, weights[0]);
+      update_quad(rule, grads[1], weight + quad + 8, buffer + quad + 8, weights[1]);
+      words = {packed<Param>(weights[0].x, weights[0].y), packed<Param>(weights[0].z, weights[0].w),
+               packed<Param>(weights[1].x, weights[1].y), packed<Param>(weights[1].z, weights[1].w)};
+    }
+    swap_quads(odd, words.x, words.y, words.z, words.w);
+    if (inside) store_words(param + own, words);
+  }
+  return 16 * pairs;
+}
+
+__device__ inline int update_quads(const Rule<float>& rule, const float* grad, float* weight, float* buffer,
+                                   int count) {
+  const int quads = count / 4;
+#pragma unroll 2
+  for (int i = static_cast<int>(threadIdx.x); i < quads; i += kThreads) {
+    Float4 updated;
+    update_quad(rule, load_once(grad + 4 * i), weight + 4 * i, buffer + 4 * i, updated);
+  }
+  return 4 * quads;
+}
+
+// Param is the element type of a low-precision parameter; float where the weight is the parameter itself.
+template <typename Param, typename Grad>
+__device__ inline void update_span(const BlockWork& work) {
+  const Rule<float> rule = work.rule;
+  const auto* grad = reinterpret_cast<const Grad*>(work.grad);
+  auto* weight = reinterpret_cast<float*>(work.weight);
+  auto* buffer = reinterpret_cast<float*>(work.buffer);
+  auto* param = reinterpret_cast<Param*>(work.param);
+  int done = 0;
+  if (is_aligned(grad) && is_aligned(weight) && is_aligned(param) && (!rule.has_momentum || is_aligned(buffer))) {
+    if constexpr (sizeof(Param) == 2) {
+      done = update_pairs(rule, grad, weight, buffer, param, work.count);
+    } else {
+      done = update_quads(rule, grad, weight, buffer, work.count);
+    }
+  }
+  for (int i = done + static_cast<int>(threadIdx.x); i < work.count; i += kThreads) {
+    float w = load(weight + i);
+    float b = rule.has_momentum && !rule.first ? load(buffer + i) : 0.0f;
+    sgd_update(rule, to_float(load(grad + i)), w, b);
+    store(weight + i, w);
+    if (rule.has_momentum) store(buffer + i, b);
+    if constexpr (sizeof(Param) == 2) {
+      Param rounded;
+      round_to(rounded, w);
+      store(param + i, rounded);
+    }
+  }
+}
+
+__device__ inline void update_double_span(const BlockWork& work) {
+  const Rule<double> rule = work.double_rule;
+  const auto* grad = reinterpret_cast<const double*>(work.grad);
+  auto* weight = reinterpret_cast<double*>(work.weight);
+  auto* buffer = reinterpret_cast<double*>(work.buffer);
+  for (int i = static_cast<int>(threadIdx.x); i < work.count; i += kThreads) {
+    double w = load(weight + i);
+    double b = rule.has_momentum && !rule.first ? load(buffer + i) : 0.0;
+    sgd_update(rule, load(grad + i), w, b);
+    store(weight + i, w);
+    if (rule.has_momentum) store(buffer + i, b);
+  }
+}
+
+template <typename Args>
+__global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Args args) {
+  __shared__ BlockWork work;
+  __shared__ bool is_last;
+  const Tables& tables = args.tables;
+  if (threadIdx.x == 0) {
+    work.grad = nullptr;
+    StepState state = load(tables.state);
+    // Without a scan every block comes to the same decision by itself.
+    if (!args.scanned) state = decided(args, state, false, 0.0);
+    // Backwards: the second read of the gradients that the scan read last still finds them in the cache.
+    if (blockIdx.x < tables.chunk_count) prepare_update(args, state, tables.chunk_count - 1 - blockIdx.x, work);
+  }
+  __syncthreads();
+  if (work.grad != nullptr) {
+    switch (work.type) {
+      case DType::kFloat16:
+        work.wide_grad ? update_span<Half, float>(work) : update_span<Half, Half>(work);
+        break;
+      case DType::kBFloat16:
+        work.wide_grad ? update_span<BFloat16, float>(work) : update_span<BFloat16, BFloat16>(work);
+        break;
+      case DType::kFloat32:
+        update_span<float, float>(work);
+        break;
+      case DType::kFloat64:
+        update_double_span(work);
+        break;
+    }
+  }
+  if (args.scanned || !arrives_last(tables.state, &is_last)) return;
+  if (threadIdx.x == 0) store(tables.state, decided(args, load(tables.state), false, 0.0));
+}
+
+}  // namespace fused_tricks::cuda

@@ -1,0 +1,114 @@
+// Every access to device memory, and the element types. One place, so that the emulation can count the bytes.
+#pragma once
+
+#include "../dtype.h"
+#include "tables.h"
+
+namespace fused_tricks::cuda {
+
+struct alignas(16) Words4 {
+  uint32_t x, y, z, w;
+};
+
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
+
+}  // namespace fused_tricks::cuda
+
+#if defined(FUSED_TRICKS_EMULATION)
+#include "cuda_shim.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace fused_tricks::cuda {
+
+#if !defined(FUSED_TRICKS_EMULATION)
+
+template <typename T>
+__device__ inline T load(const T* address) {
+  return *address;
+}
+
+template <typename T>
+__device__ inline void store(T* address, T value) {
+  *address = value;
+}
+
+// Of memory that another block of the same launch has written.
+template <typename T>
+__device__ inline T load_fresh(const T* address) {
+  return *static_cast<const volatile T*>(address);
+}
+
+template <typename T>
+__device__ inline Words4 load_words(const T* address) {
+  const uint4 words = *reinterpret_cast<const uint4*>(address);
+  return {words.x, words.y, words.z, words.w};
+}
+
+// Weights, buffers and, in the update, gradients are used once in a step: marked so, they leave the cache to the
+// gradients that the scan has just read.
+template <typename T>
+__device__ inline Words4 load_words_once(const T* address) {
+  const uint4 words = __ldcs(reinterpret_cast<const uint4*>(address));
+  return {words.x, words.y, words.z, words.w};
+}
+
+__device__ inline Float4 load_once(const float* address) {
+  const float4 value = __ldcs(reinterpret_cast<const float4*>(address));
+  return {value.x, value.y, value.z, value.w};
+}
+
+__device__ inline void store_once(float* address, const Float4& value) {
+  __stcs(reinterpret_cast<float4*>(address), make_float4(value.x, value.y, value.z, value.w));
+}
+
+template <typename T>
+__device__ inline void store_words(T* address, const Words4& words) {
+  *reinterpret_cast<uint4*>(address) = make_uint4(words.x, words.y, words.z, words.w);
+}
+
+__device__ inline uint32_t bits_of(float value) { return __float_as_uint(value); }
+__device__ inline uint64_t bits_of(double value) { return static_cast<uint64_t>(__double_as_longlong(value)); }
+__device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
+__device__ inline float to_float(Half value) { return __half2float(__ushort_as_half(value.bits)); }
+__device__ inline float to_float(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+__device__ inline void round_to(Half& to, float value) { to.bits = __half_as_ushort(__float2half_rn(value)); }
+__device__ inline void round_to(BFloat16& to, float value) {
+  to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
+
+#endif
+
+__device__ inline float to_float(float value) { return value; }
+
+template <typename T>
+__device__ inline double to_double(T value) {
+  return static_cast<double>(to_float(value));
+}
+__device__ inline double to_double(double value) { return value; }
+
+// Element i of those that a 32-bit word holds.
+template <typename T>
+__device__ inline T element_of(uint32_t word, int i) {
+  return T{static_cast<uint16_t>(word >> (16 * i))};
+}
+template <>
+__device__ inline float element_of<float>(uint32_t word, int) {
+  return float_of(word);
+}
+
+template <typename T>
+__device__ inline uint32_t packed(float low, float high) {
+  T first, second;
+  round_to(first, low);
+  round_to(second, high);
+  return static_cast<uint32_t>(first.bits) | static_cast<uint32_t>(second.bits) << 16;
+}
+
+__device__ inline bool is_aligned(const void* address) { return (reinterpret_cast<uint64_t>(address) & 15u) == 0; }
+
+}  // namespace fused_tricks::cuda

@@ -1,0 +1,136 @@
+#include "step.h"
+
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+namespace fused_tricks::cuda {
+
+namespace {
+
+// Kernels read records as a whole, so no byte may be left undefined.
+template <typename Record>
+Record zeroed() {
+  Record record;
+  std::memset(static_cast<void*>(&record), 0, sizeof record);
+  return record;
+}
+
+template <typename Args>
+constexpr size_t kGradCapacity = sizeof(Args::grads) / sizeof(GradAddress);
+template <typename Args>
+constexpr size_t kGroupCapacity = sizeof(Args::groups) / sizeof(GroupRecord);
+
+// Points the kernels to `records` on the device, which are copied there only when they differ from the last copy.
+template <typename Record>
+const Record* on_device(const std::vector<Record>& records, std::vector<Record>& copied, Record* memory,
+                        const Target& target) {
+  const size_t size = records.size() * sizeof(Record);
+  if (copied.size() != records.size() || std::memcmp(copied.data(), records.data(), size) != 0) {
+    copied = records;
+    copy_to_device(memory, copied.data(), size, target);
+  }
+  return memory;
+}
+
+}  // namespace
+
+Step::Step(const Plan& plan) {
+  tables_.state = plan.state;
+  for (size_t i = 0; i < plan.entries.size(); ++i) {
+    const Entry& entry = plan.entries[i];
+    auto record = zeroed<TensorRecord>();
+    if (entry.live) {
+      record.param = entry.param;
+      record.master = entry.master;
+      record.buffer = entry.buffer;
+      record.first_step = entry.first_step;
+      record.count = entry.count;
+      record.group = static_cast<int32_t>(entry.group);
+      record.type = entry.type;
+      record.is_matrix = entry.dimensions > 1;
+    }
+    tensor_records_.push_back(record);
+    if (groups_.size() <= entry.group) groups_.resize(entry.group + 1);
+    for (int64_t begin = 0; begin < record.count; begin += kChunk) {
+      auto chunk = zeroed<ChunkRecord>();
+      chunk.begin = begin;
+      chunk.tensor = static_cast<int32_t>(i);
+      chunk_records_.push_back(chunk);
+    }
+  }
+  if (chunk_records_.size() > 0x7fffffff) throw std::runtime_error("more than 2**31 - 1 chunks in one optimizer");
+}
+
+// Partial sums, gradient addresses and groups, one after the other; each has records of a multiple of 8 bytes.
+size_t Step::scratch_size() const {
+  return chunk_records_.size() * sizeof(double) + tensor_records_.size() * sizeof(GradAddress) +
+         groups_.size() * sizeof(GroupRecord);
+}
+
+void Step::set_memory(void* tensors, void* chunks, void* scratch) {
+  tables_.tensors = static_cast<const TensorRecord*>(tensors);
+  tables_.chunks = static_cast<const ChunkRecord*>(chunks);
+  tables_.chunk_count = static_cast<int64_t>(chunk_records_.size());
+  tables_.partial_squares = static_cast<double*>(scratch);
+  grad_memory_ = reinterpret_cast<GradAddress*>(tables_.partial_squares + chunk_records_.size());
+  group_memory_ = reinterpret_cast<GroupRecord*>(grad_memory_ + tensor_records_.size());
+}
+
+template <typename Args>
+void Step::launch(const StepRequest& request, const External& external, const Target& target) {
+  // Kept between steps: most of it is the same, and it is large.
+  static thread_local const std::unique_ptr<Args> args = std::make_unique<Args>(zeroed<Args>());
+  args->tables = tables_;
+  args->request = request;
+  args->external_scale = external.scale;
+  args->external_found_inf = external.found_inf;
+  args->scanned = request.scans();
+  args->more_grads = nullptr;
+  args->more_groups = nullptr;
+  if (grads_.size() <= kGradCapacity<Args>) {
+    std::memcpy(args->grads, grads_.data(), grads_.size() * sizeof(GradAddress));
+  } else {
+    args->more_grads = on_device(grads_, copied_grads_, grad_memory_, target);
+  }
+  if (groups_.size() <= kGroupCapacity<Args>) {
+    std::memcpy(static_cast<void*>(args->groups), groups_.data(), groups_.size() * sizeof(GroupRecord));
+  } else {
+    args->more_groups = on_device(groups_, copied_groups_, group_memory_, target);
+  }
+  // One block without work still takes the decision and counts the step.
+  const int64_t blocks = tables_.chunk_count > 0 ? tables_.chunk_count : 1;
+  if (args->scanned) launch_scan(*args, blocks, target);
+  launch_update(*args, blocks, target);
+}
+
+void Step::run(const Plan& plan, const StepRequest& request, const External& external, const Target& target) {
+  grads_.clear();
+  for (const Entry& entry : plan.entries) {
+    const bool wide = entry.grad_type != entry.type;
+    grads_.push_back(entry.grad == nullptr ? 0 : reinterpret_cast<GradAddress>(entry.grad) | (wide ? 1u : 0u));
+  }
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const Group& group = plan.groups[i];
+    auto record = zeroed<GroupRecord>();
+    record.lr_pointer = group.lr_pointer;
+    record.lr = group.lr;
+    record.momentum = group.momentum;
+    record.dampening = group.dampening;
+    record.weight_decay = group.weight_decay;
+    record.lr_is_double = group.lr_is_double;
+    record.nesterov = group.nesterov;
+    record.maximize = group.maximize;
+    record.bias_decay = group.bias_decay;
+    std::memcpy(static_cast<void*>(&groups_[i]), &record, sizeof record);
+  }
+  if (grads_.size() <= kGradCapacity<SmallArguments> && groups_.size() <= kGroupCapacity<SmallArguments>) {
+    launch<SmallArguments>(request, external, target);
+  } else if (grads_.size() <= kGradCapacity<MediumArguments> && groups_.size() <= kGroupCapacity<MediumArguments>) {
+    launch<MediumArguments>(request, external, target);
+  } else {
+    launch<LargeArguments>(request, external, target);
+  }
+}
+
+}  // namespace fused_tricks::cuda

@@ -1,0 +1,84 @@
+// What a launch is told: tables that stay on the device for as long as a plan lives, and one by-value argument with
+// what may change in every step. Pointers to device memory throughout.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtype.h"
+#include "../step_state.h"
+
+namespace fused_tricks::cuda {
+
+constexpr int kThreads = 256;
+// Elements of a chunk, which one block works on.
+constexpr int kChunk = 8192;
+
+struct TensorRecord {
+  void* param;
+  void* master;          // null where the weight is the parameter itself
+  void* buffer;          // null where there is no momentum
+  int64_t* first_step;   // number of the update that first wrote the buffer; -1: none yet
+  int64_t count;
+  int32_t group;
+  DType type;
+  bool is_matrix;  // more than one dimension: decays whatever bias_decay says
+};
+
+struct ChunkRecord {
+  int64_t begin;
+  int32_t tensor;
+};
+
+struct GroupRecord {
+  const void* lr_pointer;  // FP32 or FP64 tensor of one element; null: `lr` holds the number
+  double lr;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  bool lr_is_double;
+  bool nesterov;
+  bool maximize;
+  bool bias_decay;
+};
+
+// A gradient's address. Its lowest bit, free because every element has at least two bytes, says that the gradient is
+// FP32 beside an FP16 or BF16 parameter. Zero: no gradient.
+using GradAddress = uint64_t;
+
+struct Tables {
+  const TensorRecord* tensors;
+  const ChunkRecord* chunks;
+  int64_t chunk_count;
+  StepState* state;
+  double* partial_squares;  // one for each chunk
+};
+
+// kGrads addresses and kGroups groups travel in the argument itself, so that nothing is copied to the device; models
+// with more use the arrays behind the pointers.
+template <int kGrads, int kGroups>
+struct Arguments {
+  Tables tables;
+  StepRequest request;
+  const float* external_scale;      // GradScaler's grad_scale; null: request.grad_scale
+  const float* external_found_inf;  // GradScaler's found_inf; null: request.found_inf
+  bool scanned;                     // a scan of this step came before and has decided it
+  const GradAddress* more_grads;    // null: `grads`
+  const GroupRecord* more_groups;   // null: `groups`
+  GradAddress grads[kGrads];
+  GroupRecord groups[kGroups];
+
+  FUSED_TRICKS_INLINE GradAddress grad(int32_t tensor) const {
+    return more_grads != nullptr ? more_grads[tensor] : grads[tensor];
+  }
+  FUSED_TRICKS_INLINE const GroupRecord& group(int32_t index) const {
+    return more_groups != nullptr ? more_groups[index] : groups[index];
+  }
+};
+
+// Three sizes, because the host copies the whole argument in every launch.
+using SmallArguments = Arguments<256, 4>;
+using MediumArguments = Arguments<1024, 16>;
+using LargeArguments = Arguments<3584, 48>;
+static_assert(sizeof(LargeArguments) <= 32764, "the limit of a kernel's arguments since CUDA 12.1");
+
+}  // namespace fused_tricks::cuda

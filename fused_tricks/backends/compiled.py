@@ -1,0 +1,76 @@
+"""A plan as the extension holds it, which notices by itself when it is out of date."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..plan import Plan
+from ..step_state import StepState
+from .request import Outcome
+
+if TYPE_CHECKING:
+    from .. import _extension
+
+# What the extension answers is a position in it.
+OUTCOMES = tuple(Outcome)
+
+
+class CompiledPlan:
+    """Hands a plan to the extension and keeps alive what it only borrows.
+
+    Args:
+        extension: The extension module.
+        plan: The plan.
+        step_state: The optimizer's state on the device.
+        first_steps: For each entry where the kernels note the first update of its buffer, if they do.
+    """
+
+    def __init__(
+        self,
+        extension: ModuleType,
+        plan: Plan,
+        step_state: StepState,
+        first_steps: list[Tensor | None] | None = None,
+    ) -> None:
+        aliases = [entry.param.detach() if entry.live and not entry.is_staged else None for entry in plan.entries]
+        # A second owner in C++ halves the time that torch needs to bump a version counter: the Python object's own
+        # reference count then need not follow every use of the tensor.
+        self._second_owners = [None if alias is None else _owner_of(alias) for alias in aliases]
+        self._step_state = step_state
+        self.handle: _extension.Plan = extension.Plan(
+            [
+                (
+                    entry.group,
+                    entry.param,
+                    entry.source,
+                    alias,
+                    entry.live,
+                    entry.master,
+                    entry.buffer,
+                    entry.first,
+                    entry.master is not None and not entry.is_staged,
+                    first_step,
+                )
+                for entry, alias, first_step in zip(
+                    plan.entries, aliases, first_steps or [None] * len(plan.entries), strict=True
+                )
+            ],
+            step_state.block,
+            reads_lr=first_steps is not None,
+        )
+        self._watches_state = False
+
+    def watch(self, state: dict[Any, Any]) -> None:
+        """Remembers the optimizer's state as it is at the first step."""
+        if not self._watches_state:
+            self.handle.watch_state(state)
+            self._watches_state = True
+
+
+def _owner_of(tensor: Tensor) -> Tensor:
+    owner = tensor.detach()
+    owner.grad = tensor
+    return owner

@@ -1,0 +1,71 @@
+"""The CUDA kernels as an extension module for the CPU, and a backend that runs on it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import platform
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from fused_tricks.backends.cuda import CudaStepper
+from fused_tricks.extension import connect
+
+from .build import build
+
+
+class Traffic(NamedTuple):
+    """What the emulated kernels did: bytes by kind, launches, and copies to the device."""
+
+    element_bytes_read: int
+    element_bytes_written: int
+    table_bytes_read: int
+    table_bytes_written: int
+    launches: int
+    copies: int
+
+
+def unusable_because() -> str | None:
+    """Why the emulation cannot run here; None when it can."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return "its fibers are written for x86-64"
+    try:
+        load()
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def load() -> ModuleType:
+    """Builds the module where that is needed and imports it."""
+    path = build()
+    spec = importlib.util.spec_from_file_location("fused_tricks_emulation", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    connect(module)
+    return module
+
+
+def take_traffic() -> Traffic:
+    """What was done since the last call."""
+    counted = (ctypes.c_int64 * len(Traffic._fields))()
+    ctypes.CDLL(load().__file__).fused_tricks_take_traffic(counted)
+    return Traffic(*counted)
+
+
+class EmulatedCudaStepper(CudaStepper):
+    """The CUDA backend on CPU tensors."""
+
+    @staticmethod
+    def extension() -> ModuleType:
+        return load()
+
+
+def device() -> torch.device:
+    """Where its tensors are."""
+    return torch.device("cpu")
