@@ -26,8 +26,8 @@ def scale_lr(base_lr: float, batch_size: int, base_batch_size: int = 256) -> flo
         TypeError: ``base_lr`` is not a real number, or a batch size is not an integer.
         ValueError: ``base_lr`` is negative, infinite or NaN, or a batch size is below 1.
 
-    Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1; the rule is from
-    "Accurate, Large Minibatch SGD" (arXiv 1706.02677), section 2.1.
+    Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1; the rule is
+    from "Accurate, Large Minibatch SGD" (arXiv 1706.02677), section 2.1.
     """
     if isinstance(base_lr, bool) or not isinstance(base_lr, numbers.Real):
         raise TypeError(f"base_lr must be a real number, got {base_lr!r}")

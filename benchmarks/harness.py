@@ -1,0 +1,142 @@
+"""Interleaved timing: contestants take turns, so that the machine's noise falls on all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a list of samples, in the samples' own unit."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    samples: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Summarises at least one value."""
+        array = numpy.asarray(list(values), dtype=numpy.float64)
+        lower, median, upper = numpy.percentile(array, [25, 50, 75])
+        return cls(float(median), float(lower), float(upper), len(array))
+
+    def text(self, decimals: int) -> str:
+        """``median (lower quartile – upper quartile)``."""
+        numbers = (self.median, self.lower_quartile, self.upper_quartile)
+        return "{} ({} – {})".format(*(f"{number:,.{decimals}f}" for number in numbers))
+
+
+@dataclass(frozen=True)
+class Section:
+    """What ran between two marks of a `Clock`, in seconds.
+
+    Attributes:
+        host: until the calls returned.
+        device: until the work was done. On a CPU the two are the same.
+    """
+
+    host: float
+    device: float
+
+
+class Clock:
+    """Times consecutive sections of work on one device; CUDA events on a GPU, `perf_counter` on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def start(self) -> None:
+        """Waits for earlier work and begins the first section."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        self._ended: list[float] = []
+        self._began: list[float] = []
+        self._events: list[torch.cuda.Event] = []
+        self.mark()
+
+    def mark(self) -> None:
+        """Ends the running section and begins the next one."""
+        # Two readings, so that recording the event belongs to no section.
+        self._ended.append(time.perf_counter())
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append(event)
+        self._began.append(time.perf_counter())
+
+    def sections(self) -> list[Section]:
+        """Waits for the work and returns one `Section` for every pair of consecutive marks."""
+        hosts = [ended - began for began, ended in zip(self._began, self._ended[1:])]
+        if not self._cuda:
+            return [Section(host, host) for host in hosts]
+        torch.cuda.synchronize()
+        devices = [a.elapsed_time(b) / 1e3 for a, b in zip(self._events, self._events[1:])]
+        return [Section(host, device) for host, device in zip(hosts, devices)]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do the same work.
+
+    Attributes:
+        name: as it appears in tables and pictures.
+        run: the work that is timed.
+        prepare: runs before every `run`, untimed; puts inputs that `run` spoils back in place.
+    """
+
+    name: str
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+def rotated(items: Sequence[Contestant], turn: int) -> list[Contestant]:
+    """The items in their order, begun at another one each turn, so that none always follows the same one."""
+    start = turn % len(items)
+    return [*items[start:], *items[:start]]
+
+
+def interleave(
+    contestants: Sequence[Contestant],
+    *,
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    between: Callable[[], object] = lambda: None,
+) -> dict[str, list[Section]]:
+    """Runs every contestant once a round, in an order that rotates, and times each run by itself.
+
+    Args:
+        contestants: who takes part; names must be unique.
+        rounds: how many rounds are timed.
+        warmup: how many rounds run before them, untimed.
+        device: where the work runs.
+        between: runs untimed after `prepare` and before `run`, for every contestant; evicts caches, for example.
+
+    Returns:
+        For every name one `Section` a round. Sample ``i`` of all names is of the same round, so ratios can be taken
+        round by round.
+    """
+    clock = Clock(device)
+    samples: dict[str, list[Section]] = {contestant.name: [] for contestant in contestants}
+    for turn in range(warmup + rounds):
+        for contestant in rotated(contestants, turn):
+            contestant.prepare()
+            between()
+            clock.start()
+            contestant.run()
+            clock.mark()
+            (section,) = clock.sections()
+            if turn >= warmup:
+                samples[contestant.name].append(section)
+    return samples
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """The spread of the ratios taken round by round, which cancels what slowed a whole round."""
+    return Spread.of(a / b for a, b in zip(numerators, denominators))

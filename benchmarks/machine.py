@@ -1,0 +1,61 @@
+"""What a result was measured on: machine, versions, date and command."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+
+import fused_tricks
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it, else the architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe(module: str, arguments: Sequence[str], device: torch.device) -> dict[str, object]:
+    """A JSON-able record of where, when and how a benchmark ran.
+
+    Args:
+        module: the benchmark's module, such as ``benchmarks.step``.
+        arguments: its command line arguments.
+        device: the device the work ran on.
+    """
+    return {
+        "command": shlex.join(["python", "-m", module, *arguments]),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "system": platform.platform(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__,
+            "fused_tricks": fused_tricks.__version__,
+        },
+    }
+
+
+def one_line(machine: dict[str, object]) -> str:
+    """The record in a line, for the foot of a picture."""
+    versions = machine["versions"]
+    assert isinstance(versions, dict)
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    return f"{where} · torch {versions['torch']} · {machine['date']}"

@@ -1,0 +1,119 @@
+"""Result files: JSON for programs, Markdown for readers, and the drawing that the pictures share."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import machine as machines
+from benchmarks.harness import Spread
+
+RESULTS = Path(__file__).parent / "results"
+
+# From Okabe and Ito's palette, told apart by readers with any colour vision; greys are the references.
+OURS_COLOUR = "#0072B2"
+MARK_COLOUR = "#D55E00"
+GREYS = ("#C4C4C4", "#A0A0A0", "#7A7A7A", "#5A5A5A", "#404040")
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes a result, indented, with each list of plain values on one line."""
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is left-aligned, the others right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine_note(machine: Mapping[str, Any]) -> str:
+    """The machine as a Markdown list."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    threads = f"{machine['cores']} cores, {machine['threads']} threads"
+    lines = [
+        f"- Command: `{machine['command']}`",
+        f"- Date: {machine['date']}",
+        f"- CPU: {machine['cpu']} ({machine['cpu_capability']}), {threads}",
+        *([f"- GPU: {machine['gpu']}"] if machine["gpu"] else []),
+        f"- Versions: {versions}",
+    ]
+    return "\n".join(lines)
+
+
+def colours(names: Sequence[str], ours: Sequence[str]) -> list[str]:
+    """One colour for each name: blue for `ours`, greys for the others."""
+    greys = iter(GREYS)
+    return [OURS_COLOUR if name in ours else next(greys) for name in names]
+
+
+def bars(
+    axes: Axes,
+    spreads: Sequence[Spread],
+    colour: Sequence[str],
+    *,
+    title: str,
+    better: str,
+    decimals: int,
+) -> None:
+    """Draws horizontal bars from the top down: medians, with a line over the quartiles and the number at its end.
+
+    Args:
+        axes: where to draw; its vertical tick labels are the caller's.
+        spreads: one for each bar.
+        colour: one for each bar.
+        title: what is measured and in which unit.
+        better: ``higher`` or ``lower``.
+        decimals: of the numbers.
+    """
+    places = range(len(spreads))
+    medians = [spread.median for spread in spreads]
+    whiskers = [
+        [spread.median - spread.lower_quartile for spread in spreads],
+        [spread.upper_quartile - spread.median for spread in spreads],
+    ]
+    axes.barh(places, medians, height=0.68, color=colour)
+    axes.errorbar(medians, places, xerr=whiskers, fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
+    longest = max(spread.upper_quartile for spread in spreads)
+    for place, spread in zip(places, spreads):
+        axes.text(
+            spread.upper_quartile + longest * 0.025,
+            place,
+            f"{spread.median:,.{decimals}f}",
+            va="center",
+            fontweight="bold" if colour[place] == OURS_COLOUR else "normal",
+        )
+    axes.set_xlim(0, longest * 1.22)
+    dress(axes, title, better)
+    axes.invert_yaxis()
+
+
+def dress(axes: Axes, title: str, better: str) -> None:
+    """The look that all panels share."""
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel(f"{better} is better" if better else "", color="#555555")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="#E3E3E3", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def save_figure(figure: Figure, path: Path, title: str, subtitle: str, machine: dict[str, object]) -> None:
+    """Adds headings and the machine, and writes the PNG."""
+    figure.set_layout_engine("constrained", rect=(0, 0.03, 1, 0.85), h_pad=0.1)
+    figure.text(0.012, 0.975, title, fontsize=15, fontweight="bold", va="top")
+    figure.text(0.012, 0.915, subtitle, fontsize=10.5, color="#444444", va="top")
+    figure.text(0.012, 0.012, machines.one_line(machine), fontsize=8.5, color="#777777")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

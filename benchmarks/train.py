@@ -1,0 +1,323 @@
+"""Trains one network with every contestant side by side: the same weights, batches, and order.
+
+``python -m benchmarks.train`` compares throughput, cost of the optimizer, peak memory and accuracy of plain
+torch.amp and of fused_tricks on real images. benchmarks/README.md says how each column is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from matplotlib import pyplot
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import fused_tricks
+from benchmarks import data, machine, memory, report, train_contestants
+from benchmarks.harness import Clock, Section, Spread, ratios
+from benchmarks.train_contestants import Recipe, Trainer
+
+WARMUP_STEPS = 5
+BASELINE = "torch.amp, fused"
+
+
+@dataclass
+class Record:
+    """What one contestant did, over all seeds. One sample a timed step; losses one list a seed, every step."""
+
+    passes: list[Section] = field(default_factory=list)
+    updates: list[Section] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+
+    @property
+    def step_seconds(self) -> list[float]:
+        return [a.device + b.device for a, b in zip(self.passes, self.updates)]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train",
+        description="Trains with torch.amp and with fused_tricks, side by side.",
+    )
+    parser.add_argument("--model", default="resnet18", help="a torchvision classification model")
+    parser.add_argument("--dataset", default="mnist", choices=data.NAMES)
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of cifar10 or imagefolder; nothing is downloaded"
+    )
+    parser.add_argument("--image-size", type=int, default=32, help="images are resized to this many pixels")
+    parser.add_argument("--batch-size", type=int, default=64)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, default=3)
+    length.add_argument("--steps", type=int, help="train this many steps instead of --epochs")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="repeat with this many initial weights and orders"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        help="of the forward and backward pass; float16 on a GPU and bfloat16 on a CPU unless given",
+    )
+    parser.add_argument(
+        "--loss-scale", choices=("dynamic", "none"), default="dynamic", help="for all contestants"
+    )
+    parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR")
+    return parser.parse_args(arguments)
+
+
+def batches(images: data.Images, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields `steps` shuffled batches, through the training set as often as needed."""
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(images.train, batch_size, shuffle=True, drop_last=True, generator=generator)
+    while steps > 0:
+        for batch in loader:
+            yield batch
+            steps -= 1
+            if steps == 0:
+                return
+
+
+def accuracy(trainer: Trainer, images: data.Images, device: torch.device) -> float:
+    """The share of the test images that the model gets right."""
+    trainer.model.eval()
+    right = total = 0
+    with torch.no_grad():
+        for pixels, labels in DataLoader(images.test, batch_size=250):
+            pixels = pixels.to(device, memory_format=torch.channels_last)
+            right += int((trainer.predict(pixels).argmax(1).cpu() == labels).sum())
+            total += len(labels)
+    return right / total
+
+
+def train(
+    images: data.Images,
+    build_model: Callable[[], torch.nn.Module],
+    recipe: Recipe,
+    options: argparse.Namespace,
+    steps: int,
+) -> dict[str, Record]:
+    """Trains all contestants for every seed, taking turns step by step in an order that rotates."""
+    records = {name: Record() for name in train_contestants.NAMES}
+    clock = Clock(recipe.device)
+    warmup = min(WARMUP_STEPS, steps - 1)
+    progress = tqdm(total=options.seeds * steps, unit="step", desc="training", leave=False)
+    for seed in range(options.seeds):
+        torch.manual_seed(seed)
+        model = build_model().to(recipe.device).to(memory_format=torch.channels_last)
+        trainers = {
+            name: train_contestants.build(name, copy.deepcopy(model), recipe)
+            for name in train_contestants.NAMES
+        }
+        for record in records.values():
+            record.losses.append([])
+        for step, (pixels, labels) in enumerate(batches(images, options.batch_size, steps, seed)):
+            pixels = pixels.to(recipe.device, memory_format=torch.channels_last)
+            labels = labels.to(recipe.device)
+            turn = step % len(trainers)
+            for name in (*train_contestants.NAMES[turn:], *train_contestants.NAMES[:turn]):
+                trainer, record = trainers[name], records[name]
+                for group in trainer.optimizer.param_groups:
+                    group["lr"] = recipe.lr * (1 + math.cos(math.pi * step / steps)) / 2
+                clock.start()
+                loss = trainer.forward_backward(pixels, labels)
+                clock.mark()
+                trainer.update()
+                clock.mark()
+                passes, update = clock.sections()
+                record.losses[-1].append(loss.item())
+                if step >= warmup:
+                    record.passes.append(passes)
+                    record.updates.append(update)
+            progress.update()
+        for name, trainer in trainers.items():
+            records[name].accuracies.append(accuracy(trainer, images, recipe.device))
+    progress.close()
+    return records
+
+
+def measure_memory(
+    records: dict[str, Record],
+    build_model: Callable[[], torch.nn.Module],
+    recipe: Recipe,
+    options: argparse.Namespace,
+) -> None:
+    """Adds the peak memory of every contestant to its record, once for each seed."""
+    shape = (options.batch_size, 3, options.image_size, options.image_size)
+    for _ in tqdm(range(options.seeds), desc="peak memory", leave=False):
+        for name, record in records.items():
+            record.peaks.append(memory.peak_bytes(name, build_model, recipe, shape))
+
+
+def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str, Any]]:
+    """The columns of the table for every contestant, as spreads, and the raw losses and accuracies."""
+    summary = {}
+    for name, record in records.items():
+        accuracies = record.accuracies
+        summary[name] = {
+            "images_per_second": asdict(Spread.of(batch_size / seconds for seconds in record.step_seconds)),
+            "speed_over_baseline": asdict(ratios(records[BASELINE].step_seconds, record.step_seconds)),
+            "pass_ms": asdict(Spread.of(passes.device * 1e3 for passes in record.passes)),
+            "optimizer_ms": asdict(Spread.of(update.device * 1e3 for update in record.updates)),
+            "optimizer_host_us": asdict(Spread.of(update.host * 1e6 for update in record.updates)),
+            "peak_memory_mib": asdict(Spread.of(peak / 2**20 for peak in record.peaks)),
+            "accuracy_mean": statistics.fmean(accuracies),
+            "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+            "accuracies": accuracies,
+            "losses": record.losses,
+        }
+    return summary
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a page with one table."""
+    header = [
+        "contestant",
+        "images/s",
+        f"speed, {BASELINE} = 1",
+        "optimizer ms a step",
+        "host µs a step",
+        "peak memory MiB",
+        "test accuracy %",
+    ]
+    rows = [
+        [
+            name,
+            Spread(**row["images_per_second"]).text(0),
+            Spread(**row["speed_over_baseline"]).text(3),
+            Spread(**row["optimizer_ms"]).text(2),
+            Spread(**row["optimizer_host_us"]).text(0),
+            Spread(**row["peak_memory_mib"]).text(1),
+            f"{row['accuracy_mean']:.2%} ± {row['accuracy_std']:.2%}".replace("%", ""),
+        ]
+        for name, row in result["contestants"].items()
+    ]
+    explanation = (
+        "Numbers are median (lower – upper quartile) over the timed steps of all seeds; speed is the ratio of step "
+        "times taken step by step; accuracy is mean ± standard deviation over seeds."
+    )
+    return "\n\n".join(
+        [
+            "# Training with torch.amp and with fused_tricks",
+            f"{result['setting']}. {explanation}",
+            report.table(header, rows),
+            "![The table as a picture](train.png)",
+            report.machine_note(result["machine"]),
+            "benchmarks/README.md says what each column counts.\n",
+        ]
+    )
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """The table as panels of bars, where the time of a step goes, and the training loss."""
+    rows = result["contestants"]
+    names = list(rows)
+    colour = report.colours(names, [train_contestants.OURS])
+    figure, panels = pyplot.subplot_mosaic(
+        [["speed", "optimizer", "memory", "accuracy"], ["time", "time", "loss", "loss"]],
+        figsize=(13.5, 7.6),
+        layout="constrained",
+    )
+    for panel, column, title, better, decimals in (
+        ("speed", "images_per_second", "Throughput (images/s)", "higher", 0),
+        ("optimizer", "optimizer_ms", "Optimizer step (ms)", "lower", 2),
+        ("memory", "peak_memory_mib", "Peak memory (MiB)", "lower", 0),
+    ):
+        report.bars(
+            panels[panel],
+            [Spread(**row[column]) for row in rows.values()],
+            colour,
+            title=title,
+            better=better,
+            decimals=decimals,
+        )
+
+    for place, row in enumerate(rows.values()):
+        percent = [100 * value for value in row["accuracies"]]
+        mean = 100 * row["accuracy_mean"]
+        panels["accuracy"].plot(percent, [place] * len(percent), "o", color=colour[place], markersize=8)
+        panels["accuracy"].plot(mean, place, "|", color="black", markersize=18, markeredgewidth=1.6)
+        panels["accuracy"].text(mean, place - 0.36, f"{mean:.2f}", ha="center", va="center", fontsize=9)
+        pass_ms, optimizer_ms = row["pass_ms"]["median"], row["optimizer_ms"]["median"]
+        panels["time"].barh(place, pass_ms, height=0.68, color=colour[place])
+        panels["time"].barh(place, optimizer_ms, left=pass_ms, height=0.68, color=report.MARK_COLOUR)
+        panels["time"].text(
+            (pass_ms + optimizer_ms) * 1.01, place, f"{pass_ms:.1f} + {optimizer_ms:.1f}", va="center"
+        )
+    report.dress(panels["accuracy"], "Test accuracy (%)", "dot: a seed, line: mean; higher")
+    panels["accuracy"].margins(x=0.25)
+    panels["accuracy"].set_ylim(len(names) - 0.4, -0.7)
+    report.dress(panels["time"], "Time of a step (ms): passes + optimizer (orange)", "lower")
+    panels["time"].margins(x=0.14)
+    panels["time"].invert_yaxis()
+    for panel in ("speed", "optimizer", "memory", "accuracy", "time"):
+        panels[panel].set_yticks(
+            range(len(names)), names if panel in ("speed", "time") else [""] * len(names)
+        )
+
+    for name, line_colour, style in zip(names, colour, ("-", (0, (5, 2)), (0, (1, 1.5)), "-")):
+        mean_losses = [statistics.fmean(step) for step in zip(*rows[name]["losses"])]
+        panels["loss"].plot(mean_losses, color=line_colour, linestyle=style, linewidth=1.5, label=name)
+    report.dress(panels["loss"], "Training loss, mean over seeds", "")
+    panels["loss"].set_xlabel("step", color="#555555")
+    panels["loss"].set_yscale("log")
+    panels["loss"].legend(frameon=False)
+    report.save_figure(
+        figure,
+        path,
+        "fused_tricks and torch.amp, trained side by side",
+        result["setting"] + ". Bars are medians, black lines quartiles.",
+        result["machine"],
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains, and writes train.json, train.md and train.png."""
+    options = parse(arguments)
+    device = torch.device(options.device)
+    dtype_name = options.dtype or ("float16" if device.type == "cuda" else "bfloat16")
+    images = data.load(options.dataset, options.data, options.image_size)
+    steps = options.steps or options.epochs * (len(images.train) // options.batch_size)  # type: ignore[arg-type]
+    recipe = Recipe(
+        device=device,
+        dtype=getattr(torch, dtype_name),
+        loss_scaling=options.loss_scale == "dynamic",
+        lr=fused_tricks.scale_lr(0.1, batch_size=options.batch_size),
+    )
+    build_model = functools.partial(torchvision.models.get_model, options.model, num_classes=images.classes)
+    records = train(images, build_model, recipe, options, steps)
+    measure_memory(records, build_model, recipe, options)
+    result: dict[str, Any] = {
+        "benchmark": "train",
+        "machine": machine.describe("benchmarks.train", arguments, device),
+        "setting": (
+            f"{options.model} on {options.dataset} at {options.image_size} × {options.image_size}, batch "
+            f"{options.batch_size}, {steps} steps, {options.seeds} seeds, {dtype_name} on {device.type}, "
+            f"loss scale {options.loss_scale}"
+        ),
+        "baseline": BASELINE,
+        "contestants": summarise(records, options.batch_size),
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    report.write_json(options.output / "train.json", result)
+    (options.output / "train.md").write_text(markdown(result), encoding="utf-8")
+    picture(result, options.output / "train.png")
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,130 @@
+"""The ways to train in half precision that benchmarks/train.py compares, behind one interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fused_tricks
+
+OURS = "fused_tricks"
+TORCH_FORMS = {
+    "torch.amp, for-loop": "for-loop",
+    "torch.amp, foreach": "foreach",
+    "torch.amp, fused": "fused",
+}
+NAMES = (*TORCH_FORMS, OURS)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all contestants have in common.
+
+    Attributes:
+        device: where to train.
+        dtype: of the forward and backward pass; ``torch.float32`` trains without casting anything.
+        loss_scaling: whether the loss is scaled dynamically, from 65536, by `GradScaler`'s rules.
+        lr: the learning rate of the first step.
+        momentum: of SGD.
+        weight_decay: of SGD; applies to every parameter.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    loss_scaling: bool
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+
+class Trainer(Protocol):
+    """One contestant with its own model and optimizer."""
+
+    model: nn.Module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What holds the learning rate."""
+
+    def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Adds the gradients of a batch; returns its mean loss, an FP32 scalar."""
+
+    def update(self) -> None:
+        """Applies the gradients and drops them: all that the optimizer costs in a training step."""
+
+    def predict(self, images: Tensor) -> Tensor:
+        """The scores of a batch of shape (n, 3, height, width), as (n, classes)."""
+
+
+class TorchAmp:
+    """Autocast, `GradScaler` and `torch.optim.SGD`, set up as PyTorch's "Automatic Mixed Precision examples" does."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, form: str) -> None:
+        self.model = model
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            foreach=form == "foreach",
+            fused=form == "fused",
+        )
+        self._scaler = torch.amp.GradScaler(recipe.device.type, enabled=recipe.loss_scaling)
+        self._recipe = recipe
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self._recipe.dtype
+        return torch.autocast(self._recipe.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        with self._autocast():
+            loss = functional.cross_entropy(self.model(images), labels)
+        self._scaler.scale(loss).backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def predict(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            return self.model(images)
+
+
+class FusedTricks:
+    """`cast_model` and `FusedSGD`; every parameter is decayed, as `torch.optim.SGD` does."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model = fused_tricks.cast_model(model, recipe.dtype)
+        self.optimizer = fused_tricks.FusedSGD(
+            self.model.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            bias_decay=True,
+            loss_scale="dynamic" if recipe.loss_scaling else None,
+        )
+
+    def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        loss = functional.cross_entropy(self.model(images), labels)
+        self.optimizer.scale(loss).backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def predict(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+
+def build(name: str, model: nn.Module, recipe: Recipe) -> Trainer:
+    """The contestant of that name (one of `NAMES`), training `model`, which it may change in place."""
+    if name == OURS:
+        return FusedTricks(model, recipe)
+    return TorchAmp(model, recipe, TORCH_FORMS[name])

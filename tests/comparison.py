@@ -1,0 +1,147 @@
+"""Exact comparison of optimizers: bits, not tolerances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+VECTOR_EDGES = (1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65)
+"""Sizes around the widths of vector registers and their unrolled loops."""
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bit patterns of `tensor`, on the CPU, so that NaN equals NaN and -0 differs from 0."""
+    plain = tensor.detach().cpu().resolve_neg().contiguous()
+    return plain.view(_INTEGER_OF_WIDTH[plain.element_size()])
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: {actual.shape}, expected {expected.shape}"
+    different = (bits(actual) != bits(expected)).flatten().nonzero().flatten()
+    if len(different):
+        first = int(different[0])
+        pair = [t.detach().cpu().contiguous().flatten()[first].item() for t in (actual, expected)]
+        raise AssertionError(
+            f"{what}: {len(different)} of {actual.numel()} elements differ, the first at {first}: "
+            f"{pair[0]!r}, expected {pair[1]!r}"
+        )
+
+
+def assert_all_same_bits(actual: Iterable[Tensor], expected: Iterable[Tensor], what: str = "tensor") -> None:
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_same_bits(one, other, f"{what} {index}")
+
+
+def wide_range(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """FP32 normal values whose magnitudes span four decades, so that every rounding shows."""
+    values = torch.randn(shape, generator=generator)
+    return values * 10 ** (4 * torch.rand(shape, generator=generator) - 3)
+
+
+def parameters(
+    shapes: Iterable[Sequence[int]],
+    dtypes: torch.dtype | Sequence[torch.dtype] = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> list[Parameter]:
+    """Random parameters; the same seed gives the same values on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = list(shapes)
+    if isinstance(dtypes, torch.dtype):
+        dtypes = [dtypes] * len(shapes)
+    return [
+        Parameter(torch.randn(tuple(shape), generator=generator).to(device, dtype))
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+
+
+def gradients(params: Sequence[Tensor], steps: int, seed: int = 1) -> list[list[Tensor]]:
+    """For each of `steps` steps one gradient a parameter, on the CPU, in the parameter's dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return [[wide_range(p.shape, generator).to(p.dtype) for p in params] for _ in range(steps)]
+
+
+def set_gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Give each parameter a fresh copy of its gradient, on the parameter's device."""
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = None if grad is None else grad.to(param.device, copy=True)
+
+
+def copies(params: Iterable[Tensor], dtype: torch.dtype | None = None) -> list[Parameter]:
+    """Contiguous parameters on the CPU with the same values, for the optimizer compared with."""
+    return [
+        Parameter(p.detach().to("cpu", dtype, copy=True).contiguous().clone(), p.requires_grad)
+        for p in params
+    ]
+
+
+def momentum_buffers(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> list[Tensor]:
+    return [optimizer.state[p]["momentum_buffer"] for p in params]
+
+
+def masters(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> list[Tensor]:
+    return [optimizer.state[p]["master_param"] for p in params]
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that a refused or skipped step must leave alone: parameters, gradients, state, counters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    dense = [p.grad for p in params if p.grad is not None and p.grad.layout == torch.strided]
+    stats = optimizer.stats()
+    return {
+        "params": [bits(p).clone() for p in params if not p.is_meta],
+        "grads": [
+            bits(torch.view_as_real(g) if g.is_complex() else g).clone() for g in dense if not g.is_meta
+        ],
+        "state": [
+            {key: bits(value).clone() for key, value in optimizer.state.get(p, {}).items()} for p in params
+        ],
+        "options": [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in optimizer.state_dict()["param_groups"]
+        ],
+        "counters": (stats.scale, stats.applied_steps, stats.skipped_steps),
+    }
+
+
+def assert_unchanged(
+    optimizer: torch.optim.Optimizer, before: dict[str, Any], *, but: Sequence[str] = ()
+) -> None:
+    """The optimizer is bit for bit as in `before`, except for the keys of `snapshot` in `but`."""
+    now = snapshot(optimizer)
+    changed = [key for key in before if key not in but and not _equal(now[key], before[key])]
+    assert not changed, f"changed: {', '.join(changed)}"
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return type(one) is type(other) and one == other
+
+
+def fma(a: float | np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c of FP32 values with one rounding, whatever this machine's arithmetic does.
+
+    The product is exact in FP64; the sum is rounded to odd there (Boldo and Melquiond 2008), which makes
+    the second rounding, to FP32, the only one.
+    """
+    product = np.float64(a) * b.astype(np.float64)
+    addend = c.astype(np.float64)
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    even = (np.atleast_1d(total).view(np.int64) & 1 == 0).reshape(total.shape)
+    towards = np.where(error > 0, np.inf, -np.inf)
+    return np.where((error != 0) & even, np.nextafter(total, towards), total).astype(np.float32)

@@ -1,0 +1,29 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import backends
+
+
+@pytest.fixture(params=backends.NAMES)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each backend that is usable here; the others are skipped with their reason."""
+    reason = backends.unusable_because(request.param)
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """The device whose tensors `backend` updates."""
+    return backends.device_of(backend)
+
+
+@pytest.fixture
+def long_run(backend: str) -> int:
+    """How many steps a test takes that compares a long run."""
+    return 5 if backends.is_interpreted(backend) else 200

@@ -1,0 +1,166 @@
+"""The benchmarks run at a tiny size, write files that parse, and measure every contestant."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
+pytest.importorskip("sklearn", reason="the benchmarks take their smallest data set from scikit-learn")
+pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
+pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
+
+from benchmarks import data, parameter_sets, report, step, step_contestants, train, train_contestants
+from benchmarks.harness import Clock, Contestant, Spread, interleave, ratios
+
+TRAIN = ["--dataset", "digits", "--image-size", "16", "--batch-size", "8", "--device", "cpu", "--seeds", "1"]
+STEP = ["--rounds", "2", "--host-rounds", "2", "--loop-mib", "1", "--device", "cpu"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def read(folder: Path, benchmark: str) -> dict[str, Any]:
+    return json.loads((folder / f"{benchmark}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of benchmarks.train that casts nothing, so that all contestants compute the same."""
+    folder = tmp_path_factory.mktemp("train")
+    train.main(
+        [*TRAIN, "--steps", "3", "--dtype", "float32", "--loss-scale", "none", "--output", str(folder)]
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of benchmarks.step."""
+    folder = tmp_path_factory.mktemp("step")
+    step.main([*STEP, "--parameters", "synthetic:3:1000", "--output", str(folder)])
+    return folder
+
+
+def test_training_reports_every_contestant(trained: Path) -> None:
+    result = read(trained, "train")
+    assert list(result["contestants"]) == list(train_contestants.NAMES)
+    page = (trained / "train.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in page for name in train_contestants.NAMES)
+    assert (trained / "train.png").read_bytes().startswith(PNG)
+
+
+def test_training_in_fp32_gives_the_losses_of_torch_sgd_bit_for_bit(trained: Path) -> None:
+    rows = read(trained, "train")["contestants"]
+    assert rows[train_contestants.OURS]["losses"] == rows["torch.amp, for-loop"]["losses"]
+    assert len(set(rows[train_contestants.OURS]["losses"][0])) == 3
+
+
+def test_training_in_low_precision_starts_from_the_same_weights_and_batch(tmp_path: Path) -> None:
+    train.main([*TRAIN, "--steps", "2", "--dtype", "bfloat16", "--output", str(tmp_path)])
+    rows = read(tmp_path, "train")["contestants"]
+    torch_losses, our_losses = (
+        rows[name]["losses"][0] for name in ("torch.amp, fused", train_contestants.OURS)
+    )
+    assert our_losses[0] == pytest.approx(torch_losses[0], rel=0.02)
+
+
+def test_step_reports_every_contestant(stepped: Path) -> None:
+    result = read(stepped, "step")
+    names = {step.FOR_LOOP, step.FOREACH, step.FUSED, step.FUSED_CASTS, step.FUSED_NEW_CASTS, step.OURS}
+    assert set(result["contestants"]) == names
+    assert set(result["bandwidth"]) == {step.OURS, step.COPY, step.SCALE}
+    assert set(result["host"]) == {step.FUSED, step.OURS}
+    page = (stepped / "step.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in page for name in names)
+    assert (stepped / "step.png").read_bytes().startswith(PNG)
+
+
+def test_every_result_says_where_and_how_it_was_measured(trained: Path, stepped: Path) -> None:
+    for folder, benchmark in ((trained, "train"), (stepped, "step")):
+        machine = read(folder, benchmark)["machine"]
+        assert machine["command"].startswith(f"python -m benchmarks.{benchmark} ")
+        assert machine["threads"] == torch.get_num_threads()
+        assert machine["versions"]["torch"] == torch.__version__
+        assert {"cpu", "cores", "date", "gpu"} <= set(machine)
+
+
+def test_budgets_about_the_step_are_stated_for_resnet50_on_the_cpu_only(stepped: Path) -> None:
+    seconds = {name: [1.0] for name in (step.FUSED, step.FUSED_CASTS, step.OURS, step.COPY)}
+    moved = {step.OURS: 85, step.COPY: 100}
+    all_budgets = step.budgets(seconds, moved, seconds, promised=True)
+    assert [budget.limit for budget in all_budgets] == [1.25, 2, 0.85, 25, 0.1]
+    assert [budget.met for budget in all_budgets] == [False, False, True, False, False]
+    assert [row["limit"] for row in read(stepped, "step")["budgets"]] == [25, 0.1]
+
+
+def test_a_step_moves_22_bytes_for_a_low_precision_element_and_24_for_an_fp32_one() -> None:
+    assert (
+        step_contestants.traffic([torch.zeros(3, dtype=torch.float16), torch.zeros(2, dtype=torch.bfloat16)])
+        == 5 * 22
+    )
+    assert step_contestants.traffic([torch.zeros(7)]) == 7 * 24
+
+
+def test_every_torch_contestant_gets_the_same_gradients_each_round() -> None:
+    module = parameter_sets.build("synthetic:2:5")
+    contestant = step_contestants.torch_amp(step.FUSED, module, torch.device("cpu"), fused=True)
+    before = [parameter.grad.clone() for parameter in module.parameters()]
+    contestant.run()
+    assert not torch.equal(before[0], next(module.parameters()).grad)
+    contestant.prepare()
+    assert all(torch.equal(old, parameter.grad) for old, parameter in zip(before, module.parameters()))
+
+
+def test_interleaving_rotates_who_goes_first_and_keeps_a_sample_a_round() -> None:
+    order: list[str] = []
+    samples = interleave(
+        [Contestant(name, lambda name=name: order.append(name)) for name in "abc"],
+        rounds=3,
+        warmup=1,
+        device=torch.device("cpu"),
+    )
+    assert "".join(order) == "abcbcacababc"
+    assert {name: len(sections) for name, sections in samples.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_clock_returns_a_section_between_each_two_marks() -> None:
+    clock = Clock(torch.device("cpu"))
+    for _ in range(2):
+        clock.start()
+        clock.mark()
+        clock.mark()
+        assert len(clock.sections()) == 2
+
+
+def test_a_spread_is_the_median_and_the_quartiles() -> None:
+    assert Spread.of([5, 1, 2, 4, 3]) == Spread(3, 2, 4, samples=5)
+    assert ratios([2, 9], [1, 3]).median == 2.5
+
+
+def test_json_keeps_a_list_of_numbers_on_one_line_and_every_bit(tmp_path: Path) -> None:
+    result = {"losses": [[0.1, 1 / 3], [2.0]], "name": "a [b]"}
+    report.write_json(tmp_path / "result.json", result)
+    text = (tmp_path / "result.json").read_text(encoding="utf-8")
+    assert json.loads(text) == result
+    assert "[ 0.1, 0.3333333333333333 ]" in text
+
+
+@pytest.mark.parametrize("name", ["resnet1", "synthetic:3", "synthetic:0:5", "synthetic:a:b"])
+def test_an_unknown_parameter_set_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown parameter set '{name}'"):
+        parameter_sets.build(name)
+
+
+def test_a_data_set_that_no_package_ships_needs_a_folder() -> None:
+    with pytest.raises(ValueError, match="--data"):
+        data.load("cifar10", None, 32)
+
+
+def test_digits_are_split_without_overlap_and_resized() -> None:
+    images = data.load("digits", None, 12)
+    pixels, label = images.train[0]
+    assert pixels.shape == (3, 12, 12) and pixels.dtype == torch.float32 and label.dtype == torch.int64
+    assert len(images.train) + len(images.test) == 1797 and images.classes == 10

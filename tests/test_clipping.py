@@ -1,0 +1,207 @@
+"""Clipping by the global norm, and the norm itself."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import Parameter
+
+from comparison import (
+    assert_all_same_bits,
+    assert_same_bits,
+    bits,
+    copies,
+    gradients,
+    parameters,
+    set_gradients,
+)
+from fused_tricks import FusedSGD
+
+SHAPES = [(33,), (0,), (5, 7), (1,), (1023,)]
+MIXED = [torch.float16, torch.float32, torch.bfloat16, torch.float64, torch.float32]
+
+
+def exact_norm(grads) -> float:
+    """The L2 norm, summed without rounding error."""
+    return math.sqrt(math.fsum(float(x) ** 2 for g in grads for x in g.double().flatten()))
+
+
+def clip_of(norm: float, max_norm: float) -> torch.Tensor:
+    """min(1, max_norm / (norm + 1e-6)) in FP32, each operation rounded."""
+    quotient = np.float32(max_norm) / (np.float32(norm) + np.float32(1e-6))
+    return torch.tensor(min(np.float32(1), quotient))
+
+
+def norm_after_step(optimizer: FusedSGD, params, grads) -> float:
+    set_gradients(params, grads)
+    optimizer.step()
+    norm = optimizer.stats().grad_norm
+    assert isinstance(norm, float)
+    return norm
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0, 1000.0])
+def test_the_norm_is_the_unscaled_l2_norm_over_all_gradients(backend, device, scale):
+    params = parameters(SHAPES, MIXED, device)
+    optimizer = FusedSGD(params, lr=0.1, max_grad_norm=1e9, loss_scale=scale, backend=backend)
+    for grads in gradients(params, 3):
+        norm = norm_after_step(optimizer, params, grads)
+        assert norm == float(np.float32(norm))
+        assert norm == pytest.approx(exact_norm(grads) / (scale or 1), rel=2**-23)
+
+
+@pytest.mark.parametrize("magnitude", [1e30, 1e-30], ids=str)
+def test_squares_outside_fp32_do_not_spoil_the_norm(backend, device, magnitude):
+    params = parameters([(1000,), (24,)], device=device)
+    optimizer = FusedSGD(params, lr=0.0, max_grad_norm=1.0, backend=backend)
+    norm = norm_after_step(optimizer, params, [torch.full(p.shape, magnitude) for p in params])
+    assert norm == pytest.approx(float(np.float32(magnitude)) * 32, rel=2**-23)
+
+
+def test_many_small_gradients_beside_a_large_one_all_count(backend, device):
+    """An FP32 sum of squares would lose every one of the small ones."""
+    params = parameters([(2**18,)], device=device)
+    grad = torch.full((2**18,), 2.0**-13)
+    grad[0] = 1.0
+    optimizer = FusedSGD(params, lr=0.0, max_grad_norm=1.0, backend=backend)
+    assert norm_after_step(optimizer, params, [grad]) == pytest.approx(exact_norm([grad]), rel=2**-23)
+
+
+def test_the_norm_has_the_same_bits_whatever_the_number_of_threads(backend, device):
+    params = parameters([(300_001,), (17,), (70_001,)], [torch.float16, torch.float32, torch.float32], device)
+    (grads,) = gradients(params, 1)
+    optimizer = FusedSGD(params, lr=0.0, max_grad_norm=1.0, backend=backend)
+    threads = torch.get_num_threads()
+    norms = []
+    try:
+        for count in (1, 2, 1, 2, 3):
+            torch.set_num_threads(count)
+            norms.append(norm_after_step(optimizer, params, grads))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(norms)) == 1
+
+
+def test_the_update_has_the_same_bits_whatever_the_number_of_threads(backend, device):
+    stream = gradients(parameters([(140_001,), (17,)], torch.float16), 3)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            params = parameters([(140_001,), (17,)], torch.float16, device)
+            optimizer = FusedSGD(params, lr=0.1, momentum=0.9, max_grad_norm=0.5, backend=backend)
+            for grads in stream:
+                norm_after_step(optimizer, params, grads)
+            results.append([bits(p) for p in params])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [None, 512.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gradients_are_multiplied_by_the_documented_coefficient(backend, device, dtype, scale, max_norm):
+    params = parameters(SHAPES, dtype, device)
+    expected = copies(params, torch.float32)
+    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
+    optimizer = FusedSGD(
+        params, max_grad_norm=max_norm, loss_scale=scale, bias_decay=True, backend=backend, **options
+    )
+    reference = torch.optim.SGD(expected, foreach=False, **options)
+    for grads in gradients(params, 4):
+        norm = norm_after_step(optimizer, params, grads)
+        set_gradients(expected, [g.float() / (scale or 1) * clip_of(norm, max_norm) for g in grads])
+        reference.step()
+    assert_all_same_bits(params, [p.to(dtype) for p in expected])
+
+
+def test_clipped_gradients_have_the_given_norm(backend, device):
+    params = parameters(SHAPES, device=device)
+    before = [p.detach().clone() for p in params]
+    optimizer = FusedSGD(params, lr=1.0, max_grad_norm=0.25, backend=backend)
+    (grads,) = gradients(params, 1)
+    norm_after_step(optimizer, params, [1000 * g for g in grads])
+    moved = [(b - p.detach()).cpu() for b, p in zip(before, params, strict=True)]
+    assert exact_norm(moved) == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("max_norm", [1e9, torch.inf])
+def test_a_norm_below_the_limit_changes_no_bit(backend, device, max_norm):
+    params, unclipped = (parameters(SHAPES, MIXED, device) for _ in range(2))
+    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, max_grad_norm=max_norm, backend=backend)
+    plain = FusedSGD(unclipped, lr=0.1, momentum=0.9, backend=backend)
+    for grads in gradients(params, 3):
+        norm_after_step(optimizer, params, grads)
+        set_gradients(unclipped, grads)
+        plain.step()
+    assert_all_same_bits(params, unclipped)
+
+
+@pytest.mark.parametrize("max_norm", [1.0, torch.inf])
+def test_gradients_of_zero_have_norm_zero_and_move_nothing(backend, device, max_norm):
+    params = parameters(SHAPES, MIXED, device)
+    before = [p.detach().clone() for p in params]
+    optimizer = FusedSGD(params, lr=0.1, max_grad_norm=max_norm, backend=backend)
+    assert norm_after_step(optimizer, params, [torch.zeros_like(p, device="cpu") for p in params]) == 0.0
+    assert_all_same_bits(params, before)
+
+
+def test_fp64_parameters_are_clipped_with_the_global_coefficient(backend, device):
+    params = parameters([(9,), (9,)], [torch.float64, torch.float32], device)
+    before = params[0].detach().cpu().clone()
+    optimizer = FusedSGD(params, lr=1.0, max_grad_norm=0.5, backend=backend)
+    grads = [torch.full((9,), 4.0, dtype=torch.float64), torch.full((9,), 3.0)]
+    norm = norm_after_step(optimizer, params, grads)
+    assert norm == 15.0
+    assert_same_bits(params[0], before - grads[0] * clip_of(norm, 0.5).double())
+
+
+def test_maximizing_clips_the_same_norm(backend, device):
+    up, down = (parameters([(9,)], device=device) for _ in range(2))
+    (grads,) = gradients(up, 1)
+    norm_after_step(FusedSGD(up, lr=0.1, max_grad_norm=0.1, maximize=True, backend=backend), up, grads)
+    norm_after_step(FusedSGD(down, lr=0.1, max_grad_norm=0.1, backend=backend), down, [-g for g in grads])
+    assert_all_same_bits(up, down)
+
+
+def test_parameters_without_gradient_do_not_enter_the_norm(backend, device):
+    params = parameters([(3,), (4,)], device=device)
+    optimizer = FusedSGD(params, lr=0.1, max_grad_norm=1.0, backend=backend)
+    assert norm_after_step(optimizer, params, [torch.ones(3) * 4, torch.ones(4) * 2]) == 8.0
+    assert norm_after_step(optimizer, params, [None, torch.ones(4) * 2]) == 4.0
+
+
+def test_the_norm_is_over_all_groups(backend, device):
+    params = parameters([(3,), (4,)], device=device)
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.5}]
+    optimizer = FusedSGD(groups, lr=0.1, max_grad_norm=1.0, backend=backend)
+    assert norm_after_step(optimizer, params, [torch.ones(3) * 4, torch.ones(4) * 2]) == 8.0
+
+
+def test_without_max_grad_norm_there_is_no_norm(backend, device):
+    param = Parameter(torch.ones(3, device=device))
+    optimizer = FusedSGD([param], lr=0.1, loss_scale="dynamic", backend=backend)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.stats().grad_norm is None
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e9])
+def test_clipping_agrees_with_clip_grad_norm_followed_by_sgd(backend, device, max_norm):
+    params = parameters(SHAPES, device=device)
+    expected = copies(params)
+    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, max_grad_norm=max_norm, backend=backend)
+    reference = torch.optim.SGD(expected, lr=0.1, momentum=0.9)
+    for grads in gradients(params, 5):
+        norm = norm_after_step(optimizer, params, grads)
+        set_gradients(expected, grads)
+        assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(expected, max_norm)), rel=1e-6)
+        reference.step()
+    for param, other in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.cpu(), other, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,114 @@
+"""`cast_model`: the casts of what goes into a model and what comes out, within any nesting."""
+
+import dataclasses
+from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fused_tricks.low_precision import cast_model
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+class Echo(nn.Module):
+    """Returns what it was given."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args, kwargs
+
+
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    image: Tensor
+    label: Tensor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: t,
+        lambda t: (t, [t, (t,)]),
+        lambda t: {"a": {"b": t}},
+        lambda t: OrderedDict(a=t),
+        lambda t: defaultdict(list, a=[t]),
+        lambda t: Pair(t, t),
+        lambda t: Batch(t, t),
+        lambda t: nn.utils.rnn.pack_sequence([t, t]),
+        lambda t: torch.max(t, 0),
+    ],
+)
+def test_inputs_are_cast_within_any_nesting_and_keep_their_types(make: Callable[[Tensor], Any]) -> None:
+    model = cast_model(nn.Sequential(Echo()), FP16, output_dtype=None)
+    t = torch.tensor([[1.0, 2.0]])
+    (given,), _ = model(make(t))
+    expected = make(t.half())
+    assert type(given) is type(expected)
+    assert str(given) == str(expected)
+
+
+def test_keyword_arguments_are_cast() -> None:
+    args, kwargs = cast_model(Echo(), BF16, output_dtype=None)(torch.ones(2), mask=torch.ones(2))
+    assert args[0].dtype == kwargs["mask"].dtype == BF16
+
+
+def test_fp64_is_cast_and_everything_that_is_not_floating_passes_as_it_is() -> None:
+    passed = [
+        torch.arange(3),
+        torch.tensor([True]),
+        torch.ones(2, dtype=torch.complex64),
+        None,
+        "text",
+        1.5,
+        object(),
+    ]
+    args, _ = cast_model(Echo(), FP16, output_dtype=None)(torch.ones(2, dtype=torch.float64), *passed)
+    assert args[0].dtype == FP16
+    assert all(a is b for a, b in zip(args[1:], passed, strict=True))
+
+
+def test_a_tensor_passed_several_times_stays_one_tensor() -> None:
+    x = torch.ones(2)
+    (first, second, third), _ = cast_model(Echo(), FP16, output_dtype=None)(x, x, torch.ones(2))
+    assert first is second and first is not third
+
+
+def test_the_callers_containers_are_left_alone() -> None:
+    batch = {"image": torch.ones(2), "more": [torch.ones(2)]}
+    cast_model(Echo(), FP16)(batch)
+    assert batch["image"].dtype == batch["more"][0].dtype == FP32
+
+
+@pytest.mark.parametrize(
+    "output_dtype, expected", [(FP32, FP32), (None, FP16), (torch.float64, torch.float64)]
+)
+def test_outputs_are_cast_to_the_chosen_dtype(
+    output_dtype: torch.dtype | None, expected: torch.dtype
+) -> None:
+    (inner, index), _ = cast_model(Echo(), FP16, output_dtype=output_dtype)(
+        {"a": torch.ones(2)}, torch.arange(2)
+    )
+    assert (inner["a"].dtype, index.dtype) == (expected, torch.int64)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: [t],
+        lambda t: {"a": t},
+        lambda t: OrderedDict(a=t),
+        lambda t: Pair(t, t),
+        lambda t: Batch(t, t),
+    ],
+)
+def test_nested_inputs_and_outputs_compile_to_one_graph(make: Callable[[Tensor], Any]) -> None:
+    torch._dynamo.reset()
+    model = cast_model(Echo(), BF16)
+    given = make(torch.ones(2))
+    assert str(torch.compile(model, backend="eager", fullgraph=True)(given)) == str(model(given))

@@ -1,0 +1,156 @@
+"""`cast_model` on layers that read each other's weights, and on whole networks, against FP32 and autocast."""
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fused_tricks.low_precision import cast_model
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+both_dtypes = pytest.mark.parametrize("dtype", [FP16, BF16])
+train_and_eval = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+# One of each family; FUSED_TRICKS_ALL_MODELS=1 runs every classification model of torchvision.
+MODELS = [
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "mnasnet0_5",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11_bn",
+    "vit_b_32",
+]
+if os.environ.get("FUSED_TRICKS_ALL_MODELS") == "1":
+    from torchvision import models
+
+    MODELS = models.list_models(models)
+
+# The smallest image that a model takes, where that is not 32.
+IMAGE_SIZE = {"alexnet": 63, "inception_v3": 299, "maxvit_t": 224, "vit_h_14": 28}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    "name, kept",
+    [("weight_norm", False), ("spectral_norm", False), ("weight_norm", True), ("orthogonal", True)],
+)
+def test_a_parametrized_layer_trains(name: str, kept: bool, dtype: torch.dtype) -> None:
+    layer = getattr(nn.utils.parametrizations, name)(nn.Linear(4, 4))
+    model = cast_model(nn.Sequential(layer, nn.LayerNorm(4)), dtype, keep_fp32="?" if kept else nn.LayerNorm)
+    output = model(torch.randn(3, 4))
+    (output * torch.randn(3, 4)).sum().backward()
+    assert layer.weight.dtype == (FP32 if kept else dtype)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@both_dtypes
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_takes_packed_sequences(layer: type[nn.RNNBase], dtype: torch.dtype) -> None:
+    model = cast_model(layer(4, 5, num_layers=2), dtype)
+    output, _ = model(nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)]))
+    output.data.sum().backward()
+    assert output.data.dtype == FP32
+    assert model.weight_ih_l0.grad.dtype == dtype
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.attention(x, x, x)[0]
+
+
+@both_dtypes
+@train_and_eval
+@pytest.mark.parametrize("keep", [None, nn.Linear, "attention", "attention.out_proj"])
+def test_self_attention_is_close_to_fp32(keep: Any, training: bool, dtype: torch.dtype) -> None:
+    reference = SelfAttention().train(training)
+    model = cast_model(copy.deepcopy(reference), dtype, keep_fp32=keep)
+    x = torch.randn(3, 5, 16)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(model(x), reference(x), rtol=0.02, atol=0.02)
+    assert len({p.dtype for p in model.attention.parameters()}) == 1
+
+
+@both_dtypes
+@train_and_eval
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("keep", [None, (), nn.MultiheadAttention])
+def test_a_transformer_encoder_is_close_to_fp32(
+    keep: Any, padded: bool, training: bool, dtype: torch.dtype
+) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    reference = nn.TransformerEncoder(layer, 2).train(training)
+    model = cast_model(copy.deepcopy(reference), dtype, keep_fp32=keep)
+    padding = (
+        torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0, 1, 1, 1]], dtype=torch.bool)
+        if padded
+        else None
+    )
+    x = torch.randn(3, 5, 16)
+    with torch.set_grad_enabled(training):
+        output, expected = (m(x, src_key_padding_mask=padding) for m in (model, reference))
+    used = slice(None) if padding is None else ~padding
+    torch.testing.assert_close(output[used], expected[used], rtol=0.05, atol=0.05)
+
+
+def _torchvision_model(name: str) -> tuple[nn.Module, Tensor]:
+    """A model of 10 classes without dropout, and two images."""
+    torchvision = pytest.importorskip("torchvision")
+    size = IMAGE_SIZE.get(name, 32)
+    options: dict[str, Any] = {"num_classes": 10}
+    if name.startswith("vit_"):
+        options["image_size"] = size
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = True
+    model = torchvision.models.get_model(name, weights=None, **options)
+    if name.startswith("vit_"):
+        nn.init.normal_(model.heads.head.weight, std=0.02)  # it starts at zero, and then so does every output
+    for module in model.modules():
+        if isinstance(module, nn.Dropout | torchvision.ops.StochasticDepth):
+            module.p = 0.0
+    return model, torch.randn(2, 3, size, size)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_torchvision_model_is_as_close_to_fp32_as_autocast_is(name: str) -> None:
+    model, x = _torchvision_model(name)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        with torch.autocast("cpu", BF16):
+            autocast_error = (model(x).float() - expected).norm()
+        output = cast_model(model, BF16)(x)
+    assert output.dtype == FP32
+    assert (output - expected).norm() <= 3 * autocast_error
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_torchvision_model_trains(name: str) -> None:
+    model, x = _torchvision_model(name)
+    output = cast_model(model, BF16)(x)
+    # Inception networks return a tuple, whose last items come from auxiliary classifiers.
+    outputs = output if isinstance(output, tuple) else (output,)
+    torch.stack([o.square().mean() for o in outputs]).sum().backward()
+    assert all(o.dtype == FP32 and torch.isfinite(o).all() for o in outputs)
+    assert all(p.grad.dtype == p.dtype and torch.isfinite(p.grad).all() for p in model.parameters())
