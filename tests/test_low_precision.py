@@ -1,13 +1,11 @@
 """`cast_model`: what is cast, what is kept in FP32, and that the result is as good a module as before."""
 
 import copy
-import dataclasses
 import functools
 import io
 import os
 import subprocess
 import sys
-from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -21,14 +21,12 @@ MODELS = [
     "densenet121",
     "efficientnet_b0",
     "googlenet",
-    "mnasnet0_5",
     "mobilenet_v3_small",
     "regnet_y_400mf",
     "resnet18",
     "shufflenet_v2_x0_5",
     "swin_t",
     "swin_v2_t",
-    "vgg11_bn",
     "vit_b_32",
 ]
 if os.environ.get("FUSED_TRICKS_ALL_MODELS") == "1":

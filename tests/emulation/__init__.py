@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import platform
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
-
+from fused_tricks.backends import BACKENDS, Backend
 from fused_tricks.backends.cuda import CudaStepper
 from fused_tricks.extension import connect
 
@@ -58,6 +59,18 @@ def take_traffic() -> Traffic:
     return Traffic(*counted)
 
 
+@contextlib.contextmanager
+def only_first_blocks(count: int) -> Iterator[None]:
+    """Runs only the first blocks of every launch, for tensors too large to be walked."""
+    limit = ctypes.CDLL(load().__file__).fused_tricks_limit_blocks
+    limit.argtypes = [ctypes.c_int64]
+    limit(count)
+    try:
+        yield
+    finally:
+        limit(-1)
+
+
 class EmulatedCudaStepper(CudaStepper):
     """The CUDA backend on CPU tensors."""
 
@@ -66,6 +79,5 @@ class EmulatedCudaStepper(CudaStepper):
         return load()
 
 
-def device() -> torch.device:
-    """Where its tensors are."""
-    return torch.device("cpu")
+# Last, so that "auto" never takes it.
+BACKENDS["emulated_cuda"] = Backend(EmulatedCudaStepper, unusable_because, "cpu")

@@ -54,6 +54,7 @@ Fiber fibers[kThreads];
 void* scheduler_stack = nullptr;
 void (*kernel_body)() = nullptr;
 std::exception_ptr failure;
+int64_t block_limit = -1;
 
 Fiber& current() { return fibers[threadIdx.x]; }
 
@@ -111,7 +112,9 @@ void run_grid(const Args& args, int64_t blocks) {
   kernel_body = [] { kKernel(*launched); };
   traffic.launches += 1;
   gridDim.x = static_cast<unsigned>(blocks);
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block();
+  const bool limited = block_limit >= 0 && block_limit < blocks;
+  const auto end = static_cast<unsigned>(limited ? block_limit : blocks);
+  for (blockIdx.x = 0; blockIdx.x < end; ++blockIdx.x) run_block();
 }
 
 }  // namespace
@@ -165,4 +168,9 @@ template void launch_update<LargeArguments>(const LargeArguments&, int64_t, cons
 extern "C" __attribute__((visibility("default"))) void fused_tricks_take_traffic(fused_tricks::cuda::Traffic* counted) {
   *counted = fused_tricks::cuda::traffic;
   fused_tricks::cuda::traffic = {};
+}
+
+// Runs only the first `count` blocks of every launch, for tensors too large to be walked; -1 runs all.
+extern "C" __attribute__((visibility("default"))) void fused_tricks_limit_blocks(int64_t count) {
+  fused_tricks::cuda::block_limit = count;
 }

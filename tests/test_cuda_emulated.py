@@ -1,0 +1,168 @@
+"""The CUDA kernels in emulation: exact counts of what they move, and sizes that no test model has.
+
+That they compute the right numbers is shown by every optimizer test, which runs on the emulation as on any backend.
+"""
+
+from __future__ import annotations
+
+import emulation
+import pytest
+import torch
+from comparison import assert_same_bits, bits
+from fused_tricks import FusedSGD
+from fused_tricks.backends.request import StepRequest
+from fused_tricks.plan import Entry, Plan
+from fused_tricks.step_state import StepState
+from torch import Tensor
+from torch.nn import Parameter
+
+pytestmark = pytest.mark.skipif(
+    emulation.unusable_because() is not None, reason=f"no emulation of CUDA: {emulation.unusable_because()}"
+)
+
+# As many elements in as many tensors as a few layers of ResNet-50, so that per-tensor costs weigh as they do there.
+SIZES = (64 * 3 * 7 * 7, 64, 64, 512 * 256, 512, 2048 * 64, 1000)
+
+
+def steady_step(params: list[Parameter], **options: object) -> emulation.Traffic:
+    """What one step does once buffers and plans exist."""
+    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, weight_decay=1e-4, backend="emulated_cuda", **options)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        emulation.take_traffic()
+        optimizer.step()
+    return emulation.take_traffic()
+
+
+def parameters(dtype: torch.dtype, sizes: tuple[int, ...] = SIZES) -> list[Parameter]:
+    return [Parameter(torch.ones(size, dtype=dtype)) for size in sizes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_scaled_step_of_16_bit_parameters_moves_22_bytes_an_element(dtype: torch.dtype) -> None:
+    traffic = steady_step(parameters(dtype), loss_scale="dynamic")
+    assert traffic.element_bytes_read == (2 + 10) * sum(SIZES)
+    assert traffic.element_bytes_written == 10 * sum(SIZES)
+
+
+def test_a_step_of_fp32_parameters_without_a_scale_moves_20_bytes_an_element() -> None:
+    traffic = steady_step(parameters(torch.float32))
+    assert traffic.element_bytes_read == 12 * sum(SIZES)
+    assert traffic.element_bytes_written == 8 * sum(SIZES)
+
+
+def test_a_step_without_momentum_does_not_touch_a_buffer() -> None:
+    params = parameters(torch.float16)
+    optimizer = FusedSGD(params, lr=0.1, backend="emulated_cuda")
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        emulation.take_traffic()
+        optimizer.step()
+    traffic = emulation.take_traffic()
+    assert traffic.element_bytes_read == 6 * sum(SIZES)
+    assert traffic.element_bytes_written == 6 * sum(SIZES)
+
+
+def test_a_skipped_step_reads_the_gradients_once_and_writes_no_element() -> None:
+    params = parameters(torch.float16)
+    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, loss_scale="dynamic", backend="emulated_cuda")
+    for param in params:
+        param.grad = torch.full_like(param, float("inf"))
+    emulation.take_traffic()
+    optimizer.step()
+    traffic = emulation.take_traffic()
+    assert traffic.element_bytes_read == 2 * sum(SIZES)
+    assert traffic.element_bytes_written == 0
+
+
+@pytest.mark.parametrize("options", [{"loss_scale": "dynamic"}, {"loss_scale": 8.0}, {"max_grad_norm": 1.0}])
+def test_a_step_that_scans_takes_two_launches_and_no_copy(options: dict[str, object]) -> None:
+    traffic = steady_step(parameters(torch.float16), **options)
+    assert (traffic.launches, traffic.copies) == (2, 0)
+
+
+def test_a_step_that_does_not_scan_takes_one_launch_and_no_copy() -> None:
+    traffic = steady_step(parameters(torch.float32))
+    assert (traffic.launches, traffic.copies) == (1, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_tables_and_scalars_cost_at_most_half_a_byte_an_element(dtype: torch.dtype) -> None:
+    traffic = steady_step(parameters(dtype), loss_scale="dynamic", max_grad_norm=1.0)
+    assert traffic.table_bytes_read <= 0.5 * sum(SIZES)
+
+
+@pytest.mark.parametrize("count", [1, 256, 257, 1024, 1025, 3584, 3585, 10_000])
+def test_any_number_of_tensors_is_updated_in_two_launches(count: int) -> None:
+    params = [Parameter(torch.full((3,), float(i), dtype=torch.float16)) for i in range(count)]
+    optimizer = FusedSGD(params, lr=0.5, loss_scale=8.0, backend="emulated_cuda")
+    for param in params:
+        param.grad = torch.full_like(param, 8.0)
+    emulation.take_traffic()
+    optimizer.step()
+    assert emulation.take_traffic().launches == 2
+    masters = torch.stack([optimizer.state[param]["master_param"] for param in params])
+    assert_same_bits(masters, (torch.arange(count, dtype=torch.float32).half().float() - 0.5)[:, None].expand(-1, 3))
+
+
+def test_gradient_addresses_that_need_a_copy_are_copied_only_when_they_change() -> None:
+    params = [Parameter(torch.zeros(1)) for _ in range(4000)]
+    optimizer = FusedSGD(params, lr=0.5, backend="emulated_cuda")
+    copies = []
+    for renews in (True, False, False, True):
+        if renews:
+            grads = [torch.ones(1) for _ in params]
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+        emulation.take_traffic()
+        optimizer.step()
+        copies.append(emulation.take_traffic().copies)
+    assert copies == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("count", [4, 5, 48, 49, 100])
+def test_any_number_of_groups_keeps_its_own_options(count: int) -> None:
+    params = [Parameter(torch.zeros(2)) for _ in range(count)]
+    optimizer = FusedSGD(
+        [{"params": [param], "lr": float(i + 1)} for i, param in enumerate(params)], backend="emulated_cuda"
+    )
+    for param in params:
+        param.grad = torch.ones(2)
+    optimizer.step()
+    assert [param[0].item() for param in params] == [-(i + 1.0) for i in range(count)]
+
+
+def test_elements_past_two_to_the_31_are_found_by_64_bit_indices() -> None:
+    size = 2**31 + 8192 + 5
+    # Memory that is never touched is never taken: these 26 GB cost the few pages that the last block works on.
+    param, grad = (torch.zeros(size, dtype=torch.float16) for _ in range(2))
+    master, buffer = (torch.zeros(size) for _ in range(2))
+    tail = slice(2**31 + 8192, size)
+    before = slice(2**31 - 8192, 2**31)
+    grad[tail] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    run_one_update(param, master, buffer, grad, blocks=1)
+    assert_same_bits(master[tail], torch.tensor([-0.5, -1.0, -1.5, -2.0, -2.5]))
+    assert_same_bits(param[tail], torch.tensor([-0.5, -1.0, -1.5, -2.0, -2.5], dtype=torch.float16))
+    assert not bits(master[before]).any() and not bits(param[before]).any()
+
+
+def run_one_update(param: Tensor, master: Tensor, buffer: Tensor, grad: Tensor, blocks: int) -> None:
+    """An update without the optimizer, which would walk the whole tensor to make its master."""
+    param.grad = grad
+    entry = Entry(0, param, live=True, source=param, master=master, buffer=buffer, version=param._version)
+    group = {
+        "params": [param],
+        "lr": 0.5,
+        "momentum": 0.9,
+        "dampening": 0,
+        "weight_decay": 0,
+        "nesterov": False,
+        "maximize": False,
+        "bias_decay": False,
+    }
+    stepper = emulation.EmulatedCudaStepper(Plan([entry]), StepState())
+    with emulation.only_first_blocks(blocks):
+        stepper.step([group], {}, StepRequest(False, None, None, None, None))
+
