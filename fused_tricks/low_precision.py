@@ -24,8 +24,8 @@ _MIXED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 def norm_layers(model: nn.Module) -> list[nn.Module]:
     """Returns the norm layers of ``model``: what `cast_model` keeps in FP32 when not told otherwise.
 
-    These are PyTorch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm and RMSNorm, subclasses and
-    lazy ones included, and any module that owns a ``running_var`` buffer (a frozen BatchNorm, say).
+    These are PyTorch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm and RMSNorm, with
+    subclasses and lazy ones, and any module that owns a ``running_var`` buffer (a frozen BatchNorm, say).
     """
     return [m for m in model.modules() if isinstance(m, _NORM_TYPES) or "running_var" in m._buffers]
 
@@ -56,13 +56,13 @@ def cast_model(
         model: the model to convert.
         dtype: ``torch.float16``, ``torch.bfloat16`` or ``torch.float32``.
         keep_fp32: the modules to keep in FP32, with all that they contain, instead of the default
-            ``norm_layers(model)``. One or several of: a type (its instances), a name pattern (as in `fnmatch`,
-            case-sensitive, against the whole name in ``model.named_modules()``; ``*`` also matches dots), or
-            a module. To keep the classifier too: ``[*norm_layers(model), "fc"]``.
+            ``norm_layers(model)``. One or several of: a type (its instances), a module, or a name pattern (as
+            in `fnmatch`, case-sensitive, against the whole name in ``model.named_modules()``; ``*`` matches
+            dots too). To keep the classifier as well: ``[*norm_layers(model), "fc"]``.
         output_dtype: a floating-point dtype; ``None`` leaves the outputs as the model computes them.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``keep_fp32`` holds something that is no type, name or module.
+        TypeError: ``model`` is not a module, or ``keep_fp32`` holds something of another kind.
         ValueError: ``dtype`` or ``output_dtype`` is not one of the above; a name pattern or module in
             ``keep_fp32`` is not found in ``model``; a parameter to be cast is complex; a parameter belongs
             to a kept module and to another one. A refused call leaves the model as it was.

@@ -1,0 +1,87 @@
+# Everything happens in .venv, which is made when it is missing. A stamp in it says what was installed there, so that
+# nothing is installed or compiled again before a file that it came from changes.
+
+PYTHON ?= python3
+VENV := .venv
+IN_VENV := $(VENV)/bin/python
+STAMPS := $(VENV)/stamps
+NATIVE := $(shell find csrc -type f)
+NATIVE_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# A build without its extension would pass with the slow backends only.
+export FUSED_TRICKS_REQUIRE_EXTENSION ?= 1
+
+# Two test processes of two threads each: enough to test threads, and no more than a small machine has.
+TEST_PROCESSES ?= 2
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build test bench lint format clean FORCE
+
+help:
+	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
+	@echo "make test     run the tests; PYTEST_ARGS='-k overflow' chooses some"
+	@echo "make bench    measure training against torch.amp; BENCH_ARGS=--help lists the options"
+	@echo "make lint     ruff, mypy and clang-format; needs no build"
+	@echo "make format   let ruff and clang-format rewrite the files"
+	@echo "make clean    remove what was built; $(VENV) stays"
+	@echo
+	@echo "PYTHON=python3.12 chooses the Python of a new $(VENV). setup.py lists what influences the build."
+
+build: $(STAMPS)/build
+	$(IN_VENV) -m fused_tricks
+
+test: $(STAMPS)/build $(STAMPS)/test
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(IN_VENV) -m pytest -n $(TEST_PROCESSES) -rs $(PYTEST_ARGS)
+
+bench: $(STAMPS)/build $(STAMPS)/bench
+	$(IN_VENV) -m benchmarks.train $(BENCH_ARGS)
+
+lint: $(STAMPS)/lint
+	$(IN_VENV) -m ruff check
+	$(IN_VENV) -m ruff format --check
+	$(IN_VENV) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_FORMATTED)
+
+format: $(STAMPS)/lint
+	$(IN_VENV) -m ruff check --fix-only
+	$(IN_VENV) -m ruff format
+	$(VENV)/bin/clang-format -i $(NATIVE_FORMATTED)
+
+clean:
+	rm -rf build dist *.egg-info fused_tricks/_extension.*.so fused_tricks/_build_info.json
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	rm -f $(STAMPS)/build
+	find fused_tricks tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What setup.py reads of the environment: another value is a reason to build again, as another source is.
+SETTINGS := $(foreach name,FUSED_TRICKS_EXTENSION FUSED_TRICKS_REQUIRE_EXTENSION FUSED_TRICKS_CUDA \
+	TORCH_CUDA_ARCH_LIST CUDA_HOME CUDA_PATH CXX CXXFLAGS LDFLAGS,$(name)=$($(name)))
+
+# --group needs pip 25.1. An environment that cannot even be given pip is broken, and made anew.
+$(STAMPS)/venv: pyproject.toml
+	$(IN_VENV) -m pip --version >/dev/null 2>&1 || $(IN_VENV) -m ensurepip >/dev/null 2>&1 \
+		|| $(PYTHON) -m venv --clear $(VENV)
+	$(IN_VENV) -m pip install "pip>=25.1"
+	$(IN_VENV) -m pip install --group build
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/settings: $(STAMPS)/venv FORCE
+	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
+
+# Without build isolation the headers of pybind11 stay where they are, and ninja sees that nothing changed.
+$(STAMPS)/build: $(STAMPS)/venv $(STAMPS)/settings pyproject.toml setup.py fused_tricks/cuda_toolkit.py $(NATIVE)
+	$(IN_VENV) -m pip install --no-build-isolation --editable .
+	touch $@
+
+$(STAMPS)/test $(STAMPS)/bench: pyproject.toml | $(STAMPS)/build
+	$(IN_VENV) -m pip install --no-build-isolation --editable ".[$(@F)]"
+	touch $@
+
+$(STAMPS)/lint: pyproject.toml | $(STAMPS)/venv
+	$(IN_VENV) -m pip install --group lint
+	touch $@
+
+FORCE:

@@ -1,0 +1,119 @@
+"""``python -m fused_tricks``: what is built and usable here, and why something is not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fused_tricks
+from fused_tricks.backends import availability
+from fused_tricks.cuda_toolkit import find_toolkit
+
+Row = tuple[str, str]
+
+
+def main() -> None:
+    """Prints the report."""
+    info = _build_info()
+    sections = {
+        "Versions": _versions(),
+        "Backends": _backends(),
+        "Processors": _processors(),
+        "The extension": _extension(info),
+        "CUDA toolkit here": _toolkit(),
+    }
+    for title, rows in sections.items():
+        print(title)
+        for name, value in rows:
+            first, *others = value.splitlines() or [""]
+            print(f"  {name:<16}  {first}")
+            for line in others:
+                print(f"  {'':<16}  {line}")
+        print()
+
+
+def _versions() -> Iterator[Row]:
+    yield "fused_tricks", f"{fused_tricks.__version__} in {Path(fused_tricks.__file__).parent}"
+    yield "Python", f"{platform.python_version()} on {platform.platform()}"
+    yield "torch", f"{torch.__version__}, {_cuda_of_torch()}"
+    try:
+        yield "triton", importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        yield "triton", "not installed"
+
+
+def _cuda_of_torch() -> str:
+    if torch.version.cuda is not None:
+        return f"built with CUDA {torch.version.cuda}"
+    return f"built with ROCm {torch.version.hip}" if torch.version.hip is not None else "built without CUDA"
+
+
+def _backends() -> Iterator[Row]:
+    for name, reason in availability().items():
+        yield name, "usable" if reason is None else f"not usable: {reason}"
+
+
+def _processors() -> Iterator[Row]:
+    try:
+        instruction_sets = importlib.import_module("fused_tricks._extension").instruction_sets()
+        yield "instruction sets", ", ".join(instruction_sets)
+    except ImportError:
+        yield "instruction sets", "unknown without the extension"
+    yield "CPU threads", f"{torch.get_num_threads()} in torch"
+    if not torch.cuda.is_available():
+        yield "GPUs", "torch sees none"
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.0f} GiB"
+        yield f"GPU {index}", f"{device.name}, architecture {device.major}.{device.minor}, {memory}"
+
+
+def _build_info() -> dict[str, Any] | None:
+    """The record that the build left, or None where the package runs from a source tree."""
+    try:
+        info: dict[str, Any] = json.loads(Path(__file__).with_name("_build_info.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return info
+
+
+def _extension(info: dict[str, Any] | None) -> Iterator[Row]:
+    if info is None:
+        yield "build", "unknown: there is no record of it; pip install fused_tricks leaves one"
+        return
+    yield "built", f"version {info['version']} by Python {info['python']} for {info['platform']}"
+    if info["extension_failure"] is not None:
+        yield "not compiled", info["extension_failure"]
+    for key in ("compiler", "compiler_version", "compiler_flags", "extension_log"):
+        if info.get(key):
+            yield key.replace("_", " "), info[key].strip()
+    cuda = info["cuda"]
+    if cuda is not None:
+        yield "CUDA", f"{cuda['version']} from {cuda['home']}"
+        yield "architectures", ", ".join(cuda["architectures"])
+    elif info["cuda_failure"] is not None:
+        yield "CUDA", f"left out: {info['cuda_failure']}"
+        if info.get("cuda_log"):
+            yield "CUDA log", info["cuda_log"].strip()
+
+
+def _toolkit() -> Iterator[Row]:
+    search = find_toolkit()
+    if search.toolkit is None:
+        yield "found", "none that is usable"
+    else:
+        toolkit = search.toolkit
+        yield "found", f"CUDA {toolkit.version} in {toolkit.home}, by {search.place}"
+    for rejection in search.rejections:
+        yield "passed over", str(rejection)
+
+
+if __name__ == "__main__":
+    main()
