@@ -77,9 +77,8 @@ struct ReleaseGradients {
   ~ReleaseGradients() { plan.release_gradients(); }
 };
 
-int cpu_step(Plan& plan, const py::list& groups, const py::dict& state, bool unscales,
-             std::optional<double> grad_scale, bool found_inf, std::optional<double> max_norm,
-             const std::optional<ScaleRuleFields>& scale_rule) {
+int cpu_step(Plan& plan, const py::list& groups, const py::dict& state, bool unscales, std::optional<double> grad_scale,
+             bool found_inf, std::optional<double> max_norm, const std::optional<ScaleRuleFields>& scale_rule) {
   StepRequest request = request_of(unscales, grad_scale.has_value(), max_norm, scale_rule);
   request.grad_scale = static_cast<float>(grad_scale.value_or(1.0));
   request.found_inf = found_inf;

@@ -20,7 +20,7 @@ struct TorchApi {
   PyObject* increment_version = nullptr;
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
-  getter grad = nullptr;     // Tensor.grad and Tensor._version, as plain functions for those two types
+  getter grad = nullptr;  // Tensor.grad and Tensor._version, as plain functions for those two types
   getter version = nullptr;
 };
 TorchApi& torch_api();
@@ -68,9 +68,9 @@ struct Entry {
   void* buffer = nullptr;
   bool first = false;             // the buffer was never written
   int64_t* first_step = nullptr;  // on a GPU: where that is noted, so that the host need not know
-  bool watches_version = false;  // a master must notice that its parameter was written by others
+  bool watches_version = false;   // a master must notice that its parameter was written by others
   int64_t version = 0;
-  PyObject* state = nullptr;         // the parameter's dict in Optimizer.state, and what it must still hold
+  PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and what it must still hold
   PyObject* state_buffer = nullptr;
   PyObject* state_master = nullptr;
 
@@ -88,8 +88,8 @@ struct Chunk {
 class Plan {
  public:
   // entries: tuples (group index, parameter, source, alias, live, master, buffer, first, watches_version, first_step),
-  // one for each parameter of every group in order. step_state: the uint8 tensor behind StepState. reads_lr: whether the kernels
-  // read a learning rate that is a tensor themselves, so that the host need not wait for it.
+  // one for each parameter of every group in order. step_state: the uint8 tensor behind StepState. reads_lr: whether
+  // the kernels read a learning rate that is a tensor themselves, so that the host need not wait for it.
   Plan(const py::list& entries, const py::object& step_state, bool reads_lr);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -123,7 +123,7 @@ class Plan {
 
   bool reads_lr_;
   py::list keep_alive_;
-  py::list updated_;  // aliases of what the last step updated
+  py::list updated_;              // aliases of what the last step updated
   std::vector<PyObject*> grads_;  // owned during a step, which runs without the interpreter lock
   std::vector<std::pair<PyObject*, PyObject*>> watched_;
 };

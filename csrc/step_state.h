@@ -39,13 +39,13 @@ struct ScaleRule {
 };
 
 struct StepRequest {
-  bool unscales;       // gradients carry a factor: this state's scale, or the external one
-  bool external;       // the factor and its adjustment belong to a GradScaler
-  float grad_scale;    // the external factor
-  bool found_inf;      // the GradScaler's verdict
-  bool clips;          // measure the norm and clip to max_norm
+  bool unscales;     // gradients carry a factor: this state's scale, or the external one
+  bool external;     // the factor and its adjustment belong to a GradScaler
+  float grad_scale;  // the external factor
+  bool found_inf;    // the GradScaler's verdict
+  bool clips;        // measure the norm and clip to max_norm
   double max_norm;
-  bool dynamic;        // adjust the scale by `rule`
+  bool dynamic;  // adjust the scale by `rule`
   ScaleRule rule;
 
   // Whether the gradients must be read once before any is used. A GradScaler has looked for non-finite ones itself.

@@ -16,8 +16,7 @@ void parallel_ranges(int64_t count, bool small, RangeFunction function, void* co
 template <typename Body>
 void parallel_for(int64_t count, bool small, const Body& body) {
   parallel_ranges(
-      count, small,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+      count, small, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

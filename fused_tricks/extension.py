@@ -21,7 +21,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, _why_not_built() or f"the compiled extension cannot be imported ({error}); {_ADVICE}"
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-        return None, f"torch {torch.__version__} has no DLPack exchange interface; install torch 2.10 or later"
+        return (
+            None,
+            f"torch {torch.__version__} has no DLPack exchange interface; install torch 2.10 or later",
+        )
     try:
         connect(module)
     except RuntimeError as error:
@@ -35,7 +38,9 @@ def connect(module: ModuleType) -> None:
     Raises:
         RuntimeError: torch's interfaces are not those that the module was written for.
     """
-    module.connect(torch.Tensor, torch.nn.Parameter, torch.autograd.graph.increment_version, _parallel_for_address())
+    module.connect(
+        torch.Tensor, torch.nn.Parameter, torch.autograd.graph.increment_version, _parallel_for_address()
+    )
 
 
 def load_extension() -> ModuleType:

@@ -69,7 +69,9 @@ class DynamicLossScale:
         }
         _check_rules(rules)
         if not min_scale <= init_scale <= max_scale:
-            raise ValueError(f"init_scale={init_scale} is outside [min_scale, max_scale] = [{min_scale}, {max_scale}]")
+            raise ValueError(
+                f"init_scale={init_scale} is outside [min_scale, max_scale] = [{min_scale}, {max_scale}]"
+            )
         self.__dict__.update(rules)
         self._step_state = StepState(scale=init_scale, hysteresis=hysteresis)
         self._owner: weakref.ref[Any] | None = None

@@ -103,7 +103,9 @@ class FusedSGD(Optimizer):
         differentiable: bool = False,
     ) -> None:
         if differentiable:
-            raise ValueError("differentiable=True is not supported; use torch.optim.SGD to differentiate through steps")
+            raise ValueError(
+                "differentiable=True is not supported; use torch.optim.SGD to differentiate through steps"
+            )
         check_backend(backend)
         _check_max_grad_norm(max_grad_norm)
         loss_scale = _parse_loss_scale(loss_scale)
@@ -362,7 +364,9 @@ def _check_max_grad_norm(max_grad_norm: Any) -> None:
     if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, (int, float)):
         raise TypeError(f"max_grad_norm must be a number or None, got {type(max_grad_norm).__name__}")
     if not max_grad_norm > 0 or math.isnan(max_grad_norm):
-        raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}; it must be positive, or inf to measure only")
+        raise ValueError(
+            f"Invalid max_grad_norm: {max_grad_norm}; it must be positive, or inf to measure only"
+        )
 
 
 def _parse_loss_scale(loss_scale: Any) -> float | DynamicLossScale | None:
@@ -370,7 +374,9 @@ def _parse_loss_scale(loss_scale: Any) -> float | DynamicLossScale | None:
         return loss_scale
     if isinstance(loss_scale, str):
         if loss_scale != "dynamic":
-            raise ValueError(f"loss_scale={loss_scale!r} is unknown; use None, a number, 'dynamic' or DynamicLossScale")
+            raise ValueError(
+                f"loss_scale={loss_scale!r} is unknown; use None, a number, 'dynamic' or DynamicLossScale"
+            )
         return DynamicLossScale()
     check_scale("loss_scale", loss_scale)
     return float(loss_scale)

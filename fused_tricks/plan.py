@@ -158,7 +158,9 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 def _check(name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
     if param.dtype not in _SUPPORTED:
-        raise RuntimeError(f"{name} has dtype {param.dtype}; FusedSGD updates float16, bfloat16, float32 and float64")
+        raise RuntimeError(
+            f"{name} has dtype {param.dtype}; FusedSGD updates float16, bfloat16, float32 and float64"
+        )
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{name} has a gradient of layout {grad.layout}; FusedSGD needs dense gradients: build the layer with "
@@ -173,9 +175,13 @@ def _check(name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> Non
             "parameter's dtype, or to float32 for a float16 or bfloat16 parameter"
         )
     if grad.device != param.device:
-        raise RuntimeError(f"{name} is on {param.device} and its gradient on {grad.device}; move the gradient there")
+        raise RuntimeError(
+            f"{name} is on {param.device} and its gradient on {grad.device}; move the gradient there"
+        )
     if grad.shape != param.shape:
-        raise RuntimeError(f"{name} has shape {tuple(param.shape)} and a gradient of shape {tuple(grad.shape)}")
+        raise RuntimeError(
+            f"{name} has shape {tuple(param.shape)} and a gradient of shape {tuple(grad.shape)}"
+        )
     if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
         raise RuntimeError(
             f"{name} has elements that share memory (it was expanded); clone() it before it is optimized"
@@ -194,7 +200,9 @@ def _entry(
 ) -> Entry:
     if param.grad is None:
         return Entry(group, param, live=False, source=param)
-    source = param if _fits(param.grad, param) else param.detach().clone(memory_format=torch.contiguous_format)
+    source = (
+        param if _fits(param.grad, param) else param.detach().clone(memory_format=torch.contiguous_format)
+    )
     entry = Entry(group, param, live=True, source=source, version=param._version)
     if param.dtype in LOW_PRECISION:
         entry.master = _fitting_state(state, MASTER_PARAM, source, step_state)
@@ -214,7 +222,12 @@ def _entry(
 def _fits(grad: Tensor, param: Tensor) -> bool:
     """Whether both can be walked as two flat arrays that list the same elements in the same order."""
     dense = torch.empty_like(param, device="meta")
-    return _same_strides(param, dense) and _same_strides(param, grad) and not grad.is_neg() and not param.is_neg()
+    return (
+        _same_strides(param, dense)
+        and _same_strides(param, grad)
+        and not grad.is_neg()
+        and not param.is_neg()
+    )
 
 
 def _same_strides(a: Tensor, b: Tensor) -> bool:

@@ -5,17 +5,18 @@ That they compute the right numbers is shown by every optimizer test, which runs
 
 from __future__ import annotations
 
-import emulation
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import emulation
 from comparison import assert_same_bits, bits
 from fused_tricks import FusedSGD
 from fused_tricks.backends.request import StepRequest
 from fused_tricks.plan import Entry, Plan
 from fused_tricks.step_state import StepState
-from torch import Tensor
-from torch.nn import Parameter
 
 pytestmark = pytest.mark.skipif(
     emulation.unusable_because() is not None, reason=f"no emulation of CUDA: {emulation.unusable_because()}"
@@ -105,7 +106,9 @@ def test_any_number_of_tensors_is_updated_in_two_launches(count: int) -> None:
     optimizer.step()
     assert emulation.take_traffic().launches == 2
     masters = torch.stack([optimizer.state[param]["master_param"] for param in params])
-    assert_same_bits(masters, (torch.arange(count, dtype=torch.float32).half().float() - 0.5)[:, None].expand(-1, 3))
+    assert_same_bits(
+        masters, (torch.arange(count, dtype=torch.float32).half().float() - 0.5)[:, None].expand(-1, 3)
+    )
 
 
 def test_gradient_addresses_that_need_a_copy_are_copied_only_when_they_change() -> None:
@@ -170,4 +173,3 @@ def run_one_update(param: Tensor, master: Tensor, buffer: Tensor, grad: Tensor, 
     stepper = emulation.EmulatedCudaStepper(Plan([entry]), StepState())
     with emulation.only_first_blocks(blocks):
         stepper.step([group], {}, StepRequest(False, None, None, None, None))
-

@@ -12,7 +12,9 @@ struct FloatVector {
   explicit FloatVector(float value) : lanes(_mm256_set1_ps(value)) {}
 };
 
-inline FloatVector fma(FloatVector a, FloatVector b, FloatVector c) { return FloatVector(_mm256_fmadd_ps(a.lanes, b.lanes, c.lanes)); }
+inline FloatVector fma(FloatVector a, FloatVector b, FloatVector c) {
+  return FloatVector(_mm256_fmadd_ps(a.lanes, b.lanes, c.lanes));
+}
 inline FloatVector mul(FloatVector a, FloatVector b) { return FloatVector(_mm256_mul_ps(a.lanes, b.lanes)); }
 inline FloatVector negate(FloatVector a) { return FloatVector(_mm256_xor_ps(a.lanes, _mm256_set1_ps(-0.0f))); }
 

@@ -32,8 +32,9 @@ __device__ inline void find_grad(const Args& args, const ChunkRecord& chunk, con
   work.wide_grad = (address & 1u) != 0;
   work.count = static_cast<int>(rest < kChunk ? rest : kChunk);
   const DType grad_type = work.wide_grad ? DType::kFloat32 : tensor.type;
-  work.grad = address == 0 ? nullptr
-                           : reinterpret_cast<const char*>(address & ~GradAddress{1}) + chunk.begin * size_of(grad_type);
+  work.grad = address == 0
+                  ? nullptr
+                  : reinterpret_cast<const char*>(address & ~GradAddress{1}) + chunk.begin * size_of(grad_type);
 }
 
 // Whether this block is the last of the launch to get here. What the others wrote before is then visible to it.
@@ -179,7 +180,8 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
   if (!arrives_last(tables.state, &is_last)) return;
   double total = 0;
   if (measures) {
-    for (int64_t i = threadIdx.x; i < tables.chunk_count; i += kThreads) total += load_fresh(&tables.partial_squares[i]);
+    for (int64_t i = threadIdx.x; i < tables.chunk_count; i += kThreads)
+      total += load_fresh(&tables.partial_squares[i]);
     total = block_sum(total, per_warp);
   }
   if (threadIdx.x == 0) {

@@ -1,11 +1,10 @@
-#include "launch.h"
-
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "kernels.cuh"
+#include "launch.h"
 
 namespace fused_tricks::cuda {
 
@@ -64,8 +63,8 @@ void copy_to_device(void* device_memory, const void* host, size_t size, const Ta
         "cudaMemcpyAsync");
 }
 
-#define FUSED_TRICKS_INSTANTIATE(Args)                                     \
-  template void launch_scan<Args>(const Args&, int64_t, const Target&);    \
+#define FUSED_TRICKS_INSTANTIATE(Args)                                  \
+  template void launch_scan<Args>(const Args&, int64_t, const Target&); \
   template void launch_update<Args>(const Args&, int64_t, const Target&);
 FUSED_TRICKS_INSTANTIATE(SmallArguments)
 FUSED_TRICKS_INSTANTIATE(MediumArguments)

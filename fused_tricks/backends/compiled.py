@@ -35,7 +35,9 @@ class CompiledPlan:
         step_state: StepState,
         first_steps: list[Tensor | None] | None = None,
     ) -> None:
-        aliases = [entry.param.detach() if entry.live and not entry.is_staged else None for entry in plan.entries]
+        aliases = [
+            entry.param.detach() if entry.live and not entry.is_staged else None for entry in plan.entries
+        ]
         # A second owner in C++ halves the time that torch needs to bump a version counter: the Python object's own
         # reference count then need not follow every use of the tensor.
         self._second_owners = [None if alias is None else _owner_of(alias) for alias in aliases]

@@ -71,7 +71,9 @@ def _first_step(entry: Entry, step_state: StepState) -> Tensor | None:
     if entry.buffer is None:
         return None
     if entry.first:
-        step_state.first_steps[entry.buffer] = torch.full((), -1, dtype=torch.int64, device=entry.buffer.device)
+        step_state.first_steps[entry.buffer] = torch.full(
+            (), -1, dtype=torch.int64, device=entry.buffer.device
+        )
     elif entry.buffer not in step_state.first_steps:
         return torch.zeros((), dtype=torch.int64, device=entry.buffer.device)
     first_step: Tensor = step_state.first_steps[entry.buffer]

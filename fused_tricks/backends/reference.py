@@ -52,7 +52,9 @@ class ReferenceStepper:
         squares = sum(float(grad.double().square().sum()) for grad in grads)
         norm = torch.tensor(math.sqrt(squares) * inverse_scale, dtype=torch.float32)
         self._step_state.grad_norm.fill_(norm)
-        return inverse_scale, min(1.0, float(torch.tensor(request.max_norm, dtype=torch.float32) / (norm + 1e-6)))
+        return inverse_scale, min(
+            1.0, float(torch.tensor(request.max_norm, dtype=torch.float32) / (norm + 1e-6))
+        )
 
     def _record(self, request: StepRequest, found: bool) -> None:
         state = self._step_state

@@ -50,7 +50,9 @@ def build(sanitize: bool = False) -> Path:
     Raises:
         RuntimeError: There is no compiler, or it failed; the message has its output.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("clang++") or ""]
+    compiler = shlex.split(os.environ.get("CXX", "")) or [
+        shutil.which("g++") or shutil.which("clang++") or ""
+    ]
     if not shutil.which(compiler[0]):
         raise RuntimeError("the emulation of the CUDA kernels needs a C++ compiler")
     includes = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
@@ -63,7 +65,9 @@ def build(sanitize: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     suffix = f".{os.getpid()}"
     objects = [folder / f"{source.parent.name}_{source.stem}{suffix}.o" for source in _SOURCES]
-    commands = [[*compiler, *flags, "-c", str(s), "-o", str(o)] for s, o in zip(_SOURCES, objects, strict=True)]
+    commands = [
+        [*compiler, *flags, "-c", str(s), "-o", str(o)] for s, o in zip(_SOURCES, objects, strict=True)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
     # Under another name until it is whole: several test processes may build at once.
