@@ -190,31 +190,46 @@ class FusedSGD(Optimizer):
         )
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        request = self._request()
-        loss = None
-        if closure is not None:
-            if request.unscales or request.found_inf is not None:
-                raise RuntimeError(
-                    "a closure cannot be combined with loss scaling: the optimizer cannot tell whether the closure "
-                    "scales its loss; call backward() yourself and step() without a closure"
-                )
-            with torch.enable_grad():
-                loss = closure()
+        try:
+            request = self._request()
+            loss = None
+            if closure is not None:
+                loss = self._evaluate(closure, request)
+            self._update(request)
+            return loss
+        except BaseException:
+            # GradScaler removes what it hands over only after a step that returns.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
+
+    def _evaluate(self, closure: Callable[[], Any], request: StepRequest) -> Any:
+        if request.unscales or request.found_inf is not None:
+            raise RuntimeError(
+                "a closure cannot be combined with loss scaling: the optimizer cannot tell whether the closure "
+                "scales its loss; call backward() yourself and step() without a closure"
+            )
+        with torch.enable_grad():
+            return closure()
+
+    def _update(self, request: StepRequest) -> None:
         outcome = self._run(request)
         if outcome is Outcome.STALE:
-            self._plan = build_plan(self, self._step_state)
-            devices = {entry.param.device for entry in self._plan.entries if entry.live}
-            stepper = stepper_class(self._backend, devices)
-            if len(devices) == 1:
-                self._step_state.move_to(next(iter(devices)))
-            self._stepper = stepper(self._plan, self._step_state)
+            self._stepper, self._plan = self._prepare()
             outcome = self._run(request)
             if outcome is Outcome.STALE:
                 raise RuntimeError("parameters, gradients or state changed while the step was being prepared")
         if outcome is Outcome.APPLIED and self._plan is not None and self._plan.new:
             self._plan.publish(self)
             self._stepper = self._plan = None
-        return loss
+
+    def _prepare(self) -> tuple[Stepper, Plan]:
+        devices = {p.device for group in self.param_groups for p in group["params"] if p.grad is not None}
+        stepper = stepper_class(self._backend, devices)
+        plan = build_plan(self, self._step_state)
+        if len(devices) == 1:
+            self._step_state.move_to(next(iter(devices)))
+        return stepper(plan, self._step_state), plan
 
     _observed_step = Optimizer.profile_hook_step(_step)
 
@@ -240,8 +255,6 @@ class FusedSGD(Optimizer):
             rule = loss_scale.rule() if isinstance(loss_scale, DynamicLossScale) else None
             return StepRequest(loss_scale is not None, None, None, self.max_grad_norm, rule)
         if loss_scale is not None:
-            # GradScaler removes them only after a step that returns.
-            del self.__dict__["grad_scale"], self.__dict__["found_inf"]
             raise RuntimeError(
                 "this FusedSGD scales its own loss (loss_scale is set) and was stepped by a GradScaler; use "
                 "optimizer.scale(loss).backward() and optimizer.step() without the GradScaler, or loss_scale=None"

@@ -139,9 +139,9 @@ def forget_unwritten_buffers(optimizer: Optimizer, step_state: StepState) -> Non
     """
     for state in optimizer.state.values():
         buffer = state.get(MOMENTUM_BUFFER) if isinstance(state, dict) else None
-        if isinstance(buffer, Tensor) and buffer in step_state.first_steps:
-            if step_state.first_steps.pop(buffer) < 0:
-                del state[MOMENTUM_BUFFER]
+        first_step = step_state.first_steps.pop(buffer, None) if isinstance(buffer, Tensor) else None
+        if first_step is not None and first_step < 0:
+            del state[MOMENTUM_BUFFER]
 
 
 def parameter_name(group: dict[str, Any], group_index: int, index: int) -> str:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from fused_tricks.backends import availability
+import emulation  # adds a backend
+from fused_tricks.backends import BACKENDS
 
-NAMES = ("reference", "cpu", "triton", "cuda")
+NAMES = tuple(BACKENDS)
 """Every backend, usable here or not."""
 
 
 def unusable_because(name: str) -> str | None:
     """Why tests cannot run on the backend `name` here, or None when they can."""
-    return availability().get(name, f"this version has no {name} backend")
+    return BACKENDS[name].unavailable_because()
 
 
 def is_interpreted(name: str) -> bool:
     """Whether each element costs microseconds, so that long runs have to be shortened."""
-    return name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return BACKENDS[name].stepper is emulation.EmulatedCudaStepper
 
 
 def device_of(name: str) -> torch.device:
     """The device whose tensors the backend `name` updates here."""
-    on_gpu = name in ("triton", "cuda") and torch.cuda.is_available() and not is_interpreted(name)
-    return torch.device("cuda" if on_gpu else "cpu")
+    return torch.device(BACKENDS[name].device_type or "cpu")

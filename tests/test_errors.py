@@ -294,7 +294,7 @@ def test_parameters_on_a_device_that_the_backend_cannot_reach_are_refused(backen
 
 @pytest.mark.parametrize("options", [{"loss_scale": "dynamic"}, {"loss_scale": 8.0}], ids=str)
 def test_a_closure_together_with_loss_scaling_is_refused_before_it_is_called(backend, device, options):
-    optimizer, params = in_training(backend, device, torch.float32, **options)
+    optimizer, _params = in_training(backend, device, torch.float32, **options)
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match="closure"):
         optimizer.step(lambda: pytest.fail("the closure was called"))
@@ -302,7 +302,7 @@ def test_a_closure_together_with_loss_scaling_is_refused_before_it_is_called(bac
 
 
 def test_a_closure_that_raises_changes_nothing(backend, device):
-    optimizer, params = in_training(backend, device, torch.float32)
+    optimizer, _params = in_training(backend, device, torch.float32)
     before = snapshot(optimizer)
 
     def closure() -> None:
@@ -332,7 +332,7 @@ def test_state_of_the_wrong_shape_is_refused_and_never_read(backend, device, key
 
 @pytest.mark.parametrize("spoil", ["groups", "sizes"])
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(backend, device, spoil):
-    optimizer, params = in_training(backend, device, torch.float16, loss_scale="dynamic")
+    optimizer, _params = in_training(backend, device, torch.float16, loss_scale="dynamic")
     checkpoint = deepcopy(optimizer.state_dict())
     for group in checkpoint["param_groups"]:
         group["lr"] = 0.7

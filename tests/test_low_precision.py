@@ -191,7 +191,15 @@ def test_running_statistics_are_close_to_those_of_an_fp32_network() -> None:
         ("bl*.1", {"blocks.1"}),
         ("", {"conv", "bn", "gn", "ln", "blocks.0", "blocks.1", "fc"}),
     ],
-    ids=str,
+    ids=[
+        "nothing",
+        "a type",
+        "a type and a name",
+        "a pattern",
+        "a list",
+        "a pattern across dots",
+        "the model",
+    ],
 )
 def test_modules_are_kept_by_type_and_by_name_pattern(keep: Any, kept: set[str]) -> None:
     model = cast_model(Network(), BF16, keep_fp32=keep)

@@ -404,7 +404,7 @@ def test_step_hooks_are_called_around_the_step(backend, device):
 
 def test_a_step_pre_hook_may_change_the_gradients(backend, device):
     pairs = both(backend, device, lr=0.1)
-    for optimizer, params in pairs:
+    for optimizer, _params in pairs:
         optimizer.register_step_pre_hook(
             lambda o, args, kwargs: [p.grad.mul_(3) for g in o.param_groups for p in g["params"]] and None
         )

@@ -54,9 +54,12 @@ def check_backend(name: str) -> None:
     """Raises unless ``name`` is ``"auto"`` or a backend that is usable here.
 
     Raises:
+        TypeError: ``name`` is not a string.
         ValueError: There is no such backend.
         RuntimeError: It cannot be used here; the message says why.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a string, got {type(name).__name__}")
     if name == "auto":
         return
     if name not in BACKENDS:

@@ -1,4 +1,4 @@
-"""Compiles the emulation; again only when a source changed. ``python -m emulation.build`` shows the compiler's words."""
+"""Compiles the emulation, and again only when a source changed. Run as a program it shows the compiler's words."""
 
 from __future__ import annotations
 
