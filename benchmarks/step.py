@@ -230,9 +230,7 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         for row in result["budgets"]
     ]
-    explanation = (
-        "Numbers are median (lower – upper quartile) over rounds; ratios are taken round by round, in one process."
-    )
+    explanation = "Numbers are median (lower – upper quartile) over rounds; ratios are taken round by round, in one process."
     return "\n\n".join(
         [
             "# The optimizer step alone",

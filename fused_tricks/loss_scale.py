@@ -6,9 +6,7 @@ import math
 import weakref
 from typing import Any
 
-import torch
-
-from .step_state import StepState
+from .step_state import StepState, to_float32
 
 _INT32_MAX = 2**31 - 1
 
@@ -177,7 +175,7 @@ _GRAD_SCALER_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interva
 def check_scale(name: str, value: Any) -> None:
     """Raises unless ``value`` is a number that FP32 holds as a positive finite one."""
     _check_number(name, value)
-    if not (value > 0 and 0 < torch.tensor(float(value), dtype=torch.float32).item() < math.inf):
+    if not (value > 0 and 0 < to_float32(value) < math.inf):
         raise ValueError(f"{name}={value} must be positive and finite in FP32")
 
 

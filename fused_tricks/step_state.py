@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 
 import torch
@@ -10,6 +11,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 # The layout of StepState in csrc/step_state.h, whose tail is private to the kernels.
 _SIZE = 64
+
+
+def to_float32(value: float) -> float:
+    """The FP32 number nearest to ``value``, ties to even; infinite where that overflows."""
+    return ctypes.c_float(value).value
 
 
 class StepState:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Entry, Plan, state_dtype
-from ..step_state import StepState
+from ..step_state import StepState, to_float32
 from .request import Outcome, StepRequest
 
 
@@ -46,15 +46,15 @@ class ReferenceStepper:
 
     def _factors(self, request: StepRequest, grads: list[Tensor]) -> tuple[float, float | None]:
         scale = self._step_state.scale.item() if request.grad_scale is None else float(request.grad_scale)
-        inverse_scale = _float32(1.0 / _float32(scale)) if request.unscales else 1.0
+        inverse_scale = to_float32(1.0 / scale if scale else math.inf) if request.unscales else 1.0
         if request.max_norm is None:
             return inverse_scale, None
         squares = sum(float(grad.double().square().sum()) for grad in grads)
-        norm = torch.tensor(math.sqrt(squares) * inverse_scale, dtype=torch.float32)
+        norm = to_float32(math.sqrt(squares) * inverse_scale)
         self._step_state.grad_norm.fill_(norm)
-        return inverse_scale, min(
-            1.0, float(torch.tensor(request.max_norm, dtype=torch.float32) / (norm + 1e-6))
-        )
+        # Sums and quotients of FP32 numbers, taken in FP64 and rounded, are those of FP32 arithmetic.
+        ratio = to_float32(to_float32(request.max_norm) / to_float32(norm + to_float32(1e-6)))
+        return inverse_scale, min(1.0, ratio)
 
     def _record(self, request: StepRequest, found: bool) -> None:
         state = self._step_state
@@ -84,15 +84,15 @@ def _advance_scale(
         hysteresis_tracker = max(0, hysteresis_tracker - 1)
         if hysteresis_tracker > 0:
             return scale, growth_tracker, hysteresis_tracker
-        scale = _float32(scale * backoff_factor)
+        scale = to_float32(scale * backoff_factor)
     else:
         hysteresis_tracker = hysteresis
         growth_tracker += 1
         if growth_tracker >= growth_interval:
             growth_tracker = 0
-            grown = _float32(scale * growth_factor)
+            grown = to_float32(scale * growth_factor)
             scale = grown if math.isfinite(grown) else scale
-    return min(max(scale, _float32(min_scale)), _float32(max_scale)), growth_tracker, hysteresis_tracker
+    return min(max(scale, to_float32(min_scale)), to_float32(max_scale)), growth_tracker, hysteresis_tracker
 
 
 def _update(entry: Entry, group: dict[str, Any], inverse_scale: float | None, clip: float | None) -> None:
@@ -122,7 +122,3 @@ def _update(entry: Entry, group: dict[str, Any], inverse_scale: float | None, cl
 
 def _is_finite(grad: Tensor) -> bool:
     return bool(torch.isfinite(grad).all())
-
-
-def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
