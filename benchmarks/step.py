@@ -230,7 +230,9 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         for row in result["budgets"]
     ]
-    explanation = "Numbers are median (lower – upper quartile) over rounds; ratios are taken round by round, in one process."
+    explanation = (
+        "Numbers are median (lower – upper quartile) over rounds; ratios are taken within each round."
+    )
     return "\n\n".join(
         [
             "# The optimizer step alone",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from .backends.request import Outcome, StepRequest
 from .checkpoint import SCALE_KEYS, import_state
 from .hyper_parameters import check_group
 from .loss_scale import DynamicLossScale, check_scale
-from .plan import Plan, build_plan, forget_unwritten_buffers
+from .plan import Plan, build_plan
 from .step_state import StepState
 
 
@@ -219,14 +220,35 @@ class FusedSGD(Optimizer):
             outcome = self._run(request)
             if outcome is Outcome.STALE:
                 raise RuntimeError("parameters, gradients or state changed while the step was being prepared")
-        if outcome is Outcome.APPLIED and self._plan is not None and self._plan.new:
-            self._plan.publish(self)
-            self._stepper = self._plan = None
+        if outcome is Outcome.APPLIED and self._stepper is not None and not self._stepper.answers_late:
+            self._publish()
+
+    def _publish(self) -> None:
+        """Puts new masters and buffers into the state, once they are known to be written."""
+        plan, stepper = self._plan, self._stepper
+        if plan is not None and plan.new and stepper is not None:
+            plan.publish(self.__dict__["state"], stepper.is_written)
+
+    @property
+    def state(self) -> defaultdict[Any, Any]:  # type: ignore[override]
+        """What ``torch.optim.Optimizer.state`` is.
+
+        Synchronises where a GPU has yet to tell whether the first steps were skipped.
+        """
+        if self._stepper is not None and self._stepper.answers_late:
+            self._publish()
+        state: defaultdict[Any, Any] = self.__dict__["state"]
+        return state
+
+    @state.setter
+    def state(self, state: defaultdict[Any, Any]) -> None:
+        self.__dict__["state"] = state
 
     def _prepare(self) -> tuple[Stepper, Plan]:
         devices = {p.device for group in self.param_groups for p in group["params"] if p.grad is not None}
         stepper = stepper_class(self._backend, devices)
-        plan = build_plan(self, self._step_state)
+        former = self._plan if self._stepper is not None and self._stepper.answers_late else None
+        plan = build_plan(self.param_groups, self.__dict__["state"], self._step_state, former)
         if len(devices) == 1:
             self._step_state.move_to(next(iter(devices)))
         return stepper(plan, self._step_state), plan
@@ -238,11 +260,11 @@ class FusedSGD(Optimizer):
         if stepper is None or plan is None:
             return Outcome.STALE
         if not plan.staged:
-            return stepper.step(self.param_groups, self.state, request)
+            return stepper.step(self.param_groups, self.__dict__["state"], request)
         with torch.no_grad():
             if not plan.stage():
                 return Outcome.STALE
-            outcome = stepper.step(self.param_groups, self.state, request)
+            outcome = stepper.step(self.param_groups, self.__dict__["state"], request)
             if outcome is Outcome.APPLIED:
                 plan.unstage()
             return outcome
@@ -283,6 +305,8 @@ class FusedSGD(Optimizer):
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        if self._stepper is not None and self._stepper.answers_late:
+            self._publish()
         self._stepper = self._plan = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -294,7 +318,6 @@ class FusedSGD(Optimizer):
         ``hysteresis_tracker``: there they survive tools that keep only ``state`` and ``param_groups``.
         Synchronises.
         """
-        self._settle()
         packed = super().state_dict()
         scale, growth_tracker, hysteresis_tracker, _, applied, skipped, _ = self._step_state.read()
         extra: dict[str, float] = {"applied_steps": applied, "skipped_steps": skipped}
@@ -348,14 +371,7 @@ class FusedSGD(Optimizer):
             self._step_state.applied_steps.fill_(saved["applied_steps"])
             self._step_state.skipped_steps.fill_(saved.get("skipped_steps", 0))
 
-    def _settle(self) -> None:
-        """Makes ``state`` say what the host could not know before."""
-        if self._step_state.first_steps:
-            forget_unwritten_buffers(self, self._step_state)
-            self._stepper = self._plan = None
-
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
         return {
             **super().__getstate__(),
             "max_grad_norm": self.max_grad_norm,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .step_state import StepState
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
 
 MOMENTUM_BUFFER = "momentum_buffer"
 MASTER_PARAM = "master_param"
@@ -19,7 +17,7 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 _SUPPORTED = (*LOW_PRECISION, torch.float32, torch.float64)
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """One parameter.
 
@@ -31,7 +29,8 @@ class Entry:
             the parameter has gaps or its gradient has other strides.
         master: FP32 weights of an FP16 or BF16 parameter, with the strides of ``source``.
         buffer: Momentum in the type of the arithmetic, with the strides of ``source``.
-        is_new: ``master`` or ``buffer`` is not in the optimizer's state yet, and the buffer holds nothing.
+        first: ``buffer`` is not in the optimizer's state yet: no update is known to have written it.
+        is_new: ``master`` or ``buffer`` is not in the optimizer's state yet.
         version: The parameter's version counter when ``master`` was last known to agree with it.
     """
 
@@ -44,6 +43,11 @@ class Entry:
     first: bool = False
     is_new: bool = False
     version: int = 0
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What of it belongs into the optimizer's state."""
+        tensors = {MASTER_PARAM: self.master, MOMENTUM_BUFFER: self.buffer}
+        return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
     @property
     def is_staged(self) -> bool:
@@ -87,61 +91,62 @@ class Plan:
                 entry.source.grad = None
                 entry.version = entry.param._version
 
-    def publish(self, optimizer: Optimizer) -> None:
-        """Puts the masters and buffers that an applied update has just created into the optimizer's state."""
-        for entry in self.new:
-            if entry.param.grad is None:
-                continue
-            state = optimizer.state[entry.param]
-            if entry.master is not None:
-                state[MASTER_PARAM] = entry.master
-            if entry.buffer is not None and optimizer.param_groups[entry.group]["momentum"] != 0:
-                state[MOMENTUM_BUFFER] = entry.buffer
+    def publish(self, state: dict[Tensor, dict[str, Tensor]], is_written: Callable[[Entry], bool]) -> bool:
+        """Moves the new masters and buffers that an update has written into the optimizer's state.
+
+        Returns:
+            Whether there were any.
+        """
+        written = [entry for entry in self.new if is_written(entry)]
+        for entry in written:
+            state[entry.param].update(entry.own_state())
+        self.new = [entry for entry in self.new if entry not in written]
+        return bool(written)
 
 
-def build_plan(optimizer: Optimizer, step_state: StepState) -> Plan:
+def build_plan(
+    groups: list[dict[str, Any]],
+    state: dict[Tensor, dict[str, Any]],
+    step_state: StepState,
+    former: Plan | None = None,
+) -> Plan:
     """Makes a plan from an optimizer's groups, gradients and state.
 
     Nothing is changed but this: a master takes over its parameter's values where the parameter is no longer the
     master's rounding, because somebody else wrote to it; and a state tensor of another dtype, device or layout is
     replaced by one that fits.
 
+    Args:
+        groups: The optimizer's groups.
+        state: The optimizer's state.
+        step_state: The optimizer's state on the device.
+        former: A plan whose masters and buffers may be written although the host has not heard of it.
+
     Raises:
         RuntimeError: A parameter or gradient cannot be updated. Then nothing is changed at all.
     """
     listed = [
         (parameter_name(group, group_index, index), param, group_index)
-        for group_index, group in enumerate(optimizer.param_groups)
+        for group_index, group in enumerate(groups)
         for index, param in enumerate(group["params"])
     ]
     for name, param, _ in listed:
         if param.grad is not None:
-            _check(name, param, param.grad, optimizer.state.get(param, {}))
+            _check(name, param, param.grad, state.get(param, {}))
+    pending = {} if former is None else {entry.param: entry.own_state() for entry in former.new}
     with torch.no_grad():
         return Plan(
             [
                 _entry(
                     param,
                     group,
-                    optimizer.param_groups[group]["momentum"] != 0,
-                    optimizer.state.get(param, {}),
+                    groups[group]["momentum"] != 0,
+                    [state.get(param, {}), pending.get(param, {})],
                     step_state,
                 )
                 for _, param, group in listed
             ]
         )
-
-
-def forget_unwritten_buffers(optimizer: Optimizer, step_state: StepState) -> None:
-    """Takes momentum buffers out of the optimizer's state whose every step so far was skipped on the device.
-
-    Synchronises where a buffer may be one of them.
-    """
-    for state in optimizer.state.values():
-        buffer = state.get(MOMENTUM_BUFFER) if isinstance(state, dict) else None
-        first_step = step_state.first_steps.pop(buffer, None) if isinstance(buffer, Tensor) else None
-        if first_step is not None and first_step < 0:
-            del state[MOMENTUM_BUFFER]
 
 
 def parameter_name(group: dict[str, Any], group_index: int, index: int) -> str:
@@ -196,7 +201,7 @@ def _check(name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> Non
 
 
 def _entry(
-    param: Tensor, group: int, has_momentum: bool, state: dict[str, Any], step_state: StepState
+    param: Tensor, group: int, has_momentum: bool, states: list[dict[str, Any]], step_state: StepState
 ) -> Entry:
     if param.grad is None:
         return Entry(group, param, live=False, source=param)
@@ -205,18 +210,28 @@ def _entry(
     )
     entry = Entry(group, param, live=True, source=source, version=param._version)
     if param.dtype in LOW_PRECISION:
-        entry.master = _fitting_state(state, MASTER_PARAM, source, step_state)
+        entry.master, entry.is_new = _find_state(states, MASTER_PARAM, source, step_state)
         if entry.master is None:
             entry.master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
-            entry.is_new = True
         else:
             _adopt_foreign_values(entry.master, param)
     if has_momentum:
-        entry.buffer = _fitting_state(state, MOMENTUM_BUFFER, source, step_state)
+        entry.buffer, entry.first = _find_state(states, MOMENTUM_BUFFER, source, step_state)
         if entry.buffer is None:
             entry.buffer = torch.zeros_like(source, dtype=state_dtype(param), requires_grad=False)
-            entry.first = entry.is_new = True
+        entry.is_new = entry.is_new or entry.first
     return entry
+
+
+def _find_state(
+    states: list[dict[str, Any]], key: str, source: Tensor, step_state: StepState
+) -> tuple[Tensor | None, bool]:
+    """The tensor of that name in the first dict that has it, and whether that is another than the first dict."""
+    for index, state in enumerate(states):
+        value: Tensor | None = state.get(key)
+        if value is not None:
+            return _fitting_state(state, key, value, source, step_state), index > 0
+    return None, True
 
 
 def _fits(grad: Tensor, param: Tensor) -> bool:
@@ -234,10 +249,9 @@ def _same_strides(a: Tensor, b: Tensor) -> bool:
     return all(m == n for m, n, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1)
 
 
-def _fitting_state(state: dict[str, Any], key: str, source: Tensor, step_state: StepState) -> Tensor | None:
-    value: Tensor | None = state.get(key)
-    if value is None:
-        return None
+def _fitting_state(
+    state: dict[str, Any], key: str, value: Tensor, source: Tensor, step_state: StepState
+) -> Tensor:
     dtype = state_dtype(source)
     if value.dtype == dtype and value.device == source.device and _same_strides(value, source):
         return value

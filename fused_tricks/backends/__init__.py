@@ -7,16 +7,26 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..plan import Plan
+from ..plan import Entry, Plan
 from ..step_state import StepState
 from . import cpu, cuda, reference
 from .request import Outcome, StepRequest
 
 
 class Stepper(Protocol):
-    """Runs steps over one plan."""
+    """Runs steps over one plan.
+
+    Attributes:
+        answers_late: ``APPLIED`` only says that the step was launched; the device decides whether to skip it.
+    """
+
+    answers_late: bool
 
     def __init__(self, plan: Plan, step_state: StepState) -> None: ...
+
+    def is_written(self, entry: Entry) -> bool:
+        """Whether an update has written a new entry's master and buffer. Synchronises where it answers late."""
+        ...
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
         """Scan, decision and update; or nothing at all and ``STALE`` when the plan no longer holds."""

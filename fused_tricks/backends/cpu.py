@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..extension import load_extension, missing_because
-from ..plan import Plan
+from ..plan import Entry, Plan
 from ..step_state import StepState
 from .compiled import OUTCOMES, CompiledPlan
 from .request import Outcome, StepRequest
@@ -19,8 +19,13 @@ def unavailable_because() -> str | None:
 class CpuStepper:
     """Runs steps over a plan."""
 
+    answers_late = False
+
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         self._plan = CompiledPlan(load_extension(), plan, step_state)
+
+    def is_written(self, entry: Entry) -> bool:
+        return entry.param.grad is not None
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
         self._plan.watch(state)

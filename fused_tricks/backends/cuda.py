@@ -30,9 +30,14 @@ def unavailable_because() -> str | None:
 class CudaStepper:
     """Runs steps over a plan in at most two kernel launches, and never waits for the device."""
 
+    answers_late = True
+
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         extension = self.extension()
-        first_steps = [_first_step(entry, step_state) for entry in plan.entries]
+        self._step_state = step_state
+        self._applied_before = step_state.applied_steps.clone()
+        written = torch.zeros((), dtype=torch.int64, device=step_state.block.device)
+        first_steps = [_first_step(entry, step_state, written) for entry in plan.entries]
         self._plan = CompiledPlan(extension, plan, step_state, first_steps)
         self._step = extension.CudaStep(self._plan.handle)
         device = step_state.block.device
@@ -48,8 +53,13 @@ class CudaStepper:
         """The module with the kernels."""
         return load_extension()
 
+    def is_written(self, entry: Entry) -> bool:
+        # An empty buffer has no block that would note its first update.
+        if entry.buffer in self._step_state.first_steps and entry.source.numel() > 0:
+            return bool(self._step_state.first_steps[entry.buffer] >= 0)
+        return bool(self._step_state.applied_steps > self._applied_before)
+
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
-        """As every backend's; ``APPLIED`` says that it was launched, and the device decides whether to skip it."""
         self._plan.watch(state)
         outcome = self._step.run(
             self._plan.handle,
@@ -67,16 +77,14 @@ class CudaStepper:
         return None if scalar is None else scalar.to(self._memory[0].device, torch.float32, non_blocking=True)
 
 
-def _first_step(entry: Entry, step_state: StepState) -> Tensor | None:
+def _first_step(entry: Entry, step_state: StepState, written: Tensor) -> Tensor | None:
     if entry.buffer is None:
         return None
-    if entry.first:
+    if entry.first and entry.buffer not in step_state.first_steps:
         step_state.first_steps[entry.buffer] = torch.full(
             (), -1, dtype=torch.int64, device=entry.buffer.device
         )
-    elif entry.buffer not in step_state.first_steps:
-        return torch.zeros((), dtype=torch.int64, device=entry.buffer.device)
-    first_step: Tensor = step_state.first_steps[entry.buffer]
+    first_step: Tensor = step_state.first_steps.get(entry.buffer, written)
     return first_step
 
 

@@ -17,10 +17,15 @@ from .request import Outcome, StepRequest
 class ReferenceStepper:
     """Runs one step over a plan. It never trusts an old plan: a second step is ``STALE``."""
 
+    answers_late = False
+
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         self._plan = plan
         self._step_state = step_state
         self._is_used = False
+
+    def is_written(self, entry: Entry) -> bool:
+        return entry.param.grad is not None
 
     @torch.no_grad()
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
