@@ -85,7 +85,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def measure_step(
     options: argparse.Namespace,
-) -> tuple[dict[str, list[Section]], dict[str, int], list[Tensor]]:
+) -> tuple[dict[str, list[Section]], dict[str, int], list[torch.nn.Parameter]]:
     """Times every contestant and the plain loops on the chosen parameters.
 
     Returns:

@@ -230,7 +230,7 @@ class FusedSGD(Optimizer):
             plan.publish(self.__dict__["state"], stepper.is_written)
 
     @property
-    def state(self) -> defaultdict[Any, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Any, Any]:
         """What ``torch.optim.Optimizer.state`` is.
 
         Synchronises where a GPU has yet to tell whether the first steps were skipped.
@@ -257,7 +257,7 @@ class FusedSGD(Optimizer):
 
     def _run(self, request: StepRequest) -> Outcome:
         stepper, plan = self._stepper, self._plan
-        if stepper is None or plan is None:
+        if stepper is None or plan is None or plan.is_outdated:
             return Outcome.STALE
         if not plan.staged:
             return stepper.step(self.param_groups, self.__dict__["state"], request)

@@ -56,11 +56,19 @@ class Entry:
 
 @dataclass
 class Plan:
-    """The entries of every parameter of every group, in order."""
+    """The entries of every parameter of every group, in order.
+
+    Attributes:
+        entries: All of them.
+        staged: Those whose source is a stand-in.
+        new: Those whose masters or buffers are not in the optimizer's state yet.
+        is_outdated: The plan itself has changed the optimizer's state since it was made.
+    """
 
     entries: list[Entry]
     staged: list[Entry] = field(init=False)
     new: list[Entry] = field(init=False)
+    is_outdated: bool = False
 
     def __post_init__(self) -> None:
         self.staged = [entry for entry in self.entries if entry.is_staged]
@@ -91,17 +99,13 @@ class Plan:
                 entry.source.grad = None
                 entry.version = entry.param._version
 
-    def publish(self, state: dict[Tensor, dict[str, Tensor]], is_written: Callable[[Entry], bool]) -> bool:
-        """Moves the new masters and buffers that an update has written into the optimizer's state.
-
-        Returns:
-            Whether there were any.
-        """
+    def publish(self, state: dict[Tensor, dict[str, Tensor]], is_written: Callable[[Entry], bool]) -> None:
+        """Moves the new masters and buffers that an update has written into the optimizer's state."""
         written = [entry for entry in self.new if is_written(entry)]
         for entry in written:
             state[entry.param].update(entry.own_state())
         self.new = [entry for entry in self.new if entry not in written]
-        return bool(written)
+        self.is_outdated = self.is_outdated or bool(written)
 
 
 def build_plan(

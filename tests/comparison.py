@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fused_tricks import FusedSGD
+
 _INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 VECTOR_EDGES = (1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65)
 """Sizes around the widths of vector registers and their unrolled loops."""
+
+BOTH_SHAPES = ((5,), (4, 3), (1,), (2, 3, 3, 3))
+"""The shapes of the parameters that `both` makes."""
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -81,6 +87,42 @@ def copies(params: Iterable[Tensor], dtype: torch.dtype | None = None) -> list[P
         Parameter(p.detach().to("cpu", dtype, copy=True).contiguous().clone(), p.requires_grad)
         for p in params
     ]
+
+
+def build(kind: str, params: Any, backend: str, **options: Any) -> torch.optim.Optimizer:
+    """FusedSGD or the torch.optim.SGD that it is compared with."""
+    if kind == "torch":
+        return torch.optim.SGD(params, foreach=False, **options)
+    return FusedSGD(params, bias_decay=True, backend=backend, **options)
+
+
+def both(
+    backend: str, device: torch.device, shapes: Any = BOTH_SHAPES, **options: Any
+) -> tuple[tuple[torch.optim.Optimizer, list[Parameter]], tuple[torch.optim.Optimizer, list[Parameter]]]:
+    """FusedSGD and torch.optim.SGD over parameters of the same values."""
+    params = parameters(shapes, device=device)
+    expected = copies(params)
+    # A scheduler writes to a learning rate that is a tensor, so each has its own.
+    return (build("fused", params, backend, **deepcopy(options)), params), (
+        build("torch", expected, backend, **deepcopy(options)),
+        expected,
+    )
+
+
+def drive(
+    pairs: Any,
+    steps: int,
+    between: Callable[[int, torch.optim.Optimizer, list[Parameter]], None] | None = None,
+) -> None:
+    """Take the same steps with each pair of optimizer and parameters; then compare all bits."""
+    stream = gradients(pairs[0][1], steps)
+    for optimizer, params in pairs:
+        for index, grads in enumerate(stream):
+            set_gradients(params, grads)
+            if between is not None:
+                between(index, optimizer, params)
+            optimizer.step()
+    assert_all_same_bits(pairs[0][1], pairs[1][1])
 
 
 def momentum_buffers(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> list[Tensor]:

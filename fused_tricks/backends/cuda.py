@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from ..plan import Entry, Plan
 from ..step_state import StepState
 from .compiled import OUTCOMES, CompiledPlan
 from .request import Outcome, StepRequest
+
+if TYPE_CHECKING:
+    from .. import _extension
 
 
 def unavailable_because() -> str | None:
@@ -39,7 +42,7 @@ class CudaStepper:
         written = torch.zeros((), dtype=torch.int64, device=step_state.block.device)
         first_steps = [_first_step(entry, step_state, written) for entry in plan.entries]
         self._plan = CompiledPlan(extension, plan, step_state, first_steps)
-        self._step = extension.CudaStep(self._plan.handle)
+        self._step: _extension.CudaStep = extension.CudaStep(self._plan.handle)
         device = step_state.block.device
         self._memory = [
             _to_device(self._step.tensor_records(), device),
