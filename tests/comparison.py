@@ -52,6 +52,28 @@ def wide_range(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return values * 10 ** (4 * torch.rand(shape, generator=generator) - 3)
 
 
+def rounding_cases(dtype: torch.dtype) -> torch.Tensor:
+    """FP32 values: random bit patterns, and around every representable value, midpoint and limit of `dtype`."""
+    generator = torch.Generator().manual_seed(3)
+    patterns = (
+        torch.randint(-(2**31), 2**31, (60_000,), generator=generator).to(torch.int32).view(torch.float32)
+    )
+    exponents = torch.randint(-26, 17, (60_000,), generator=generator)
+    in_range = torch.randn(60_000, generator=generator) * torch.exp2(exponents.float())
+    representable = torch.arange(0, 2**15 - 1, dtype=torch.int16).view(dtype)
+    representable = representable[representable.isfinite()].double()
+    midpoints = ((representable[1:] + representable[:-1]) / 2).float()
+    limit = torch.tensor([65519.99609375, 65520.0, 3.3961775e38, 3.3895314e38])
+    halves = torch.cat([midpoints, limit])
+    beside = [
+        halves,
+        torch.nextafter(halves, torch.tensor(torch.inf)),
+        torch.nextafter(halves, torch.tensor(0.0)),
+    ]
+    values = torch.cat([patterns, in_range, *beside, *(-b for b in beside)])
+    return values[values.isfinite()]
+
+
 def parameters(
     shapes: Iterable[Sequence[int]],
     dtypes: torch.dtype | Sequence[torch.dtype] = torch.float32,

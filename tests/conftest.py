@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Test processes share the cores, so a thread that waits must not spin. OpenMP reads this when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

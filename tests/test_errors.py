@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import Parameter
+from torch.testing._internal.two_tensor import TwoTensor
 
 from backends import NAMES, unusable_because
 from comparison import (
@@ -290,6 +291,25 @@ def test_parameters_on_a_device_that_the_backend_cannot_reach_are_refused(backen
     param.grad = torch.ones(3, device="meta")
     with pytest.raises((TypeError, ValueError, RuntimeError), match="meta"):
         FusedSGD([param], lr=0.1, backend=backend).step()
+
+
+def test_a_parameter_that_wraps_other_tensors_is_updated_or_refused(backend, device):
+    """DTensor is such a subclass: it has a shape and a dtype, but no elements at its own address."""
+    parts = [torch.ones(3, device=device) for _ in range(2)]
+    param = Parameter(TwoTensor(*parts))
+    other = Parameter(torch.ones(2, device=device))
+    optimizer = FusedSGD([other, param], lr=1.0, backend=backend)
+    for _ in range(2):
+        optimizer.zero_grad()
+        param.sum().backward()
+        other.sum().backward()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            assert "parameter 1 of group 0" in str(error)
+            assert_all_same_bits([other, *parts], [torch.ones(2), torch.ones(3), torch.ones(3)])
+            return
+    assert_all_same_bits([other, *parts], [-torch.ones(2), -torch.ones(3), -torch.ones(3)])
 
 
 @pytest.mark.parametrize("options", [{"loss_scale": "dynamic"}, {"loss_scale": 8.0}], ids=str)

@@ -21,6 +21,7 @@ from comparison import (
     masters,
     momentum_buffers,
     parameters,
+    rounding_cases,
     set_gradients,
 )
 from fused_tricks import FusedSGD
@@ -260,28 +261,6 @@ def test_every_low_precision_gradient_is_read_exactly(backend, device, dtype):
     expected = Parameter(torch.zeros(len(grad)))
     run_torch([expected], [[grad]], 1, lr=1.0)
     assert_same_bits(optimizer.state[param]["master_param"], expected)
-
-
-def rounding_cases(dtype: torch.dtype) -> torch.Tensor:
-    """FP32 values: random bit patterns, and around every representable value, midpoint and limit of `dtype`."""
-    generator = torch.Generator().manual_seed(3)
-    patterns = (
-        torch.randint(-(2**31), 2**31, (60_000,), generator=generator).to(torch.int32).view(torch.float32)
-    )
-    exponents = torch.randint(-26, 17, (60_000,), generator=generator)
-    in_range = torch.randn(60_000, generator=generator) * torch.exp2(exponents.float())
-    representable = torch.arange(0, 2**15 - 1, dtype=torch.int16).view(dtype)
-    representable = representable[representable.isfinite()].double()
-    midpoints = ((representable[1:] + representable[:-1]) / 2).float()
-    limit = torch.tensor([65519.99609375, 65520.0, 3.3961775e38, 3.3895314e38])
-    halves = torch.cat([midpoints, limit])
-    beside = [
-        halves,
-        torch.nextafter(halves, torch.tensor(torch.inf)),
-        torch.nextafter(halves, torch.tensor(0.0)),
-    ]
-    values = torch.cat([patterns, in_range, *beside, *(-b for b in beside)])
-    return values[values.isfinite()]
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)

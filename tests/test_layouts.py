@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -162,6 +163,7 @@ def test_a_gradient_with_the_negative_bit_set_is_negated(backend, device):
     )
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_a_gradient_that_requires_grad_itself_works_as_in_torch(backend, device):
     param, expected = Parameter(base(5).to(device)), Parameter(base(5))
     optimizer, reference = FusedSGD([param], lr=0.1, backend=backend), torch.optim.SGD([expected], lr=0.1)
@@ -277,3 +279,36 @@ def test_loading_a_model_gives_the_loaded_weights_and_not_the_old_masters(backen
     optimizer.step()
     assert_same_bits(model.weight, torch.full((3, 5), 1.875, dtype=torch.float16))
     assert_same_bits(model.bias, torch.full((3,), -2.125, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "gradient"),
+    [("rows with gaps", "contiguous"), ("transposed", "contiguous"), ("transposed", "reversed dimensions")],
+)
+def test_new_data_with_other_values_is_what_the_next_step_updates(backend, device, layout, gradient, dtype):
+    """Whether the kernels work on the parameter's own memory or on a stand-in."""
+    param = Parameter(strided_to(PARAMETERS[layout](), device, dtype))
+    optimizer = FusedSGD([param], lr=0.5, backend=backend)
+    for step in range(6):
+        if step in (3, 5):
+            new = strided_to(PARAMETERS[layout](), device, dtype)
+            param.data = new.fill_(step)
+        param.grad = GRADIENTS[gradient](torch.ones_like(param))
+        optimizer.step()
+    assert_same_bits(param, torch.full(param.shape, 4.5, dtype=dtype))
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+@pytest.mark.parametrize("layout", ["transposed", "rows with gaps"])
+def test_gradients_are_not_kept_alive(backend, device, layout, overflow):
+    param = Parameter(strided_to(PARAMETERS[layout](), device, torch.float16))
+    optimizer = FusedSGD([param], lr=0.5, momentum=0.9, loss_scale=1.0, backend=backend)
+    for _ in range(3):
+        grad = torch.full(param.shape, torch.inf if overflow else 1.0, dtype=torch.float16, device=device)
+        watched = weakref.ref(grad)
+        param.grad = grad
+        optimizer.step()
+        del grad
+        param.grad = None
+        assert watched() is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
+from backends import is_interpreted
 from comparison import (
     assert_all_same_bits,
     assert_same_bits,
@@ -340,6 +342,13 @@ def test_a_state_dict_from_before_an_option_existed_is_accepted(backend, device)
                 group.pop(key, None)
         optimizer.load_state_dict(state)
     drive(pairs, 2)
+
+
+def test_optimizers_in_two_threads_do_not_disturb_each_other(backend, device):
+    sizes = [[(40_001,), (33,)], [(33,), (50_001,)]]
+    runs = [both(backend, device, shapes, lr=0.05, momentum=0.9) for shapes in sizes]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda pairs: drive(pairs, 4 if is_interpreted(backend) else 40), runs))
 
 
 def test_the_optimizer_is_collected_with_its_parameters(backend, device):

@@ -43,9 +43,10 @@ __device__ inline T load_fresh(const T* address) {
   return *static_cast<const volatile T*>(address);
 }
 
+// By intrinsics, because an address out of a table is a generic one to the compiler, and global accesses are cheaper.
 template <typename T>
 __device__ inline Words4 load_words(const T* address) {
-  const uint4 words = *reinterpret_cast<const uint4*>(address);
+  const uint4 words = __ldca(reinterpret_cast<const uint4*>(address));
   return {words.x, words.y, words.z, words.w};
 }
 
@@ -68,7 +69,7 @@ __device__ inline void store_once(float* address, const Float4& value) {
 
 template <typename T>
 __device__ inline void store_words(T* address, const Words4& words) {
-  *reinterpret_cast<uint4*>(address) = make_uint4(words.x, words.y, words.z, words.w);
+  __stwb(reinterpret_cast<uint4*>(address), make_uint4(words.x, words.y, words.z, words.w));
 }
 
 __device__ inline uint32_t bits_of(float value) { return __float_as_uint(value); }

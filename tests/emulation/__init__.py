@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import os
 import platform
 from collections.abc import Iterator
 from types import ModuleType
@@ -43,7 +44,7 @@ def unusable_because() -> str | None:
 @functools.cache
 def load() -> ModuleType:
     """Builds the module where that is needed and imports it."""
-    path = build()
+    path = build(sanitize=os.environ.get("FUSED_TRICKS_SANITIZE") == "1")
     spec = importlib.util.spec_from_file_location("fused_tricks_emulation", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,0 +1,147 @@
+"""What nvcc made of the CUDA kernels, read from the built extension: registers, spills and wide accesses.
+
+``python -m benchmarks.cuda_resources`` writes ``benchmarks/results/cuda_resources.md``; no GPU is needed. A test
+compares the file with the build, so that a change of the kernels shows in it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import fused_tricks
+from benchmarks.report import RESULTS, table
+from fused_tricks.cuda_toolkit import find_toolkit
+
+PATH = RESULTS / "cuda_resources.md"
+_FUNCTION = re.compile(r"(scan|update)_kernel.*?Arguments(?:ILi|<)(\d+)")
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_WIDE = re.compile(r"\b(LD|ST)G?\.E\S*\.128\b")
+
+
+class Kernel(NamedTuple):
+    """One kernel for one architecture.
+
+    Attributes:
+        architecture: As ``sm_90``.
+        name: ``scan`` or ``update``, and how many gradients its argument holds.
+        registers: For each thread.
+        stack: Bytes of stack and local memory for each thread; spills lie there.
+        shared: Bytes of shared memory for each block.
+        wide_loads: Load instructions of 16 bytes.
+        wide_stores: Store instructions of 16 bytes.
+    """
+
+    architecture: str
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    wide_loads: int
+    wide_stores: int
+
+
+def cuobjdump() -> str | None:
+    """NVIDIA's tool that reads cubins: of the toolkit, or the one that Triton brings."""
+    toolkit = find_toolkit().toolkit
+    spec = importlib.util.find_spec("triton")
+    candidates = [toolkit.home / "bin" / "cuobjdump"] if toolkit else []
+    if spec is not None and spec.origin is not None:
+        candidates.append(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    found = next((str(path) for path in candidates if path.exists()), None)
+    return found or shutil.which("cuobjdump")
+
+
+def build_info() -> dict[str, object]:
+    """How the extension was built; empty where that was not noted."""
+    path = Path(fused_tricks.__file__).parent / "_build_info.json"
+    info: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
+    return info
+
+
+def kernels(tool: str, module: Path) -> list[Kernel]:
+    """Every kernel in a built module, by architecture and name."""
+    accesses = _accesses(tool, module)
+    found = []
+    for architecture, name, line in _functions(_run(tool, "--dump-resource-usage", str(module))):
+        usage = _USAGE.search(line)
+        if usage:
+            registers, stack, shared, local = map(int, usage.groups())
+            counts = accesses[architecture, name]
+            found.append(
+                Kernel(architecture, name, registers, stack + local, shared, counts["LD"], counts["ST"])
+            )
+    return sorted(found, key=lambda kernel: (int(kernel.architecture[3:]), kernel.name))
+
+
+def as_markdown(found: list[Kernel], nvcc: str) -> str:
+    """The table that is kept in the repository."""
+    header = [
+        "architecture",
+        "kernel",
+        "registers",
+        "spill bytes",
+        "shared bytes",
+        "16-byte loads",
+        "16-byte stores",
+    ]
+    return "\n\n".join(
+        [
+            "# What nvcc makes of the CUDA kernels",
+            "Written by `python -m benchmarks.cuda_resources`; a test compares it with the build. The number behind a "
+            "kernel's name says how many gradient addresses its argument holds.",
+            table(header, [[str(field) for field in kernel] for kernel in found]),
+            f"nvcc {nvcc}\n",
+        ]
+    )
+
+
+def _accesses(tool: str, module: Path) -> dict[tuple[str, str], Counter[str]]:
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for architecture, name, line in _functions(_run(tool, "-sass", str(module))):
+        counter = counts.setdefault((architecture, name), Counter())
+        access = _WIDE.search(line)
+        if access:
+            counter[access[1]] += 1
+    return counts
+
+
+def _functions(text: str) -> Iterator[tuple[str, str, str]]:
+    """Each line with the architecture and the kernel that it belongs to."""
+    architecture = name = ""
+    for line in text.splitlines():
+        if line.strip().startswith("arch ="):
+            architecture, name = line.split("=")[1].strip(), ""
+        function = _FUNCTION.search(line) if "Function" in line else None
+        if function:
+            name = f"{function[1]} {int(function[2])}"
+        elif name:
+            yield architecture, name, line
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def main() -> None:
+    """Writes the table."""
+    from fused_tricks.extension import load_extension
+
+    tool = cuobjdump()
+    cuda = build_info().get("cuda")
+    if tool is None or not isinstance(cuda, dict):
+        raise SystemExit("this needs an extension built with CUDA, and cuobjdump")
+    PATH.parent.mkdir(exist_ok=True)
+    PATH.write_text(as_markdown(kernels(tool, Path(str(load_extension().__file__))), cuda["version"]))
+    print(PATH.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What nvcc made of the CUDA kernels, for every architecture in the build. No GPU is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cuda_resources
+from fused_tricks.extension import load_extension
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[cuda_resources.Kernel]:
+    """Every kernel in the extension."""
+    tool = cuda_resources.cuobjdump()
+    if not cuda_resources.build_info().get("cuda"):
+        pytest.skip("the extension was built without CUDA")
+    if tool is None:
+        pytest.skip("there is no cuobjdump to read cubins with")
+    return cuda_resources.kernels(tool, Path(str(load_extension().__file__)))
+
+
+def test_every_architecture_of_the_build_has_both_kernels_in_three_sizes(compiled) -> None:
+    architectures = cuda_resources.build_info()["cuda"]["architectures"]
+    expected = {"sm_" + name.removesuffix("+PTX").replace(".", "") for name in architectures}
+    assert {kernel.architecture for kernel in compiled} == expected
+    assert len(compiled) == 6 * len(expected)
+
+
+def test_no_kernel_spills_or_uses_local_memory(compiled) -> None:
+    assert [kernel for kernel in compiled if kernel.stack != 0] == []
+
+
+def test_no_kernel_needs_more_than_64_registers(compiled) -> None:
+    assert [kernel for kernel in compiled if kernel.registers > 64] == []
+
+
+def test_every_kernel_moves_elements_in_16_byte_accesses(compiled) -> None:
+    assert [kernel for kernel in compiled if kernel.wide_loads == 0] == []
+    assert [kernel for kernel in compiled if "update" in kernel.name and kernel.wide_stores == 0] == []
+
+
+def test_the_table_in_the_repository_is_that_of_the_build(compiled) -> None:
+    cuda = cuda_resources.build_info()["cuda"]
+    table = cuda_resources.PATH.read_text()
+    if f"nvcc {cuda['version']}\n" not in table:
+        pytest.skip(f"the table was made by another nvcc than this one ({cuda['version']})")
+    rows = set(cuda_resources.as_markdown(compiled, cuda["version"]).splitlines())
+    assert rows <= set(table.splitlines()), "run python -m benchmarks.cuda_resources and commit the table"

@@ -1,0 +1,148 @@
+"""What only a GPU can show: streams, graphs, synchronisation and several devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from comparison import assert_all_same_bits, parameters
+from fused_tricks import FusedSGD
+from fused_tricks.backends import availability
+
+pytestmark = pytest.mark.skipif(
+    availability()["cuda"] is not None, reason=f"backend cuda: {availability()['cuda']}"
+)
+
+SHAPES = [(64, 3, 7, 7), (64,), (300, 100), (10,)]
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+
+
+def gradients(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def set_gradients(params: list[Parameter], grads: list[Tensor]) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad.to(param)
+
+
+def on_cpu(steps: int, dtype: torch.dtype, **options: object) -> list[Parameter]:
+    """The same training by the CPU backend."""
+    params = parameters(SHAPES, dtype)
+    optimizer = FusedSGD(params, backend="cpu", **OPTIONS, **options)
+    for step in range(steps):
+        set_gradients(params, gradients(step))
+        optimizer.step()
+    return params
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_gpu_gives_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
+    params = parameters(SHAPES, dtype, "cuda")
+    optimizer = FusedSGD(params, backend="cuda", loss_scale="dynamic", **OPTIONS)
+    for step in range(20):
+        set_gradients(params, gradients(step))
+        optimizer.step()
+    assert_all_same_bits(params, on_cpu(20, dtype, loss_scale="dynamic"))
+
+
+def test_steps_do_not_synchronise() -> None:
+    params = parameters(SHAPES, torch.float16, "cuda")
+    optimizer = FusedSGD(params, loss_scale="dynamic", max_grad_norm=1.0, **OPTIONS)
+    set_gradients(params, gradients(0))
+    loss = torch.ones((), device="cuda", requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            optimizer.scale(loss)
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.stats().applied_steps == 5
+
+
+def test_steps_do_not_allocate_once_a_plan_exists() -> None:
+    params = parameters(SHAPES, torch.float16, "cuda")
+    optimizer = FusedSGD(params, loss_scale="dynamic", **OPTIONS)
+    set_gradients(params, gradients(0))
+    optimizer.step()
+    optimizer.step()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(5):
+        optimizer.step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_a_captured_step_replays_with_its_scale_and_its_skips() -> None:
+    params = parameters(SHAPES, torch.float16, "cuda")
+    optimizer = FusedSGD(params, loss_scale="dynamic", **OPTIONS)
+    twins = [Parameter(param.detach().clone()) for param in params]
+    other = FusedSGD(twins, loss_scale="dynamic", **OPTIONS)
+    set_gradients(params, gradients(0))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    set_gradients(twins, gradients(0))
+    for _ in range(3):
+        other.step()
+    for step in range(6):
+        new = gradients(step)
+        if step == 2:
+            new[-1][-1] = float("inf")
+        for param, twin, grad in zip(params, twins, new, strict=True):
+            param.grad.copy_(grad)
+            twin.grad.copy_(grad)
+        graph.replay()
+        other.step()
+    assert_all_same_bits(params, twins)
+    assert optimizer.stats() == other.stats()
+    assert optimizer.stats().skipped_steps == 1
+
+
+def test_a_learning_rate_on_the_device_is_read_in_every_replay() -> None:
+    param = Parameter(torch.zeros(4, device="cuda"))
+    rate = torch.tensor(1.0, device="cuda")
+    optimizer = FusedSGD([param], lr=rate)
+    param.grad = torch.ones(4, device="cuda")
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    rate.fill_(10.0)
+    graph.replay()
+    assert param.tolist() == [-11.0] * 4
+
+
+def test_a_step_runs_on_the_current_stream() -> None:
+    param = Parameter(torch.zeros(1 << 22, device="cuda"))
+    optimizer = FusedSGD([param], lr=1.0)
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        param.grad.fill_(1.0)
+        optimizer.step()
+    stream.synchronize()
+    assert (param == -1).all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two GPUs")
+def test_a_step_runs_on_the_device_of_its_parameters_whatever_is_current() -> None:
+    params = parameters(SHAPES, torch.float16, "cuda:1")
+    optimizer = FusedSGD(params, backend="cuda", loss_scale="dynamic", **OPTIONS)
+    with torch.cuda.device(0):
+        for step in range(3):
+            set_gradients(params, gradients(step))
+            optimizer.step()
+        assert torch.cuda.current_device() == 0
+    assert_all_same_bits(params, on_cpu(3, torch.float16, loss_scale="dynamic"))
