@@ -31,7 +31,7 @@ class Entry:
         buffer: Momentum in the type of the arithmetic, with the strides of ``source``.
         first: ``buffer`` is not in the optimizer's state yet: no update is known to have written it.
         is_new: ``master`` or ``buffer`` is not in the optimizer's state yet.
-        version: The parameter's version counter when ``master`` was last known to agree with it.
+        identity: The parameter's address and version counter when ``master`` was last known to agree with it.
     """
 
     group: int
@@ -42,7 +42,7 @@ class Entry:
     buffer: Tensor | None = None
     first: bool = False
     is_new: bool = False
-    version: int = 0
+    identity: tuple[int, int] = (0, 0)
 
     def own_state(self) -> dict[str, Tensor]:
         """What of it belongs into the optimizer's state."""
@@ -81,7 +81,7 @@ class Plan:
             if grad is None:
                 entry.source.grad = None
                 continue
-            if entry.master is not None and entry.param._version != entry.version:
+            if entry.master is not None and _identity(entry.param) != entry.identity:
                 return False
             if grad.shape != entry.source.shape or entry.param.shape != entry.source.shape:
                 return False
@@ -97,7 +97,7 @@ class Plan:
             if entry.source.grad is not None:
                 entry.param.copy_(entry.source)
                 entry.source.grad = None
-                entry.version = entry.param._version
+                entry.identity = _identity(entry.param)
 
     def publish(self, state: dict[Tensor, dict[str, Tensor]], is_written: Callable[[Entry], bool]) -> None:
         """Moves the new masters and buffers that an update has written into the optimizer's state."""
@@ -212,7 +212,7 @@ def _entry(
     source = (
         param if _fits(param.grad, param) else param.detach().clone(memory_format=torch.contiguous_format)
     )
-    entry = Entry(group, param, live=True, source=source, version=param._version)
+    entry = Entry(group, param, live=True, source=source, identity=_identity(param))
     if param.dtype in LOW_PRECISION:
         entry.master, entry.is_new = _find_state(states, MASTER_PARAM, source, step_state)
         if entry.master is None:
@@ -236,6 +236,10 @@ def _find_state(
         if value is not None:
             return _fitting_state(state, key, value, source, step_state), index > 0
     return None, True
+
+
+def _identity(param: Tensor) -> tuple[int, int]:
+    return param.data_ptr(), param._version
 
 
 def _fits(grad: Tensor, param: Tensor) -> bool:

@@ -159,7 +159,7 @@ def untouched_zeros(size: int, dtype: type) -> Tensor:
 def run_one_update(param: Tensor, master: Tensor, buffer: Tensor, grad: Tensor, blocks: int) -> None:
     """An update without the optimizer, which would walk the whole tensor to make its master."""
     param.grad = grad
-    entry = Entry(0, param, live=True, source=param, master=master, buffer=buffer, version=param._version)
+    entry = Entry(0, param, live=True, source=param, master=master, buffer=buffer)
     group = {
         "params": [param],
         "lr": 0.5,

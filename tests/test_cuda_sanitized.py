@@ -38,8 +38,9 @@ def test_optimizer_tests_pass_under_the_sanitizers() -> None:
     }
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k"]
-    command += ["emulated and not 10000 and not past_two_to_the_31"]
-    files = ["test_cuda_emulated.py", "test_layouts.py", "test_overflow.py"]
+    # A choice that reaches every path of the kernels: every kind of launch, odd sizes, unaligned and strided tensors.
+    command += ["(cuda_emulated and not 10000 and not 31) or (emulated and (beside or wide or first_step))"]
+    files = ["test_cuda_emulated.py", "test_layouts.py", "test_overflow.py", "test_exactness.py"]
     result = subprocess.run(
         [*command, *files], cwd=TESTS, env=environment, capture_output=True, text=True, timeout=900
     )

@@ -9,6 +9,10 @@
 
 #include "kernels.cuh"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 // Saves the callee-saved registers on the current stack, whose pointer goes to *from, and continues on stack `to`.
 extern "C" void fused_tricks_switch(void** from, void* to);
 asm(R"(
@@ -39,7 +43,7 @@ Traffic traffic{};
 
 namespace {
 
-constexpr size_t kStackSize = 64 * 1024;
+constexpr size_t kStackSize = 256 * 1024;
 
 struct Fiber {
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackSize);
@@ -71,6 +75,10 @@ void fiber_main() {
 }
 
 void prepare(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+  // The functions that the fiber left last have not returned, and their variables are still guarded.
+  __asan_unpoison_memory_region(fiber.stack.get(), kStackSize);
+#endif
   fiber.finished = false;
   fiber.waits_at = nullptr;
   fiber.exchanges = 0;
