@@ -11,7 +11,7 @@ NATIVE_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -nam
 # A build without its extension would pass with the slow backends only.
 export FUSED_TRICKS_REQUIRE_EXTENSION ?= 1
 
-# Two test processes of two threads each: enough to test threads, and no more than a small machine has.
+# Processes of one thread each suit small tests best; a test about threads asks for more of them itself.
 TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -34,7 +34,7 @@ build: $(STAMPS)/build
 	$(IN_VENV) -m fused_tricks
 
 test: $(STAMPS)/build $(STAMPS)/test
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(IN_VENV) -m pytest -n $(TEST_PROCESSES) -rs $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(IN_VENV) -m pytest -n $(TEST_PROCESSES) -rs $(PYTEST_ARGS)
 
 bench: $(STAMPS)/build $(STAMPS)/bench
 	$(IN_VENV) -m benchmarks.train $(BENCH_ARGS)

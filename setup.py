@@ -53,8 +53,13 @@ X86_FLAGS = {
 # As -ffp-contract=off: what the source does not call fma is not contracted to one.
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-Xcompiler={','.join(CXX_FLAGS[1:])}"]
 
-# Compiled before a toolkit is trusted: one put together from several releases, or too old for the host compiler, fails.
-PROBE = "#include <cuda_runtime_api.h>\n__global__ void probe(float* x) { *x = 1.0f; }\n"
+# Compiled before a toolkit is trusted. One put together from several releases fails here, and one that lacks a part.
+PROBE = """\
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+__global__ void probe(float* x) { *x = 1.0f; }
+"""
 
 
 class BuildFailure(Exception):
@@ -229,8 +234,7 @@ def link(folder: Path, compiler: Compiler, cuda: Cuda | None, version: str, info
         # First, since they take the longest.
         ninja.rule("nvcc", cuda.command, compile_rest)
         objects = [ninja.make(f"{source}.o", "nvcc", [source]) for source in cuda_sources()]
-        # Excluded are the names of the static runtime, which must not meet those of the one that torch loads.
-        libraries = ["-Wl,--exclude-libs,ALL", *(f"-L{each}" for each in cuda.toolkit.library_dirs)]
+        libraries = [f"-L{each}" for each in cuda.toolkit.library_dirs]
         libraries += ["-lcudart_static", "-ldl", "-lrt", "-pthread"]
     folders = ["csrc", "csrc/cpu", *(["csrc/cuda"] if cuda else [])]
     sources = sorted(source for each in folders for source in Path(each).glob("*.cpp"))

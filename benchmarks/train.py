@@ -258,11 +258,12 @@ def picture(result: dict[str, Any], path: Path) -> None:
         panels["time"].text(
             (pass_ms + optimizer_ms) * 1.01, place, f"{pass_ms:.1f} + {optimizer_ms:.1f}", va="center"
         )
-    report.dress(panels["accuracy"], "Test accuracy (%)", "dot: a seed, line: mean; higher")
+    report.dress(panels["accuracy"], "Test accuracy (%)", "dots: seeds · higher")
     panels["accuracy"].margins(x=0.25)
+    panels["accuracy"].locator_params(axis="x", nbins=5)
     panels["accuracy"].set_ylim(len(names) - 0.4, -0.7)
     report.dress(panels["time"], "Time of a step (ms): passes + optimizer (orange)", "lower")
-    panels["time"].margins(x=0.14)
+    panels["time"].margins(x=0.2)
     panels["time"].invert_yaxis()
     for panel in ("speed", "optimizer", "memory", "accuracy", "time"):
         panels[panel].set_yticks(
@@ -270,9 +271,10 @@ def picture(result: dict[str, Any], path: Path) -> None:
         )
 
     for name, line_colour, style in zip(names, colour, ("-", (0, (5, 2)), (0, (1, 1.5)), "-")):
-        mean_losses = [statistics.fmean(step) for step in zip(*rows[name]["losses"])]
-        panels["loss"].plot(mean_losses, color=line_colour, linestyle=style, linewidth=1.5, label=name)
-    report.dress(panels["loss"], "Training loss, mean over seeds", "")
+        losses = [statistics.fmean(step) for step in zip(*rows[name]["losses"])]
+        smooth = [statistics.fmean(losses[max(0, end - 10) : end]) for end in range(1, len(losses) + 1)]
+        panels["loss"].plot(smooth, color=line_colour, linestyle=style, linewidth=1.5, label=name)
+    report.dress(panels["loss"], "Training loss, mean of all seeds and of 10 steps", "")
     panels["loss"].set_xlabel("step", color="#555555")
     panels["loss"].set_yscale("log")
     panels["loss"].legend(frameon=False)

@@ -196,9 +196,9 @@ def _inspect(home: Path) -> CudaToolkit | str:
         return "no such folder"
     nvcc = home / "bin/nvcc"
     if not nvcc.is_file():
-        # torch requires cuda-toolkit in the version it was built with; this extra adds the compiler of that version.
+        # torch requires cuda-toolkit in the version it was built with: the extras add a compiler of that version.
         return "it has no bin/nvcc" + (
-            " (pip install 'cuda-toolkit[nvcc]' adds it)" if home.parent.name == "nvidia" else ""
+            " (pip install 'cuda-toolkit[cccl,nvcc]' adds it)" if home.parent.name == "nvidia" else ""
         )
     targets = [home / "targets" / name for name in _TARGETS.get(platform.machine(), ())]
     include_dirs = _holding([home / "include", *(target / "include" for target in targets)])

@@ -107,6 +107,16 @@ def test_parameters_put_into_and_taken_out_of_a_group_are_noticed(backend, devic
     assert_same_bits(pairs[0][1][0], pairs[1][1][0])
 
 
+def test_a_parameter_taken_off_the_end_of_a_group_is_not_updated_any_more(backend, device):
+    pairs = both(backend, device, lr=0.05, momentum=0.9)
+    drive(pairs, 3)
+    for optimizer, _ in pairs:
+        optimizer.param_groups[0]["params"].pop()
+    before = pairs[0][1][-1].detach().clone()
+    drive(pairs, 2)
+    assert_same_bits(pairs[0][1][-1], before)
+
+
 def test_parameters_replaced_by_new_ones_of_the_same_shape_are_noticed(backend, device):
     pairs = both(backend, device, lr=0.05, momentum=0.9)
     drive(pairs, 2)

@@ -302,6 +302,15 @@ def test_a_torch_checkpoint_keeps_the_bias_decay_that_was_asked_for(backend, dev
         assert torch.equal(params[0], before) is not bias_decay
 
 
+def test_a_torch_checkpoint_keeps_the_bias_decay_of_each_group(backend, device):
+    params = parameters([(5,), (5,)], device=device)
+    groups = [{"params": params[:1]}, {"params": params[1:], "bias_decay": True}]
+    optimizer = FusedSGD(groups, lr=0.5, weight_decay=0.5, backend=backend)
+    plain = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer.load_state_dict(torch_like(plain, lr=0.5, weight_decay=0.5).state_dict())
+    assert [group["bias_decay"] for group in optimizer.param_groups] == [False, True]
+
+
 def test_a_checkpoint_of_the_other_dtype_keeps_its_values(backend, device):
     """A run may go on in another precision: the momentum is FP32 in both."""
     low, high = parameters([(33,)], torch.float16, device), parameters([(33,)], device=device)

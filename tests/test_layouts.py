@@ -151,16 +151,41 @@ def test_an_expanded_gradient_counts_for_every_element(backend, device):
     assert_same_bits(expanded, dense)
 
 
-def test_a_gradient_with_the_negative_bit_set_is_negated(backend, device):
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_gradient_with_the_negative_bit_set_is_negated(backend, device, contiguous):
     def negative_view(p: Tensor) -> Tensor:
-        grad = torch.complex(p, torch.arange(33.0, device=p.device)).conj().imag
+        values = torch.arange(33.0, device=p.device)
+        grad = torch._neg_view(values) if contiguous else torch.complex(p, values).conj().imag
         assert grad.is_neg()
+        assert grad.is_contiguous() is contiguous
         return grad
 
-    assert_same_bits(
-        step_twice(backend, device, negative_view),
-        step_twice(backend, device, lambda p: -torch.arange(33.0).to(p)),
-    )
+    negated = step_twice(backend, device, lambda p: -torch.arange(33.0, device=p.device))
+    assert_same_bits(step_twice(backend, device, negative_view), negated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_that_change_between_steps_are_noticed(backend, device, dtype):
+    """Of the gradient, and of the parameter while its memory stays the same."""
+    param = Parameter(base(6, 6).to(device, dtype))
+    expected = copies([param], wide(dtype))
+    optimizer = FusedSGD([param], bias_decay=True, backend=backend, **OPTIONS)
+    reference = torch.optim.SGD(expected, foreach=False, **OPTIONS)
+    for step, (grad,) in enumerate(gradients([param], 12)):
+        if step in (4, 8):
+            param.data = param.data.t()
+            expected[0].data = expected[0].data.t().contiguous()
+            for state, key in ((optimizer.state[param], k) for k in tuple(optimizer.state[param])):
+                state[key] = state[key].t()
+            buffer = reference.state[expected[0]]["momentum_buffer"]
+            reference.state[expected[0]]["momentum_buffer"] = buffer.t().contiguous()
+        param.grad = GRADIENTS["reversed dimensions" if step in (2, 5, 6, 10) else "contiguous"](
+            grad.to(device)
+        )
+        expected[0].grad = grad.to(wide(dtype))
+        optimizer.step()
+        reference.step()
+    assert_same_bits(param, expected[0].to(dtype))
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
@@ -216,12 +241,10 @@ def test_a_parameter_whose_data_moved_to_new_storage_is_updated_there(backend, d
     optimizer = FusedSGD([param], bias_decay=True, backend=backend, **OPTIONS)
     reference = torch.optim.SGD(expected, foreach=False, **OPTIONS)
     old = []
-    for index, (grad,) in enumerate(gradients([param], 5)):
-        if index:
+    for index, (grad,) in enumerate(gradients([param], 7)):
+        if index > 2:
             old.append((param.data, param.data.clone()))
-            moved = param.data.t() if index % 2 else param.data
-            moved = moved.clone(memory_format=torch.contiguous_format)
-            param.data = moved.t() if index % 2 else moved
+            param.data = param.data.clone()
         set_gradients([param], [grad])
         expected[0].grad = grad.to(wide(dtype))
         optimizer.step()

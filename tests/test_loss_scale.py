@@ -313,6 +313,15 @@ def test_scale_uses_the_scale_of_now(backend, device):
     assert held.item() == 64.0
 
 
+def test_a_graph_kept_over_a_step_keeps_the_scale_it_was_made_with(backend, device):
+    optimizer, param = optimizer_with(DynamicLossScale(init_scale=64.0), backend, device)
+    weight = torch.zeros(1, device=device, requires_grad=True)
+    scaled = optimizer.scale((weight * 3).sum())
+    step(optimizer, param, found=True)
+    scaled.backward()
+    assert weight.grad.item() == 3 * 64.0
+
+
 def test_scale_of_an_fp16_loss_backpropagates_through_the_model(backend, device):
     (weight,) = parameters([(4,)], torch.float16, device)
     optimizer = FusedSGD([weight], lr=0.1, loss_scale=2.0**15, backend=backend)

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,6 +42,15 @@ IMAGE_SIZE = {"alexnet": 63, "inception_v3": 299, "maxvit_t": 224, "vit_h_14": 2
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Thousands of small operations: on busy processors, threads would wait for each other at each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @both_dtypes
@@ -130,8 +140,9 @@ def _torchvision_model(name: str) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(2, 3, size, size)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", MODELS)
-def test_a_torchvision_model_is_as_close_to_fp32_as_autocast_is(name: str) -> None:
+def test_a_torchvision_model_is_at_most_three_times_as_far_from_fp32_as_autocast(name: str) -> None:
     model, x = _torchvision_model(name)
     model.eval()
     with torch.no_grad():
@@ -143,6 +154,7 @@ def test_a_torchvision_model_is_as_close_to_fp32_as_autocast_is(name: str) -> No
     assert (output - expected).norm() <= 3 * autocast_error
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_torchvision_model_trains(name: str) -> None:
     model, x = _torchvision_model(name)
