@@ -97,6 +97,12 @@ int64_t version_of(PyObject* tensor) {
   return PyLong_AsLongLong(value.ptr());
 }
 
+// Whether a tensor of the state still has the address that the plan holds: its data may have been replaced.
+bool is_at(PyObject* object, const void* address) {
+  dlpack::Tensor tensor;
+  return read_tensor(object, tensor) && tensor.data == address;
+}
+
 // What `key` holds in a parameter's state; null when there is nothing.
 PyObject* state_item(PyObject* state, PyObject* key) {
   if (state == nullptr || !PyDict_Check(state)) return nullptr;
@@ -129,8 +135,7 @@ bool Layout::matches(const dlpack::Tensor& tensor) const {
   return true;
 }
 
-Plan::Plan(const py::list& specifications, const py::object& step_state, bool reads_lr)
-    : reads_lr_(reads_lr), keep_alive_(specifications) {
+Plan::Plan(const py::list& specifications, const py::object& step_state, bool reads_lr) : reads_lr_(reads_lr) {
   const dlpack::Tensor state_tensor = require_tensor(step_state);
   state = static_cast<StepState*>(state_tensor.data);
   device = state_tensor.device;
@@ -199,6 +204,10 @@ bool Plan::state_is_unchanged(const py::dict& optimizer_state) const {
     if (entry.state == nullptr) continue;
     if (state_item(entry.state, names().momentum_buffer) != entry.state_buffer) return false;
     if (state_item(entry.state, names().master_param) != entry.state_master) return false;
+    if (entry.buffer != nullptr && entry.state_buffer != nullptr && !is_at(entry.state_buffer, entry.buffer))
+      return false;
+    if (entry.master != nullptr && entry.state_master != nullptr && !is_at(entry.state_master, entry.master))
+      return false;
   }
   return true;
 }
@@ -221,6 +230,8 @@ bool Plan::refresh_entry(Entry& entry) {
   if (!read_tensor(grad, tensor) || !entry.layout.matches(tensor)) return false;
   if (tensor.device.type != device.type || tensor.device.index != device.index) return false;
   if (!to_dtype(tensor.dtype, entry.grad_type)) return false;
+  // A tensor that wraps others has elements and no address.
+  if (tensor.data == nullptr && entry.count > 0) return false;
   const bool wide = entry.grad_type == DType::kFloat32 && entry.has_master;
   if (entry.grad_type != entry.type && !wide) return false;
   if (groups[entry.group].momentum != 0 && !entry.has_buffer) return false;

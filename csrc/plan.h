@@ -50,7 +50,8 @@ struct Group {
   bool bias_decay;
 };
 
-// One parameter. Python objects are borrowed: fused_tricks/plan.py holds them for as long as the plan lives.
+// One parameter. Python objects are borrowed: fused_tricks/backends/compiled.py holds them for as long as the plan
+// lives, where the garbage collector can see it.
 struct Entry {
   size_t group = 0;
   PyObject* object = nullptr;  // the parameter as its group lists it
@@ -122,7 +123,6 @@ class Plan {
   bool state_is_unchanged(const py::dict& state) const;
 
   bool reads_lr_;
-  py::list keep_alive_;
   py::list updated_;              // aliases of what the last step updated
   std::vector<PyObject*> grads_;  // owned during a step, which runs without the interpreter lock
   std::vector<std::pair<PyObject*, PyObject*>> watched_;

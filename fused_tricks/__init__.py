@@ -2,9 +2,17 @@
 
 from .learning_rate import global_batch_size, scale_lr
 from .loss_scale import DynamicLossScale
-from .low_precision import cast_model
+from .low_precision import cast_model, norm_layers
 from .optimizer import FusedSGD, StepStats
 
 __version__ = "0.1.0"
 
-__all__ = ["DynamicLossScale", "FusedSGD", "StepStats", "cast_model", "global_batch_size", "scale_lr"]
+__all__ = [
+    "DynamicLossScale",
+    "FusedSGD",
+    "StepStats",
+    "cast_model",
+    "global_batch_size",
+    "norm_layers",
+    "scale_lr",
+]

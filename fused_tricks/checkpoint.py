@@ -13,7 +13,6 @@ from .plan import (
     LOW_PRECISION,
     MASTER_PARAM,
     MOMENTUM_BUFFER,
-    parameter_name,
     state_dtype,
 )
 
@@ -42,11 +41,7 @@ def import_state(
         raise ValueError(
             "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
         )
-    named = [
-        (parameter_name(group, group_index, index), param)
-        for group_index, group in enumerate(groups)
-        for index, param in enumerate(group["params"])
-    ]
+    named = [(name, param) for name, param, _ in named_parameters(groups)]
     by_key = dict(zip(chain.from_iterable(s["params"] for s in saved_groups), named, strict=True))
     state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
     for key, value in saved_state.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,18 @@ _MESSAGES = {
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Checks a group with every option filled in, with the messages of ``torch.optim.SGD``.
+    """Checks a new group with every option filled in, with the messages of ``torch.optim.SGD``.
+
+    Raises:
+        TypeError, ValueError: As :func:`check_numbers`, or Nesterov momentum without what it needs.
+    """
+    check_numbers(group)
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+
+def check_numbers(group: dict[str, Any]) -> None:
+    """Checks the numbers of a group, which a schedule may have changed since it was new.
 
     Raises:
         TypeError: An option is not a number (or, for lr and weight_decay, a tensor of one element).
@@ -31,9 +43,7 @@ def check_group(group: dict[str, Any]) -> None:
             if value.device.type != "cpu":
                 continue
             value = value.item()
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        elif isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not math.isfinite(value) or (value < 0 and name != "dampening"):
             raise ValueError(message.format(value))
-    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")

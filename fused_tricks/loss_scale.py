@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import weakref
+from numbers import Real
 from typing import Any
 
 from .step_state import StepState, to_float32
 
 _INT32_MAX = 2**31 - 1
+_SMALLEST_NORMAL = 2.0**-126
 
 
 class DynamicLossScale:
@@ -173,10 +175,12 @@ _GRAD_SCALER_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interva
 
 
 def check_scale(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a number that FP32 holds as a positive finite one."""
+    """Raises unless ``value`` is a positive number that FP32 holds, and its reciprocal as well."""
     _check_number(name, value)
-    if not (value > 0 and 0 < to_float32(value) < math.inf):
-        raise ValueError(f"{name}={value} must be positive and finite in FP32")
+    if not (value > 0 and _SMALLEST_NORMAL <= to_float32(value) < math.inf):
+        raise ValueError(
+            f"{name}={value} must be positive, finite and a normal number in FP32 (at least 2**-126)"
+        )
 
 
 def _check_rules(rules: dict[str, Any]) -> None:
@@ -195,7 +199,7 @@ def _check_rules(rules: dict[str, Any]) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 

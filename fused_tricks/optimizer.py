@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,9 @@ from torch.optim import optimizer as torch_optimizer
 from .backends import Stepper, check_backend, stepper_class
 from .backends.request import Outcome, StepRequest
 from .checkpoint import SCALE_KEYS, import_state
-from .hyper_parameters import check_group
+from .hyper_parameters import check_group, check_numbers
 from .loss_scale import DynamicLossScale, check_scale
-from .plan import Plan, build_plan
+from .plan import Plan, build_plan, named_parameters
 from .step_state import StepState
 
 
@@ -128,18 +128,31 @@ class FusedSGD(Optimizer):
                 "fused": fused,
             },
         )
-        self.max_grad_norm = max_grad_norm
+        self._max_grad_norm = max_grad_norm
         self._loss_scale = loss_scale
         if isinstance(loss_scale, DynamicLossScale):
             self._step_state = loss_scale.bind(self)
         else:
             self._step_state = StepState(scale=1.0 if loss_scale is None else loss_scale)
-        self._step_state.move_to(self.param_groups[0]["params"][0].device)
+        for group in self.param_groups:
+            if group["params"]:
+                self._step_state.move_to(group["params"][0].device)
+                break
 
     @property
     def loss_scale(self) -> float | DynamicLossScale | None:
         """The loss scaling in use: None, the static scale, or the :class:`DynamicLossScale`."""
         return self._loss_scale
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The norm that gradients are clipped to, or None; it may be assigned."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, max_grad_norm: float | None) -> None:
+        _check_max_grad_norm(max_grad_norm)
+        self._max_grad_norm = max_grad_norm
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale, on the device and without a sync; ``loss`` itself without loss scaling.
@@ -227,7 +240,7 @@ class FusedSGD(Optimizer):
         """Puts new masters and buffers into the state, once they are known to be written."""
         plan, stepper = self._plan, self._stepper
         if plan is not None and plan.new and stepper is not None:
-            plan.publish(self.__dict__["state"], stepper.is_written)
+            plan.publish(self.param_groups, self.__dict__["state"], stepper.is_written)
 
     @property
     def state(self) -> defaultdict[Any, Any]:
@@ -245,12 +258,12 @@ class FusedSGD(Optimizer):
         self.__dict__["state"] = state
 
     def _prepare(self) -> tuple[Stepper, Plan]:
-        devices = {p.device for group in self.param_groups for p in group["params"] if p.grad is not None}
-        stepper = stepper_class(self._backend, devices)
+        named = [(name, p) for name, p, _ in named_parameters(self.param_groups) if p.grad is not None]
+        stepper = stepper_class(self._backend, named)
         former = self._plan if self._stepper is not None and self._stepper.answers_late else None
         plan = build_plan(self.param_groups, self.__dict__["state"], self._step_state, former)
-        if len(devices) == 1:
-            self._step_state.move_to(next(iter(devices)))
+        if named:
+            self._step_state.move_to(named[0][1].device)
         return stepper(plan, self._step_state), plan
 
     _observed_step = Optimizer.profile_hook_step(_step)
@@ -265,8 +278,7 @@ class FusedSGD(Optimizer):
             if not plan.stage():
                 return Outcome.STALE
             outcome = stepper.step(self.param_groups, self.__dict__["state"], request)
-            if outcome is Outcome.APPLIED:
-                plan.unstage()
+            plan.unstage(updated=outcome is Outcome.APPLIED)
             return outcome
 
     def _request(self) -> StepRequest:
@@ -354,27 +366,31 @@ class FusedSGD(Optimizer):
             if "param_names" in current:
                 group.setdefault("param_names", current["param_names"])
             group["params"] = current["params"]
-            check_group(group)
-        self._restore_progress(progress[0])
+            check_numbers(group)
+        self._restore_progress(progress[0] if progress else {})
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _restore_progress(self, saved: dict[str, Any]) -> None:
+        steps = [saved.get("applied_steps"), saved.get("skipped_steps", 0)]
+        for value in steps:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"applied_steps and skipped_steps must be ints, got {value!r}")
         if isinstance(self._loss_scale, DynamicLossScale) and "loss_scale" in saved:
             self._loss_scale.restore(
                 saved["loss_scale"],
                 saved.get("growth_tracker", 0),
                 saved.get("hysteresis_tracker", self._loss_scale.hysteresis),
             )
-        if "applied_steps" in saved:
-            self._step_state.applied_steps.fill_(saved["applied_steps"])
-            self._step_state.skipped_steps.fill_(saved.get("skipped_steps", 0))
+        if steps[0] is not None:
+            self._step_state.applied_steps.fill_(steps[0])
+            self._step_state.skipped_steps.fill_(steps[1])
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            "max_grad_norm": self.max_grad_norm,
+            "_max_grad_norm": self._max_grad_norm,
             "_backend": self._backend,
             "_loss_scale": self._loss_scale,
             "_step_state": self._step_state,
@@ -390,9 +406,9 @@ class FusedSGD(Optimizer):
 def _check_max_grad_norm(max_grad_norm: Any) -> None:
     if max_grad_norm is None:
         return
-    if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, (int, float)):
+    if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, Real):
         raise TypeError(f"max_grad_norm must be a number or None, got {type(max_grad_norm).__name__}")
-    if not max_grad_norm > 0 or math.isnan(max_grad_norm):
+    if not float(max_grad_norm) > 0:
         raise ValueError(
             f"Invalid max_grad_norm: {max_grad_norm}; it must be positive, or inf to measure only"
         )

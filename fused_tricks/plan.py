@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .step_state import StepState
 
@@ -32,6 +33,7 @@ class Entry:
         first: ``buffer`` is not in the optimizer's state yet: no update is known to have written it.
         is_new: ``master`` or ``buffer`` is not in the optimizer's state yet.
         identity: The parameter's address and version counter when ``master`` was last known to agree with it.
+        storage: Keeps that address from being given to other data.
     """
 
     group: int
@@ -43,6 +45,7 @@ class Entry:
     first: bool = False
     is_new: bool = False
     identity: tuple[int, int] = (0, 0)
+    storage: Tensor | None = None
 
     def own_state(self) -> dict[str, Tensor]:
         """What of it belongs into the optimizer's state."""
@@ -77,33 +80,41 @@ class Plan:
     def stage(self) -> bool:
         """Copies what the kernels cannot read in place into its stand-in. False: a new plan is needed."""
         for entry in self.staged:
-            grad = entry.param.grad
+            source, grad = entry.source, entry.param.grad
+            source.grad = None
             if grad is None:
-                entry.source.grad = None
                 continue
             if entry.master is not None and _identity(entry.param) != entry.identity:
                 return False
-            if grad.shape != entry.source.shape or entry.param.shape != entry.source.shape:
+            if grad.shape != source.shape or entry.param.shape != source.shape:
                 return False
-            entry.source.copy_(entry.param)
-            if grad.dtype != entry.source.dtype:
-                entry.source.grad_dtype = grad.dtype
-            entry.source.grad = grad.resolve_neg().clone(memory_format=torch.contiguous_format)
+            source.copy_(entry.param)
+            source.grad_dtype = grad.dtype
+            source.grad = grad.resolve_neg().clone(memory_format=torch.contiguous_format)
         return True
 
-    def unstage(self) -> None:
-        """Copies the stand-ins back after an update."""
+    def unstage(self, updated: bool) -> None:
+        """Lets go of the stand-ins' gradients and, after an update, copies the stand-ins back."""
         for entry in self.staged:
-            if entry.source.grad is not None:
+            if updated and entry.source.grad is not None:
                 entry.param.copy_(entry.source)
-                entry.source.grad = None
                 entry.identity = _identity(entry.param)
+            entry.source.grad = None
 
-    def publish(self, state: dict[Tensor, dict[str, Tensor]], is_written: Callable[[Entry], bool]) -> None:
+    def publish(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Tensor]],
+        is_written: Callable[[Entry], bool],
+    ) -> None:
         """Moves the new masters and buffers that an update has written into the optimizer's state."""
         written = [entry for entry in self.new if is_written(entry)]
         for entry in written:
-            state[entry.param].update(entry.own_state())
+            tensors = entry.own_state()
+            if entry.first and groups[entry.group]["momentum"] == 0:
+                # Momentum was switched off before any update was applied.
+                tensors.pop(MOMENTUM_BUFFER, None)
+            state[entry.param].update(tensors)
         self.new = [entry for entry in self.new if entry not in written]
         self.is_outdated = self.is_outdated or bool(written)
 
@@ -129,11 +140,7 @@ def build_plan(
     Raises:
         RuntimeError: A parameter or gradient cannot be updated. Then nothing is changed at all.
     """
-    listed = [
-        (parameter_name(group, group_index, index), param, group_index)
-        for group_index, group in enumerate(groups)
-        for index, param in enumerate(group["params"])
-    ]
+    listed = named_parameters(groups)
     for name, param, _ in listed:
         if param.grad is not None:
             _check(name, param, param.grad, state.get(param, {}))
@@ -153,11 +160,24 @@ def build_plan(
         )
 
 
-def parameter_name(group: dict[str, Any], group_index: int, index: int) -> str:
-    """How errors call a parameter: by its name where the optimizer was given names."""
-    if "param_names" in group:
-        return f"parameter '{group['param_names'][index]}'"
-    return f"parameter {index} of group {group_index}"
+def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:
+    """Every parameter with what errors call it, its name where the optimizer was given names, and its group's index."""
+    return [
+        (
+            f"parameter '{group['param_names'][index]}'"
+            if "param_names" in group
+            else f"parameter {index} of group {group_index}",
+            param,
+            group_index,
+        )
+        for group_index, group in enumerate(groups)
+        for index, param in enumerate(group["params"])
+    ]
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor's elements are in other tensors, as a ``DTensor``'s, and only torch operations reach them."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -212,7 +232,7 @@ def _entry(
     source = (
         param if _fits(param.grad, param) else param.detach().clone(memory_format=torch.contiguous_format)
     )
-    entry = Entry(group, param, live=True, source=source, identity=_identity(param))
+    entry = Entry(group, param, live=True, source=source, identity=_identity(param), storage=param.detach())
     if param.dtype in LOW_PRECISION:
         entry.master, entry.is_new = _find_state(states, MASTER_PARAM, source, step_state)
         if entry.master is None:
@@ -239,7 +259,7 @@ def _find_state(
 
 
 def _identity(param: Tensor) -> tuple[int, int]:
-    return param.data_ptr(), param._version
+    return 0 if is_wrapper(param) else param.data_ptr(), param._version
 
 
 def _fits(grad: Tensor, param: Tensor) -> bool:
@@ -271,4 +291,7 @@ def _fitting_state(
 
 
 def _adopt_foreign_values(master: Tensor, param: Tensor) -> None:
-    master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
+    agrees = master.to(param.dtype) == param
+    # To look costs a GPU a synchronisation, and the CPU less memory than to write what is there already.
+    if param.device.type != "cpu" or not agrees.all():
+        master.copy_(torch.where(agrees, master, param.to(master.dtype)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-from ..plan import Entry, Plan
+from ..plan import Entry, Plan, is_wrapper
 from ..step_state import StepState
 from . import cpu, cuda, reference
 from .request import Outcome, StepRequest
@@ -79,23 +80,32 @@ def check_backend(name: str) -> None:
         raise RuntimeError(f"backend={name!r} is not usable here: {reason}")
 
 
-def stepper_class(name: str, devices: Iterable[torch.device]) -> type[Stepper]:
-    """The backend called ``name`` for parameters on ``devices``; ``"auto"`` takes the fastest that serves them.
+def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> type[Stepper]:
+    """The backend called ``name`` for parameters with names; ``"auto"`` takes the fastest that serves them.
 
     Raises:
-        RuntimeError: The backend does not serve these devices.
+        RuntimeError: The backend does not serve one of them.
     """
-    devices = set(devices)
+    devices = {param.device for _, param in named}
+    wrappers = [(who, type(t)) for who, p in named for t in (p, p.grad) if t is not None and is_wrapper(t)]
     if name == "auto":
         for backend in BACKENDS.values():
-            if _serves(backend, devices) and backend.unavailable_because() is None:
+            serves = not wrappers and _serves(backend, devices) and backend.unavailable_because() is None
+            if backend.device_type is None or serves:
                 return backend.stepper
-    if not _serves(BACKENDS[name], devices):
+    backend = BACKENDS[name]
+    if not _serves(backend, devices):
         raise RuntimeError(
-            f"backend={name!r} updates parameters on one device of type '{BACKENDS[name].device_type}', and these "
-            f"are on {', '.join(sorted(map(str, devices)))}; use backend='auto', or move them"
+            f"backend={name!r} updates parameters on one device of type '{backend.device_type}', and these are on "
+            f"{', '.join(sorted(map(str, devices)))}; use backend='auto', or move them"
         )
-    return BACKENDS[name].stepper
+    if wrappers and backend.device_type is not None:
+        who, kind = wrappers[0]
+        raise RuntimeError(
+            f"{who} is or has a gradient of type {kind.__name__}, whose elements are in other tensors, which "
+            f"backend={name!r} cannot reach; use backend='auto' or 'reference'"
+        )
+    return backend.stepper
 
 
 def _serves(backend: Backend, devices: set[torch.device]) -> bool:

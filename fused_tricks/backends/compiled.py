@@ -38,28 +38,31 @@ class CompiledPlan:
         aliases = [
             entry.param.detach() if entry.live and not entry.is_staged else None for entry in plan.entries
         ]
-        # A second owner in C++ halves the time that torch needs to bump a version counter: the Python object's own
-        # reference count then need not follow every use of the tensor.
-        self._second_owners = [None if alias is None else _owner_of(alias) for alias in aliases]
+        # A second owner in C++ halves the time that torch needs to look at a tensor: the Python object's own reference
+        # count then need not follow every use of it.
+        state = [tensor for entry in plan.entries for tensor in (entry.master, entry.buffer)]
+        self._second_owners = [_owner_of(tensor) for tensor in (*aliases, *state) if tensor is not None]
         self._step_state = step_state
+        # The extension only borrows these, so that the garbage collector sees who holds what.
+        self._specification = [
+            (
+                entry.group,
+                entry.param,
+                entry.source,
+                alias,
+                entry.live,
+                entry.master,
+                entry.buffer,
+                entry.first,
+                entry.master is not None and not entry.is_staged,
+                first_step,
+            )
+            for entry, alias, first_step in zip(
+                plan.entries, aliases, first_steps or [None] * len(plan.entries), strict=True
+            )
+        ]
         self.handle: _extension.Plan = extension.Plan(
-            [
-                (
-                    entry.group,
-                    entry.param,
-                    entry.source,
-                    alias,
-                    entry.live,
-                    entry.master,
-                    entry.buffer,
-                    entry.first,
-                    entry.master is not None and not entry.is_staged,
-                    first_step,
-                )
-                for entry, alias, first_step in zip(
-                    plan.entries, aliases, first_steps or [None] * len(plan.entries), strict=True
-                )
-            ],
+            self._specification,
             step_state.block,
             reads_lr=first_steps is not None,
         )

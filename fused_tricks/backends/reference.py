@@ -44,7 +44,7 @@ class ReferenceStepper:
         return Outcome.APPLIED
 
     def _active(self, groups: list[dict[str, Any]]) -> Iterator[tuple[Entry, dict[str, Any]]]:
-        listed = [group for group in groups for _ in group["params"]]
+        listed = [numbers for group in groups for numbers in [_numbers(group)] * len(group["params"])]
         for entry, group in zip(self._plan.entries, listed, strict=True):
             if entry.source.grad is not None:
                 yield entry, group
@@ -100,6 +100,13 @@ def _advance_scale(
     return min(max(scale, to_float32(min_scale)), to_float32(max_scale)), growth_tracker, hysteresis_tracker
 
 
+def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+    """The options as Python numbers; one that is not a number is refused before anything is changed."""
+    options = ("lr", "momentum", "dampening", "weight_decay")
+    flags = ("nesterov", "maximize", "bias_decay")
+    return {name: float(group[name]) for name in options} | {name: bool(group[name]) for name in flags}
+
+
 def _update(entry: Entry, group: dict[str, Any], inverse_scale: float | None, clip: float | None) -> None:
     assert entry.source.grad is not None
     weight = entry.source if entry.master is None else entry.master
@@ -111,7 +118,7 @@ def _update(entry: Entry, group: dict[str, Any], inverse_scale: float | None, cl
     if group["maximize"]:
         grad = -grad
     if group["weight_decay"] != 0 and (group["bias_decay"] or entry.param.dim() > 1):
-        grad = grad.add(weight, alpha=float(group["weight_decay"]))
+        grad = grad.add(weight, alpha=group["weight_decay"])
     direction = grad
     if group["momentum"] != 0:
         assert entry.buffer is not None
@@ -120,7 +127,7 @@ def _update(entry: Entry, group: dict[str, Any], inverse_scale: float | None, cl
         else:
             entry.buffer.mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])
         direction = grad.add(entry.buffer, alpha=group["momentum"]) if group["nesterov"] else entry.buffer
-    weight.add_(direction, alpha=-float(group["lr"]))
+    weight.add_(direction, alpha=-group["lr"])
     if entry.master is not None:
         entry.source.copy_(entry.master)
 
