@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import (
-    LOW_PRECISION,
-    MASTER_PARAM,
-    MOMENTUM_BUFFER,
-    state_dtype,
-)
+from .plan import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
 
 # Written into every group of a state dict; not options of a group.
 SCALE_KEYS = ("applied_steps", "skipped_steps", "loss_scale", "growth_tracker", "hysteresis_tracker")

@@ -1,0 +1,132 @@
+"""What a plan holds: addresses that may change, new state, and who keeps whom alive."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from comparison import assert_all_same_bits, assert_same_bits
+from fused_tricks import FusedSGD
+from fused_tricks.backends import BACKENDS
+
+
+def stepped(backend: str, param: Parameter, times: int = 2, **options: object) -> FusedSGD:
+    optimizer = FusedSGD([param], backend=backend, **{"lr": 0.5, "momentum": 0.5} | options)
+    for _ in range(times):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("key", ["momentum_buffer", "master_param"])
+def test_state_whose_data_was_replaced_is_used_at_its_new_address(backend, device, key):
+    """Offloading moves state away and back through `.data`."""
+    params = [Parameter(torch.zeros(1000, device=device, dtype=torch.float16)) for _ in range(2)]
+    optimizers = [stepped(backend, param) for param in params]
+    moved = optimizers[0].state[params[0]][key]
+    moved.data = moved.data.clone()
+    for param, optimizer in zip(params, optimizers, strict=True):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert_all_same_bits([params[0], moved], [params[1], optimizers[1].state[params[1]][key]])
+
+
+def test_a_parameter_that_refers_to_its_optimizer_is_collected_with_it(backend, device):
+    param = Parameter(torch.zeros(3, device=device))
+    param.optimizer = stepped(backend, param)
+    watch = weakref.ref(param)
+    del param
+    gc.collect()
+    assert watch() is None
+
+
+def test_a_buffer_that_no_update_wrote_is_first_when_momentum_comes_back(backend, device):
+    param = Parameter(torch.zeros(1, device=device))
+    optimizer = FusedSGD([param], lr=1.0, momentum=0.9, dampening=0.5, loss_scale=1.0, backend=backend)
+    for grad, momentum in ((float("inf"), 0.9), (1.0, 0.0), (1.0, 0.9)):
+        optimizer.param_groups[0]["momentum"] = momentum
+        param.grad = torch.full_like(param, grad)
+        optimizer.step()
+    assert param.item() == -2.0
+
+
+def test_new_data_of_a_staged_parameter_is_noticed_although_an_address_was_used_before(backend, device):
+    param = Parameter(torch.ones(64, 64, device=device, dtype=torch.float16))
+    optimizer = FusedSGD([param], lr=0.0, backend=backend)
+    for _ in range(3):
+        param.grad = torch.ones_like(param).t()
+        optimizer.step()
+    for factor in range(2, 12):
+        param.data = torch.full_like(param, factor)
+        param.data = param.data.clone()
+        param.grad = torch.ones_like(param).t()
+        optimizer.step()
+        assert (param == factor).all()
+
+
+def test_a_staged_gradient_may_change_its_dtype(backend, device):
+    param = Parameter(torch.zeros(3, 4, device=device, dtype=torch.float16).t()[:, :2])
+    optimizer = FusedSGD([param], lr=1.0, max_grad_norm=float("inf"), backend=backend)
+    for dtype in (torch.float32, torch.float16, torch.float32):
+        for value in (float("inf"), 1.0):
+            param.grad = None
+            param.grad_dtype = dtype
+            param.grad = torch.full((4, 2), value, dtype=dtype, device=device)
+            optimizer.step()
+    assert_same_bits(param.detach(), torch.full((4, 2), -3.0, dtype=torch.float16))
+
+
+def test_numbers_of_numpy_are_numbers(backend, device):
+    param = Parameter(torch.zeros(2, device=device))
+    optimizer = FusedSGD([param], lr=np.float32(0.5), momentum=np.float64(0.5), backend=backend)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert param.tolist() == [-0.5, -0.5]
+
+
+def test_a_state_saved_while_a_schedule_had_momentum_off_is_loaded(backend, device):
+    param = Parameter(torch.zeros(2, device=device))
+    optimizer = FusedSGD([param], lr=0.5, momentum=0.5, nesterov=True, backend=backend)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["nesterov"] is True
+
+
+def test_a_first_group_may_be_empty(backend, device):
+    param = Parameter(torch.zeros(2, device=device))
+    optimizer = FusedSGD([{"params": []}, {"params": [param]}], lr=0.5, backend=backend)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert param.tolist() == [-0.5, -0.5]
+
+
+@pytest.mark.parametrize("value", ["x", None])
+def test_an_option_that_is_no_number_is_refused_before_any_parameter_is_updated(backend, device, value):
+    params = [Parameter(torch.zeros(2, device=device)) for _ in range(2)]
+    optimizer = FusedSGD([{"params": [param]} for param in params], lr=0.5, backend=backend)
+    optimizer.param_groups[1]["lr"] = value
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.step()
+    assert [param.tolist() for param in params] == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_a_gradient_that_begins_to_wrap_other_tensors_is_not_overlooked(backend, device):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    param = Parameter(torch.zeros(3, device=device))
+    optimizer = stepped(backend, param, momentum=0.0)
+    parts: list[Tensor] = [torch.ones(3, device=device) for _ in range(2)]
+    param.grad = TwoTensor(*parts)
+    if BACKENDS[backend].device_type is not None:
+        with pytest.raises(RuntimeError, match="parameter 0 of group 0 .*TwoTensor"):
+            optimizer.step()
+        assert param.tolist() == [-1.0] * 3
