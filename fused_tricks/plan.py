@@ -266,14 +266,15 @@ def _fits(grad: Tensor, param: Tensor) -> bool:
     """Whether both can be walked as two flat arrays that list the same elements in the same order."""
     dense = torch.empty_like(param, device="meta")
     return (
-        _same_strides(param, dense)
-        and _same_strides(param, grad)
+        same_strides(param, dense)
+        and same_strides(param, grad)
         and not grad.is_neg()
         and not param.is_neg()
     )
 
 
-def _same_strides(a: Tensor, b: Tensor) -> bool:
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether both list their elements in the same order; the stride of a dimension of one element says nothing."""
     return all(m == n for m, n, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1)
 
 
@@ -281,7 +282,7 @@ def _fitting_state(
     state: dict[str, Any], key: str, value: Tensor, source: Tensor, step_state: StepState
 ) -> Tensor:
     dtype = state_dtype(source)
-    if value.dtype == dtype and value.device == source.device and _same_strides(value, source):
+    if value.dtype == dtype and value.device == source.device and same_strides(value, source):
         return value
     fitting = torch.empty_like(source, dtype=dtype, requires_grad=False).copy_(value)
     if value in step_state.first_steps:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..plan import Entry, Plan, is_wrapper
 from ..step_state import StepState
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, triton
 from .request import Outcome, StepRequest
 
 
@@ -22,8 +22,6 @@ class Stepper(Protocol):
     """
 
     answers_late: bool
-
-    def __init__(self, plan: Plan, step_state: StepState) -> None: ...
 
     def is_written(self, entry: Entry) -> bool:
         """Whether an update has written a new entry's master and buffer. Synchronises where it answers late."""
@@ -38,22 +36,25 @@ class Backend(NamedTuple):
     """A way to run steps.
 
     Attributes:
-        stepper: The class that runs them.
+        stepper: Makes what runs them over a plan.
         unavailable_because: Why it cannot be used here; None when it can.
         device_type: The only type of device that it serves; None for any.
     """
 
-    stepper: type[Stepper]
+    stepper: Callable[[Plan, StepState], Stepper]
     unavailable_because: Callable[[], str | None]
     device_type: str | None
 
 
-# The fastest first.
+# The fastest first; "auto" looks no further than the reference.
 BACKENDS = {
     "cuda": Backend(cuda.CudaStepper, cuda.unavailable_because, "cuda"),
+    "triton": Backend(triton.make_stepper, triton.unavailable_because, triton.DEVICE_TYPE),
     "cpu": Backend(cpu.CpuStepper, cpu.unavailable_because, "cpu"),
     "reference": Backend(reference.ReferenceStepper, lambda: None, None),
 }
+if triton.IS_INTERPRETED:
+    BACKENDS["triton"] = BACKENDS.pop("triton")
 
 
 def availability() -> dict[str, str | None]:
@@ -80,7 +81,7 @@ def check_backend(name: str) -> None:
         raise RuntimeError(f"backend={name!r} is not usable here: {reason}")
 
 
-def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> type[Stepper]:
+def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan, StepState], Stepper]:
     """The backend called ``name`` for parameters with names; ``"auto"`` takes the fastest that serves them.
 
     Raises:

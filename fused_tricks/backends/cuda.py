@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..extension import load_extension, missing_because
-from ..plan import Entry, Plan
+from ..plan import Plan
 from ..step_state import StepState
 from .compiled import OUTCOMES, CompiledPlan
+from .gpu import GpuStepper
 from .request import Outcome, StepRequest
 
 if TYPE_CHECKING:
@@ -30,24 +31,18 @@ def unavailable_because() -> str | None:
     return None
 
 
-class CudaStepper:
+class CudaStepper(GpuStepper):
     """Runs steps over a plan in at most two kernel launches, and never waits for the device."""
 
-    answers_late = True
-
     def __init__(self, plan: Plan, step_state: StepState) -> None:
+        super().__init__(plan, step_state)
         extension = self.extension()
-        self._step_state = step_state
-        self._applied_before = step_state.applied_steps.clone()
-        written = torch.zeros((), dtype=torch.int64, device=step_state.block.device)
-        first_steps = [_first_step(entry, step_state, written) for entry in plan.entries]
-        self._plan = CompiledPlan(extension, plan, step_state, first_steps)
+        self._plan = CompiledPlan(extension, plan, step_state, self._first_steps)
         self._step: _extension.CudaStep = extension.CudaStep(self._plan.handle)
-        device = step_state.block.device
         self._memory = [
-            _to_device(self._step.tensor_records(), device),
-            _to_device(self._step.chunk_records(), device),
-            torch.empty(max(1, self._step.scratch_size()), dtype=torch.uint8, device=device),
+            _to_device(self._step.tensor_records(), self._device),
+            _to_device(self._step.chunk_records(), self._device),
+            torch.empty(max(1, self._step.scratch_size()), dtype=torch.uint8, device=self._device),
         ]
         self._step.set_memory(*self._memory)
 
@@ -55,12 +50,6 @@ class CudaStepper:
     def extension() -> ModuleType:
         """The module with the kernels."""
         return load_extension()
-
-    def is_written(self, entry: Entry) -> bool:
-        # An empty buffer has no block that would note its first update.
-        if entry.buffer in self._step_state.first_steps and entry.source.numel() > 0:
-            return bool(self._step_state.first_steps[entry.buffer] >= 0)
-        return bool(self._step_state.applied_steps > self._applied_before)
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
         self._plan.watch(state)
@@ -75,20 +64,6 @@ class CudaStepper:
             request.scale_rule,
         )
         return OUTCOMES[outcome]
-
-    def _on_device(self, scalar: Tensor | None) -> Tensor | None:
-        return None if scalar is None else scalar.to(self._memory[0].device, torch.float32, non_blocking=True)
-
-
-def _first_step(entry: Entry, step_state: StepState, written: Tensor) -> Tensor | None:
-    if entry.buffer is None:
-        return None
-    if entry.first and entry.buffer not in step_state.first_steps:
-        step_state.first_steps[entry.buffer] = torch.full(
-            (), -1, dtype=torch.int64, device=entry.buffer.device
-        )
-    first_step: Tensor = step_state.first_steps.get(entry.buffer, written)
-    return first_step
 
 
 def _to_device(records: bytes, device: torch.device) -> Tensor:

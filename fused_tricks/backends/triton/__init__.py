@@ -1,0 +1,35 @@
+"""The Triton backend: for GPUs where nothing was compiled, and no toolkit is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...plan import Plan
+from ...step_state import StepState
+
+if TYPE_CHECKING:
+    from .stepper import TritonStepper
+
+# Triton then runs its kernels as Python on the CPU. It reads this when a kernel is defined.
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+DEVICE_TYPE = "cpu" if IS_INTERPRETED else "cuda"
+
+
+def unavailable_because() -> str | None:
+    """Why this backend cannot be used here; None when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if not IS_INTERPRETED and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+def make_stepper(plan: Plan, step_state: StepState) -> TritonStepper:
+    """Runs steps over a plan. Triton is imported here, and not before it is needed."""
+    from .stepper import TritonStepper
+
+    return TritonStepper(plan, step_state)

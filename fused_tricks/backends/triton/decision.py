@@ -1,0 +1,59 @@
+"""What a step decides for all tensors together, in Triton. csrc/step_state.h has the same rules for compilers."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def field(state, offset: tl.constexpr, dtype: tl.constexpr):
+    """A pointer to a field of the StepState (fused_tricks/step_state.py) at the address ``state``."""
+    return (state + offset).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def float64(number):
+    """A kernel's FP64 argument, which the interpreter hands over as a Python number."""
+    return tl.full((), number, tl.float64)
+
+
+@triton.jit
+def inverse_of(scale):
+    return tl.div_rn(tl.full((), 1.0, tl.float32), scale)
+
+
+@triton.jit
+def advance_scale(state, found, scale_rule):
+    """GradScaler's rule with Apex's hysteresis, then the floor and the ceiling."""
+    growth_factor, backoff_factor, min_scale, max_scale, growth_interval, hysteresis = scale_rule
+    scale = tl.load(field(state, 0, tl.float32))
+    good_steps = tl.load(field(state, 4, tl.int32)) + 1
+    overflows_left = tl.maximum(tl.load(field(state, 8, tl.int32)) - 1, 0)
+    grows = (found == 0) & (good_steps >= growth_interval)
+    tolerated = (found != 0) & (overflows_left > 0)
+    grown = (scale.to(tl.float64) * float64(growth_factor)).to(tl.float32)
+    backed_off = (scale.to(tl.float64) * float64(backoff_factor)).to(tl.float32)
+    moved = tl.where(found != 0, backed_off, tl.where(grows & (grown < float("inf")), grown, scale))
+    floor = float64(min_scale).to(tl.float32)
+    ceiling = float64(max_scale).to(tl.float32)
+    clamped = tl.minimum(tl.maximum(moved, floor), ceiling)
+    tl.store(field(state, 0, tl.float32), tl.where(tolerated, scale, clamped))
+    tl.store(field(state, 4, tl.int32), tl.where((found != 0) | grows, 0, good_steps))
+    tl.store(field(state, 8, tl.int32), tl.where(found != 0, overflows_left, hysteresis))
+
+
+@triton.jit
+def record_decision(state, found, inverse_scale, clip):
+    """Stores what the update needs, counts the step, and makes ready for the next launch."""
+    tl.store(field(state, 16, tl.int64), tl.load(field(state, 16, tl.int64)) + tl.where(found != 0, 0, 1))
+    tl.store(field(state, 24, tl.int64), tl.load(field(state, 24, tl.int64)) + tl.where(found != 0, 1, 0))
+    tl.store(field(state, 32, tl.int32), tl.where(found != 0, 1, 0))
+    tl.store(field(state, 36, tl.float32), inverse_scale)
+    tl.store(field(state, 40, tl.float32), clip)
+    tl.store(field(state, 44, tl.int32), 0)
+    tl.store(field(state, 48, tl.int32), 0)
+
+
+@triton.jit
+def arrives_last(state):
+    """Whether this program is the last of the launch to get here. What the others wrote before is then visible to it."""
+    return tl.atomic_add(field(state, 48, tl.int32), 1, sem="acq_rel") == tl.num_programs(0) - 1

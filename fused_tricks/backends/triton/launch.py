@@ -1,0 +1,109 @@
+"""Compiles the kernels and launches them, past Triton's dispatch: what it would find out anew in every launch is known."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from . import IS_INTERPRETED, kernels
+
+# One warp a program, and what keeps every architecture within its budget of registers. Without fusion ptxas contracts
+# no multiplication with an addition.
+OPTIONS = {"num_warps": 1, "maxnreg": 64, "enable_fp_fusion": False}
+
+# Numbers of groups that a launch carries in its arguments; more are read from a table.
+MAX_GROUPS = 8
+# Words that one launch of write_kernel writes.
+WORDS = 128
+
+_GROUP = ("fp64", "fp64", "fp64", "fp64", "i64", "i32")
+_SCALE_RULE = ("fp64", "fp64", "fp64", "fp64", "i32", "i32")
+_REQUEST = {"state": "i64", "unscales": "i32", "grad_scale": "i64", "found_inf": "i64"}
+
+
+def scan_source(kinds: int, clips: bool) -> ASTSource:
+    """The scan for these kinds of tensors (bits, as in kernels.py), with or without the norm."""
+    signature = {
+        "chunks": "i64",
+        "tensors": "i64",
+        "grads": "i64",
+        "chunk_count": "i32",
+        **_REQUEST,
+        "partial_squares": "i64",
+        "max_norm": "fp64",
+        "is_dynamic": "i32",
+        "scale_rule": _SCALE_RULE,
+    }
+    return ASTSource(kernels.scan_kernel, signature, {"KINDS": kinds, "CLIPS": clips})
+
+
+def update_source(kinds: int, group_count: int) -> ASTSource:
+    """The update for these kinds of tensors and this many groups in the arguments; 0: the groups are in a table."""
+    signature = {
+        "chunks": "i64",
+        "tensors": "i64",
+        "grads": "i64",
+        "chunk_count": "i32",
+        **_REQUEST,
+        "is_scanned": "i32",
+        "groups": (_GROUP,) * group_count if group_count else "i64",
+    }
+    return ASTSource(kernels.update_kernel, signature, {"KINDS": kinds, "GROUPS": group_count})
+
+
+def write_source() -> ASTSource:
+    """The kernel that fills a table."""
+    signature = {"table": "i64", "begin": "i32", "count": "i32", "words": ("i64",) * WORDS}
+    return ASTSource(kernels.write_kernel, signature, {"WORDS": WORDS})
+
+
+def compile_for(source: ASTSource, target: GPUTarget) -> CompiledKernel:
+    """Compiles; no GPU is needed."""
+    return triton.compile(source, target=target, options=OPTIONS)
+
+
+def launch(device: torch.device, source: Callable[..., ASTSource], constants: tuple[Any, ...], blocks: int, *args: Any) -> None:
+    """Runs a kernel on the device's current stream.
+
+    Args:
+        device: Where.
+        source: One of the functions above.
+        constants: Its arguments.
+        blocks: How many programs.
+        *args: The kernel's arguments, in the order of its signature.
+    """
+    if IS_INTERPRETED:
+        made = _source(source, constants)
+        made.fn[(blocks,)](*args, **{made.fn.arg_names[at]: value for (at,), value in made.constants.items()})
+    elif torch.cuda.current_device() == device.index:
+        _launcher(device.index, source, constants, blocks)(*args, stream=_stream(device.index))
+    else:
+        with torch.cuda.device(device):
+            _launcher(device.index, source, constants, blocks)(*args, stream=_stream(device.index))
+
+
+def _stream(index: int) -> int:
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
+@functools.cache
+def _source(source: Callable[..., ASTSource], constants: tuple[Any, ...]) -> ASTSource:
+    return source(*constants)
+
+
+@functools.cache
+def _compiled(index: int, source: Callable[..., ASTSource], constants: tuple[Any, ...]) -> CompiledKernel:
+    """A kernel is loaded into one device: the one that is current now."""
+    return compile_for(_source(source, constants), triton.runtime.driver.active.get_current_target())
+
+
+@functools.cache
+def _launcher(index: int, source: Callable[..., ASTSource], constants: tuple[Any, ...], blocks: int) -> Callable[..., None]:
+    launcher: Callable[..., None] = _compiled(index, source, constants)[(blocks, 1, 1)]
+    return launcher

@@ -1,0 +1,86 @@
+"""One step over a plan in at most two launches of Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...plan import Plan
+from ...step_state import StepState
+from ..gpu import GpuStepper
+from ..request import Outcome, StepRequest
+from .launch import MAX_GROUPS, launch, scan_source, update_source
+from .tables import GROUP_WORDS, PlanTables, StepTable, group_numbers, words_of
+from .watch import PlanWatch
+
+_WIDE_KINDS = 16
+_NO_SCALE_RULE = (1.0, 1.0, 0.0, 0.0, 0, 0)
+
+
+class TritonStepper(GpuStepper):
+    """Runs steps over a plan, and never waits for the device."""
+
+    def __init__(self, plan: Plan, step_state: StepState) -> None:
+        super().__init__(plan, step_state)
+        self._watch = PlanWatch(plan)
+        self._tables = PlanTables(plan, self._first_steps, self._device)
+        self._grads = StepTable(len(plan.entries), self._device)
+        self._groups: StepTable | None = None
+
+    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
+        self._watch.watch(state)
+        grads = self._watch.gradients(groups, state)
+        if grads is None:
+            return Outcome.STALE
+        numbers = tuple(group_numbers(group, self._device) for group in groups)
+        grad_scale, found_inf = self._on_device(request.grad_scale), self._on_device(request.found_inf)
+        tables = self._tables
+        kinds = tables.kinds | (_WIDE_KINDS if self._watch.has_wide else 0)
+        # One program without work still takes the decision and counts the step.
+        programs = max(1, tables.chunk_count)
+        common = (
+            tables.chunks.data_ptr(),
+            tables.tensors.data_ptr(),
+            self._grads.address_of(grads),
+            tables.chunk_count,
+            self._step_state.block.data_ptr(),
+            int(request.unscales),
+            _address(grad_scale),
+            _address(found_inf),
+        )
+        by_value = len(numbers) <= MAX_GROUPS
+        group_argument = numbers if by_value else self._group_table(numbers)
+        if request.scans:
+            clips = request.max_norm is not None
+            launch(
+                self._device,
+                scan_source,
+                (kinds, clips),
+                programs,
+                *common,
+                tables.partial_squares.data_ptr(),
+                request.max_norm or 0.0,
+                int(request.scale_rule is not None),
+                request.scale_rule or _NO_SCALE_RULE,
+            )
+        launch(
+            self._device,
+            update_source,
+            (kinds, len(numbers) if by_value else 0),
+            programs,
+            *common,
+            int(request.scans),
+            group_argument,
+        )
+        self._watch.mark_updated()
+        return Outcome.APPLIED
+
+    def _group_table(self, numbers: tuple[Any, ...]) -> int:
+        if self._groups is None:
+            self._groups = StepTable(len(numbers) * GROUP_WORDS, self._device)
+        return self._groups.address_of(words_of(numbers))
+
+
+def _address(scalar: Tensor | None) -> int:
+    return 0 if scalar is None else scalar.data_ptr()

@@ -1,0 +1,127 @@
+"""A plan as the kernels read it: INT64 tables on the device."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...plan import Entry, Plan
+from . import kernels
+from .launch import WORDS, launch, write_source
+
+_KINDS = {
+    torch.float16: kernels.FLOAT16.value,
+    torch.bfloat16: kernels.BFLOAT16.value,
+    torch.float32: kernels.FLOAT32.value,
+    torch.float64: kernels.FLOAT64.value,
+}
+_CHUNK: int = kernels.CHUNK.value
+
+
+class PlanTables:
+    """What stays as it is for as long as a plan lives.
+
+    Attributes:
+        tensors: INT64 of (entries, 6): the addresses of param, master, buffer (0: none) and of the number of the first
+            update; the count of elements; the kind, whether weights decay whatever ``bias_decay`` says, and the group.
+        chunks: INT64 of (chunks,): entry << 32 | which chunk of it.
+        chunk_count: How many.
+        kinds: A bit for each kind that occurs.
+        partial_squares: FP64 of (chunks,), written by the scan.
+    """
+
+    def __init__(self, plan: Plan, first_steps: Sequence[Tensor | None], device: torch.device) -> None:
+        records = [_record(entry, first) for entry, first in zip(plan.entries, first_steps, strict=True)]
+        chunks = [
+            index << 32 | chunk for index, record in enumerate(records) for chunk in range(-(-record[4] // _CHUNK))
+        ]
+        if len(chunks) >= 2**31:
+            raise RuntimeError("more than 2**31 - 1 chunks in one optimizer")
+        self.tensors = torch.tensor(records or [[0] * 6], dtype=torch.int64).to(device)
+        self.chunks = torch.tensor(chunks or [0], dtype=torch.int64).to(device)
+        self.chunk_count = len(chunks)
+        self.kinds = 0
+        for record in records:
+            if record[4]:
+                self.kinds |= 1 << (record[5] & 3)
+        self.partial_squares = torch.empty(max(1, len(chunks)), dtype=torch.float64, device=device)
+
+
+def _record(entry: Entry, first_step: Tensor | None) -> list[int]:
+    if not entry.live:
+        return [0] * 6
+    source = entry.source
+    traits = _KINDS[source.dtype] | (4 if source.dim() > 1 else 0) | entry.group << 8
+    return [*map(_address, (source, entry.master, entry.buffer, first_step)), source.numel(), traits]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class StepTable:
+    """INT64 words on the device that may change with every step, and are written only when they have.
+
+    They are written by kernels that carry them in their arguments: nothing is copied from the host, so nothing on the
+    host has to outlive a launch, and a captured graph writes what it needs again. A graph gets a table of its own, or
+    what it writes would be taken for what a later step wrote.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._device = device
+        self._table = torch.empty(max(1, size), dtype=torch.int64, device=device)
+        self._written: list[int] = []
+        self._captured: list[Tensor] = []
+
+    def address_of(self, words: list[int]) -> int:
+        """The address of a table with these words."""
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            table = torch.empty_like(self._table)
+            self._captured.append(table)
+            self._write(table, words)
+            return table.data_ptr()
+        if words != self._written:
+            self._write(self._table, words)
+            self._written = words
+        return self._table.data_ptr()
+
+    def _write(self, table: Tensor, words: list[int]) -> None:
+        for begin in range(0, len(words), WORDS):
+            part = words[begin : begin + WORDS]
+            padded = (*part, *[0] * (WORDS - len(part)))
+            launch(self._device, write_source, (), 1, table.data_ptr(), begin, len(part), padded)
+
+
+GroupNumbers = tuple[float, float, float, float, int, int]
+GROUP_WORDS = 6
+
+
+def group_numbers(group: dict[str, Any], device: torch.device) -> GroupNumbers:
+    """The options of a group as the update kernel takes them.
+
+    Returns:
+        lr, momentum, 1 - dampening, weight_decay, the address of an lr that the kernel reads itself (0: none), and
+        flags.
+    """
+    lr = group["lr"]
+    address = lr_flag = 0
+    if isinstance(lr, Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64):
+        address, lr_flag, lr = lr.data_ptr(), (8 if lr.dtype == torch.float64 else 0), 0.0
+    flags = bool(group["nesterov"]) | bool(group["maximize"]) << 1 | bool(group["bias_decay"]) << 2 | lr_flag
+    return (
+        float(lr),
+        float(group["momentum"]),
+        1.0 - float(group["dampening"]),
+        float(group["weight_decay"]),
+        address,
+        flags,
+    )
+
+
+def words_of(numbers: Sequence[GroupNumbers]) -> list[int]:
+    """The same for a table, where FP64 is its bit pattern."""
+    return [word for group in numbers for word in struct.unpack("=6q", struct.pack("=4d2q", *group))]

@@ -1,0 +1,193 @@
+"""Notices that a plan no longer holds. csrc/plan.cpp does the same for the compiled backends.
+
+The lists here have an item for each parameter, and are made and compared by functions that are written in C: a loop in
+Python would cost more than all the rest of a step.
+"""
+
+from __future__ import annotations
+
+from itertools import compress, repeat
+from operator import attrgetter, is_, is_not
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...plan import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, Entry, Plan, same_strides
+
+_grad = attrgetter("grad")
+_dtype = attrgetter("dtype")
+_shape = attrgetter("shape")
+_version = attrgetter("_version")
+
+
+class _State(NamedTuple):
+    """What ``Optimizer.state`` held at the first step: its items, and the tensors that the plan works on."""
+
+    keys: list[Any]
+    values: list[Any]
+    dicts: list[dict[str, Any]]
+    buffers: list[Any]
+    masters: list[Any]
+    tensors: list[Tensor]
+    addresses: list[int]
+
+
+class PlanWatch:
+    """Compares groups, parameters, gradients and state with what they were when a plan was made.
+
+    Attributes:
+        has_wide: Some gradient of this step is FP32 beside an FP16 or BF16 parameter.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        entries = plan.entries
+        self._entries = entries
+        self._groups: list[list[Tensor]] = []
+        for entry in entries:
+            self._groups += [[] for _ in range(entry.group + 1 - len(self._groups))]
+            self._groups[entry.group].append(entry.param)
+        self._sources = [entry.source for entry in entries]
+        self._without_buffer = {entry.group for entry in entries if entry.live and entry.buffer is None}
+        self._state: _State | None = None
+        self._watched = [e.param for e in entries if e.live and e.master is not None and not e.is_staged]
+        self._versions = list(map(_version, self._watched))
+        self.has_wide = False
+        self._expect([entry.live for entry in entries])
+
+    def watch(self, state: dict[Any, Any]) -> None:
+        """Remembers the optimizer's state as it is at the first step."""
+        if self._state is not None:
+            return
+        live = [(entry, state[entry.param]) for entry in self._entries if entry.live and entry.param in state]
+        pairs = [
+            (own.get(key), tensor)
+            for entry, own in live
+            for key, tensor in ((MOMENTUM_BUFFER, entry.buffer), (MASTER_PARAM, entry.master))
+        ]
+        shared = [(held, tensor) for held, tensor in pairs if held is not None and tensor is not None]
+        self._state = _State(
+            list(state),
+            list(state.values()),
+            [own for _, own in live],
+            [own.get(MOMENTUM_BUFFER) for _, own in live],
+            [own.get(MASTER_PARAM) for _, own in live],
+            [held for held, _ in shared],
+            [tensor.data_ptr() for _, tensor in shared],
+        )
+
+    def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> list[int] | None:
+        """The address of each entry's gradient, 0 where it has none; the lowest bit says FP32 beside a 16-bit parameter.
+
+        Returns:
+            None where the plan no longer holds.
+        """
+        if not (self._has_groups(groups) and self._has_state(state)):
+            return None
+        grads = list(map(_grad, self._sources))
+        has_grad = list(map(is_not, grads, repeat(None)))
+        if has_grad != self._has_grad:
+            if any(present and not entry.live for present, entry in zip(has_grad, self._entries, strict=True)):
+                return None
+            self._expect(has_grad)
+        try:
+            addresses = self._addresses(grads if self._all_have else list(compress(grads, has_grad)))
+        except (RuntimeError, NotImplementedError):
+            # A layout without addresses: sparse, nested, …
+            return None
+        if addresses is None or self._all_have:
+            return addresses
+        remaining = iter(addresses)
+        return [next(remaining) if present else 0 for present in has_grad]
+
+    def mark_updated(self) -> None:
+        """After an update: tells autograd that the parameters changed."""
+        torch.autograd.graph.increment_version(self._updated)
+        if self._all_have:
+            self._versions = [version + 1 for version in self._versions]
+        else:
+            updated = set(map(id, self._updated))
+            self._versions = [
+                version + (id(param) in updated)
+                for version, param in zip(self._versions, self._watched, strict=True)
+            ]
+
+    def _expect(self, has_grad: list[bool]) -> None:
+        """What must hold of the entries that have a gradient."""
+        present = list(compress(self._entries, has_grad))
+        self._has_grad = has_grad
+        self._all_have = len(present) == len(self._entries)
+        self._present = present
+        self._present_sources = [entry.source for entry in present]
+        self._source_addresses = list(map(Tensor.data_ptr, self._present_sources)) if present else []
+        self._source_strides = list(map(Tensor.stride, self._present_sources))
+        self._source_dtypes = list(map(_dtype, self._present_sources))
+        self._shapes = list(map(_shape, self._present_sources))
+        self._devices = list(map(Tensor.get_device, self._present_sources))
+        self._updated = [entry.param for entry in present if not entry.is_staged]
+        self._empty = [index for index, entry in enumerate(present) if entry.source.numel() == 0]
+        self._grad_strides: list[Any] = []
+        self._grad_dtypes: list[Any] = []
+        self._wide: list[int] = []
+
+    def _has_groups(self, groups: list[dict[str, Any]]) -> bool:
+        if len(groups) < len(self._groups):
+            return False
+        for index, group in enumerate(groups):
+            params = self._groups[index] if index < len(self._groups) else []
+            if len(group["params"]) != len(params) or not all(map(is_, group["params"], params)):
+                return False
+            if index in self._without_buffer and group["momentum"] != 0:
+                return False
+        return True
+
+    def _has_state(self, state: dict[Any, Any]) -> bool:
+        known = self._state
+        return known is not None and (
+            len(state) == len(known.keys)
+            and all(map(is_, state, known.keys))
+            and all(map(is_, state.values(), known.values))
+            and all(map(is_, map(dict.get, known.dicts, repeat(MOMENTUM_BUFFER)), known.buffers))
+            and all(map(is_, map(dict.get, known.dicts, repeat(MASTER_PARAM)), known.masters))
+            and list(map(Tensor.data_ptr, known.tensors)) == known.addresses
+        )
+
+    def _addresses(self, grads: list[Tensor]) -> list[int] | None:
+        """Of the gradients of the entries that have one."""
+        sources = self._present_sources
+        if (
+            list(map(Tensor.data_ptr, sources)) != self._source_addresses
+            or list(map(Tensor.stride, sources)) != self._source_strides
+            or list(map(_dtype, sources)) != self._source_dtypes
+            or list(map(_shape, sources)) != self._shapes
+            or list(map(_version, self._watched)) != self._versions
+            or list(map(_shape, grads)) != self._shapes
+            or list(map(Tensor.get_device, grads)) != self._devices
+            or any(map(Tensor.is_neg, grads))
+        ):
+            return None
+        strides = list(map(Tensor.stride, grads))
+        if strides != self._grad_strides:
+            if not all(map(same_strides, sources, grads)):
+                return None
+            self._grad_strides = strides
+        dtypes = list(map(_dtype, grads))
+        if dtypes != self._grad_dtypes:
+            wide = [index for index, pair in enumerate(zip(dtypes, self._source_dtypes, strict=True)) if is_not(*pair)]
+            if not all(_may_be_wide(self._present[index], dtypes[index]) for index in wide):
+                return None
+            self._grad_dtypes, self._wide = dtypes, wide
+            self.has_wide = bool(wide)
+        addresses = list(map(Tensor.data_ptr, grads))
+        for index in self._empty:
+            addresses[index] = 0
+        if addresses.count(0) != len(self._empty):
+            # A tensor that wraps others has elements and no address.
+            return None
+        for index in self._wide:
+            addresses[index] |= 1
+        return addresses
+
+
+def _may_be_wide(entry: Entry, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and entry.source.dtype in LOW_PRECISION
