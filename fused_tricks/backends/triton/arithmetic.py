@@ -8,14 +8,18 @@ from . import IS_INTERPRETED
 
 @triton.jit
 def sgd_update(g, w, b, rule):
-    """Returns the new weight and buffer. ``rule`` is what kernels.rule_of() gives."""
-    inverse_scale, clip, weight_decay, momentum, gradient_weight, minus_lr, decays, has_momentum, first, nesterov = rule
+    """Returns the new weight and buffer.
+
+    ``rule``: inverse_scale, clip (negative to maximize), weight_decay, momentum, 1 - dampening, -lr; and whether the
+    weight decays, whether the buffer is replaced (its first update, or no momentum), and Nesterov momentum.
+    """
+    inverse_scale, clip, weight_decay, momentum, gradient_weight, minus_lr, decays, replaces, nesterov = rule
     # A factor of 1 changes no bit, and maximize is in the sign of `clip`.
     g = g * inverse_scale * clip
     g = tl.where(decays, fma(weight_decay, w, g), g)
-    b = tl.where(first, g, fma(gradient_weight, g, momentum * b))
+    b = tl.where(replaces, g, fma(gradient_weight, g, momentum * b))
     d = tl.where(nesterov, fma(momentum, b, g), b)
-    return fma(minus_lr, tl.where(has_momentum, d, g), w), b
+    return fma(minus_lr, d, w), b
 
 
 @triton.jit

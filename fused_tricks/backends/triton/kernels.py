@@ -7,6 +7,7 @@ depends on nothing but numbers.
 import triton
 import triton.language as tl
 
+from . import IS_INTERPRETED
 from .arithmetic import sgd_update, to_bfloat16
 from .decision import advance_scale, arrives_last, field, float64, inverse_of, record_decision
 
@@ -18,14 +19,16 @@ BFLOAT16 = tl.constexpr(1)
 FLOAT32 = tl.constexpr(2)
 FLOAT64 = tl.constexpr(3)
 
+# The interpreter takes as long for a large tile as for a small one.
+_TILES = 64 if IS_INTERPRETED else 1
 # Words of 32 bits that a program scans at a time: four 16-byte accesses a thread, or two where squares need registers.
-SCAN_TILE = tl.constexpr(512)
-MEASURE_TILE = tl.constexpr(256)
+SCAN_TILE = tl.constexpr(512 * _TILES)
+MEASURE_TILE = tl.constexpr(256 * _TILES)
 # Elements that a program updates at a time.
-UPDATE_TILE = tl.constexpr(256)
+UPDATE_TILE = tl.constexpr(256 * _TILES)
 # The same where 16-byte accesses are not possible. Another size than any above: Triton gives accesses of one shape that
 # share a value the same layout.
-SCALAR_TILE = tl.constexpr(64)
+SCALAR_TILE = tl.constexpr(64 * _TILES)
 
 
 @triton.jit
@@ -280,11 +283,10 @@ def is_first_update(record, begin, number):
 
 
 @triton.jit
-def update_elements(grad, weight, buffer, param, begin, count, rule, kind: tl.constexpr, is_wide: tl.constexpr):
+def update_elements(grad, weight, buffer, param, begin, count, has_momentum, rule, kind: tl.constexpr, is_wide: tl.constexpr):
     """One element a thread and access. ``param`` is the same as ``weight`` where there is no master."""
     lane = tl.arange(0, SCALAR_TILE)
-    has_momentum = rule[7]
-    reads_buffer = has_momentum & (rule[8] == 0)
+    reads_buffer = has_momentum & (rule[7] == 0)
     for i in range(begin, count, SCALAR_TILE):
         at = i + lane
         mask = at < count
@@ -293,12 +295,12 @@ def update_elements(grad, weight, buffer, param, begin, count, rule, kind: tl.co
         else:
             dtype: tl.constexpr = tl.float32
         if is_wide or kind >= FLOAT32:
-            g = tl.load(pointer_to(grad, dtype) + at, mask=mask, other=0.0)
+            g = tl.load(pointer_to(grad, dtype) + at, mask=mask)
         else:
-            word = tl.load(pointer_to(grad, tl.int16) + at, mask=mask, other=0).to(tl.int32)
+            word = tl.load(pointer_to(grad, tl.int16) + at, mask=mask).to(tl.int32)
             g = low_half(word, kind)
-        w = tl.load(pointer_to(weight, dtype) + at, mask=mask, other=0.0)
-        b = tl.load(pointer_to(buffer, dtype) + at, mask=mask & reads_buffer, other=0.0)
+        w = tl.load(pointer_to(weight, dtype) + at, mask=mask)
+        b = tl.load(pointer_to(buffer, dtype) + at, mask=mask & reads_buffer)
         w, b = sgd_update(g, w, b, rule)
         tl.store(pointer_to(weight, dtype) + at, w, mask=mask)
         tl.store(pointer_to(buffer, dtype) + at, b, mask=mask & has_momentum)
@@ -315,7 +317,7 @@ def rounded_bits(value, kind: tl.constexpr):
 
 
 @triton.jit
-def update_vectors(grad, weight, buffer, param, count, rule, kind: tl.constexpr, is_wide: tl.constexpr):
+def update_vectors(grad, weight, buffer, param, count, has_momentum, rule, kind: tl.constexpr, is_wide: tl.constexpr):
     """Sixteen bytes a thread and access; ``count`` is a multiple of 16 and every address one of 16 bytes.
 
     16-bit elements are loaded and stored in pairs, as words, so that each kind of access gets a layout in which a warp
@@ -323,8 +325,7 @@ def update_vectors(grad, weight, buffer, param, count, rule, kind: tl.constexpr,
     """
     lane = tl.arange(0, UPDATE_TILE)
     pair = tl.arange(0, UPDATE_TILE // 2)
-    has_momentum = rule[7]
-    reads_buffer = has_momentum & (rule[8] == 0)
+    reads_buffer = has_momentum & (rule[7] == 0)
     for i in range(0, count, UPDATE_TILE):
         at = i + lane
         mask = at < count
@@ -338,7 +339,7 @@ def update_vectors(grad, weight, buffer, param, count, rule, kind: tl.constexpr,
         weights = aligned_pointer_to(weight, tl.float32) + at
         buffers = aligned_pointer_to(buffer, tl.float32) + at
         w = tl.load(weights, mask=mask, eviction_policy="evict_first")
-        b = tl.load(buffers, mask=mask & reads_buffer, other=0.0, eviction_policy="evict_first")
+        b = tl.load(buffers, mask=mask & reads_buffer, eviction_policy="evict_first")
         w, b = sgd_update(g, w, b, rule)
         tl.store(weights, w, mask=mask, eviction_policy="evict_first")
         tl.store(buffers, b, mask=mask & has_momentum, eviction_policy="evict_first")
@@ -348,13 +349,13 @@ def update_vectors(grad, weight, buffer, param, count, rule, kind: tl.constexpr,
 
 
 @triton.jit
-def update_span(grad, weight, buffer, param, count, rule, kind: tl.constexpr, is_wide: tl.constexpr):
+def update_span(grad, weight, buffer, param, count, has_momentum, rule, kind: tl.constexpr, is_wide: tl.constexpr):
     done = count * 0
     if kind != FLOAT64:
-        if (grad | weight | param | tl.where(rule[7], buffer, 0)) % 16 == 0:
+        if (grad | weight | param | tl.where(has_momentum, buffer, 0)) % 16 == 0:
             done = count // 16 * 16
-            update_vectors(grad, weight, buffer, param, done, rule, kind, is_wide)
-    update_elements(grad, weight, buffer, param, done, count, rule, kind, is_wide)
+            update_vectors(grad, weight, buffer, param, done, has_momentum, rule, kind, is_wide)
+    update_elements(grad, weight, buffer, param, done, count, has_momentum, rule, kind, is_wide)
 
 
 @triton.jit
@@ -396,25 +397,26 @@ def update_kernel(
             decays = (weight_decay != 0) & (((flags & 4) != 0) | ((traits & 4) != 0))
             # By way of an integer: the interpreter takes a comparison of FP64 numbers for one when it repeats it.
             has_momentum = (momentum != 0).to(tl.int32) != 0
-            first = has_momentum
+            nesterov = has_momentum & ((flags & 1) != 0)
+            replaces = tl.full((), 1, tl.int1)
             if has_momentum:
-                first = is_first_update(record, begin, number)
+                replaces = is_first_update(record, begin, number)
             rule = (
                 inverse_scale, signed_clip, weight_decay.to(tl.float32), momentum.to(tl.float32),
-                gradient_weight.to(tl.float32), minus_lr.to(tl.float32), decays, has_momentum, first, (flags & 1) != 0,
+                gradient_weight.to(tl.float32), minus_lr.to(tl.float32), decays, replaces, nesterov,
             )  # fmt: skip
             if kind == FLOAT64:
                 if KINDS & 8:
                     double_rule = (
                         inverse_scale.to(tl.float64), signed_clip.to(tl.float64), weight_decay, momentum,
-                        gradient_weight, minus_lr, decays, has_momentum, first, (flags & 1) != 0,
+                        gradient_weight, minus_lr, decays, replaces, nesterov,
                     )  # fmt: skip
                     offset = begin * 8
-                    update_span(address + offset, param + offset, buffer + offset, param, count, double_rule, FLOAT64, False)
+                    update_span(address + offset, param + offset, buffer + offset, param, count, has_momentum, double_rule, FLOAT64, False)
             elif kind == FLOAT32:
                 if KINDS & 4:
                     offset = begin * 4
-                    update_span(address + offset, param + offset, buffer + offset, param + offset, count, rule, FLOAT32, False)
+                    update_span(address + offset, param + offset, buffer + offset, param + offset, count, has_momentum, rule, FLOAT32, False)
             else:
                 weight = master + begin * 4
                 buffer += begin * 4
@@ -426,15 +428,15 @@ def update_kernel(
                 if kind == FLOAT16:
                     if KINDS & 1:
                         if (KINDS & 16) != 0 and is_wide:
-                            update_span(address, weight, buffer, param, count, rule, FLOAT16, True)
+                            update_span(address, weight, buffer, param, count, has_momentum, rule, FLOAT16, True)
                         else:
-                            update_span(address, weight, buffer, param, count, rule, FLOAT16, False)
+                            update_span(address, weight, buffer, param, count, has_momentum, rule, FLOAT16, False)
                 else:
                     if KINDS & 2:
                         if (KINDS & 16) != 0 and is_wide:
-                            update_span(address, weight, buffer, param, count, rule, BFLOAT16, True)
+                            update_span(address, weight, buffer, param, count, has_momentum, rule, BFLOAT16, True)
                         else:
-                            update_span(address, weight, buffer, param, count, rule, BFLOAT16, False)
+                            update_span(address, weight, buffer, param, count, has_momentum, rule, BFLOAT16, False)
     if is_scanned == 0:
         if arrives_last(state):
             record_decision(state, skips, inverse_scale, clip)
