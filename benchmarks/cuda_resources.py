@@ -22,7 +22,7 @@ from fused_tricks.cuda_toolkit import find_toolkit
 
 PATH = RESULTS / "cuda_resources.md"
 _FUNCTION = re.compile(r"(scan|update)_kernel.*?Arguments(?:ILi|<)(\d+)")
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _WIDE = re.compile(r"\b(LD|ST)G?\.E\S*\.128\b")
 
 
@@ -71,7 +71,7 @@ def kernels(tool: str, module: Path) -> list[Kernel]:
     accesses = _accesses(tool, module)
     found = []
     for architecture, name, line in _functions(_run(tool, "--dump-resource-usage", str(module))):
-        usage = _USAGE.search(line)
+        usage = USAGE.search(line)
         if usage:
             registers, stack, shared, local = map(int, usage.groups())
             counts = accesses[architecture, name]

@@ -266,10 +266,7 @@ def _fits(grad: Tensor, param: Tensor) -> bool:
     """Whether both can be walked as two flat arrays that list the same elements in the same order."""
     dense = torch.empty_like(param, device="meta")
     return (
-        same_strides(param, dense)
-        and same_strides(param, grad)
-        and not grad.is_neg()
-        and not param.is_neg()
+        same_strides(param, dense) and same_strides(param, grad) and not grad.is_neg() and not param.is_neg()
     )
 
 

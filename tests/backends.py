@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-import interpreted  # noqa: F401, I001  # before the package: chooses how Triton runs
-import emulation  # adds a backend
+import interpreted  # noqa: F401  # before the package: chooses how Triton runs
 from fused_tricks.backends import BACKENDS
 
 NAMES = tuple(BACKENDS)

@@ -229,7 +229,9 @@ def sum_of(partial_squares, count):
     total = tl.zeros((SCALAR_TILE,), tl.float64)
     for i in range(0, count, SCALAR_TILE):
         mask = i + lane < count
-        total += tl.load(pointer_to(partial_squares, tl.float64) + (i + lane), mask=mask, other=0.0, volatile=True)
+        total += tl.load(
+            pointer_to(partial_squares, tl.float64) + (i + lane), mask=mask, other=0.0, volatile=True
+        )
     return tl.sum(total)
 
 
@@ -283,7 +285,9 @@ def is_first_update(record, begin, number):
 
 
 @triton.jit
-def update_elements(grad, weight, buffer, param, begin, count, has_momentum, rule, kind: tl.constexpr, is_wide: tl.constexpr):
+def update_elements(
+    grad, weight, buffer, param, begin, count, has_momentum, rule, kind: tl.constexpr, is_wide: tl.constexpr
+):
     """One element a thread and access. ``param`` is the same as ``weight`` where there is no master."""
     lane = tl.arange(0, SCALAR_TILE)
     reads_buffer = has_momentum & (rule[7] == 0)
@@ -317,7 +321,9 @@ def rounded_bits(value, kind: tl.constexpr):
 
 
 @triton.jit
-def update_vectors(grad, weight, buffer, param, count, has_momentum, rule, kind: tl.constexpr, is_wide: tl.constexpr):
+def update_vectors(
+    grad, weight, buffer, param, count, has_momentum, rule, kind: tl.constexpr, is_wide: tl.constexpr
+):
     """Sixteen bytes a thread and access; ``count`` is a multiple of 16 and every address one of 16 bytes.
 
     16-bit elements are loaded and stored in pairs, as words, so that each kind of access gets a layout in which a warp
@@ -327,29 +333,33 @@ def update_vectors(grad, weight, buffer, param, count, has_momentum, rule, kind:
     pair = tl.arange(0, UPDATE_TILE // 2)
     reads_buffer = has_momentum & (rule[7] == 0)
     for i in range(0, count, UPDATE_TILE):
-        at = i + lane
-        mask = at < count
-        pair_at = i // 2 + pair
-        pair_mask = pair_at < count // 16 * 8
+        mask = lane < count - i
+        pair_mask = pair < (count - i) // 16 * 8
+        # The tile's address first, then the thread's: the second part is then the same for every access.
+        weights = aligned_pointer_to(weight, tl.float32) + i + lane
+        buffers = aligned_pointer_to(buffer, tl.float32) + i + lane
         if is_wide or kind == FLOAT32:
-            g = tl.load(aligned_pointer_to(grad, tl.float32) + at, mask=mask, eviction_policy="evict_first")
+            grads = aligned_pointer_to(grad, tl.float32) + i + lane
+            g = tl.load(grads, mask=mask, eviction_policy="evict_first")
         else:
-            word = tl.load(aligned_pointer_to(grad, tl.int32) + pair_at, mask=pair_mask, eviction_policy="evict_first")
+            words = aligned_pointer_to(grad, tl.int32) + i // 2 + pair
+            word = tl.load(words, mask=pair_mask, eviction_policy="evict_first")
             g = tl.interleave(low_half(word, kind), high_half(word, kind))
-        weights = aligned_pointer_to(weight, tl.float32) + at
-        buffers = aligned_pointer_to(buffer, tl.float32) + at
         w = tl.load(weights, mask=mask, eviction_policy="evict_first")
         b = tl.load(buffers, mask=mask & reads_buffer, eviction_policy="evict_first")
         w, b = sgd_update(g, w, b, rule)
-        tl.store(weights, w, mask=mask, eviction_policy="evict_first")
-        tl.store(buffers, b, mask=mask & has_momentum, eviction_policy="evict_first")
+        tl.store(weights, w, mask=mask, cache_modifier=".cs")
+        tl.store(buffers, b, mask=mask & has_momentum, cache_modifier=".cs")
         if kind < FLOAT32:
             low, high = tl.split(tl.reshape(rounded_bits(w, kind).to(tl.int32), (UPDATE_TILE // 2, 2)))
-            tl.store(aligned_pointer_to(param, tl.int32) + pair_at, (low & 0xFFFF) | (high << 16), mask=pair_mask)
+            params = aligned_pointer_to(param, tl.int32) + i // 2 + pair
+            tl.store(params, (low & 0xFFFF) | (high << 16), mask=pair_mask)
 
 
 @triton.jit
-def update_span(grad, weight, buffer, param, count, has_momentum, rule, kind: tl.constexpr, is_wide: tl.constexpr):
+def update_span(
+    grad, weight, buffer, param, count, has_momentum, rule, kind: tl.constexpr, is_wide: tl.constexpr
+):
     done = count * 0
     if kind != FLOAT64:
         if (grad | weight | param | tl.where(has_momentum, buffer, 0)) % 16 == 0:
@@ -412,11 +422,31 @@ def update_kernel(
                         gradient_weight, minus_lr, decays, replaces, nesterov,
                     )  # fmt: skip
                     offset = begin * 8
-                    update_span(address + offset, param + offset, buffer + offset, param, count, has_momentum, double_rule, FLOAT64, False)
+                    update_span(
+                        address + offset,
+                        param + offset,
+                        buffer + offset,
+                        param,
+                        count,
+                        has_momentum,
+                        double_rule,
+                        FLOAT64,
+                        False,
+                    )
             elif kind == FLOAT32:
                 if KINDS & 4:
                     offset = begin * 4
-                    update_span(address + offset, param + offset, buffer + offset, param + offset, count, has_momentum, rule, FLOAT32, False)
+                    update_span(
+                        address + offset,
+                        param + offset,
+                        buffer + offset,
+                        param + offset,
+                        count,
+                        has_momentum,
+                        rule,
+                        FLOAT32,
+                        False,
+                    )
             else:
                 weight = master + begin * 4
                 buffer += begin * 4
@@ -428,15 +458,23 @@ def update_kernel(
                 if kind == FLOAT16:
                     if KINDS & 1:
                         if (KINDS & 16) != 0 and is_wide:
-                            update_span(address, weight, buffer, param, count, has_momentum, rule, FLOAT16, True)
+                            update_span(
+                                address, weight, buffer, param, count, has_momentum, rule, FLOAT16, True
+                            )
                         else:
-                            update_span(address, weight, buffer, param, count, has_momentum, rule, FLOAT16, False)
+                            update_span(
+                                address, weight, buffer, param, count, has_momentum, rule, FLOAT16, False
+                            )
                 else:
                     if KINDS & 2:
                         if (KINDS & 16) != 0 and is_wide:
-                            update_span(address, weight, buffer, param, count, has_momentum, rule, BFLOAT16, True)
+                            update_span(
+                                address, weight, buffer, param, count, has_momentum, rule, BFLOAT16, True
+                            )
                         else:
-                            update_span(address, weight, buffer, param, count, has_momentum, rule, BFLOAT16, False)
+                            update_span(
+                                address, weight, buffer, param, count, has_momentum, rule, BFLOAT16, False
+                            )
     if is_scanned == 0:
         if arrives_last(state):
             record_decision(state, skips, inverse_scale, clip)

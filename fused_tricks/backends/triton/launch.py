@@ -68,7 +68,13 @@ def compile_for(source: ASTSource, target: GPUTarget) -> CompiledKernel:
     return triton.compile(source, target=target, options=OPTIONS)
 
 
-def launch(device: torch.device, source: Callable[..., ASTSource], constants: tuple[Any, ...], blocks: int, *args: Any) -> None:
+def launch(
+    device: torch.device,
+    source: Callable[..., ASTSource],
+    constants: tuple[Any, ...],
+    blocks: int,
+    *args: Any,
+) -> None:
     """Runs a kernel on the device's current stream.
 
     Args:
@@ -104,6 +110,8 @@ def _compiled(index: int, source: Callable[..., ASTSource], constants: tuple[Any
 
 
 @functools.cache
-def _launcher(index: int, source: Callable[..., ASTSource], constants: tuple[Any, ...], blocks: int) -> Callable[..., None]:
+def _launcher(
+    index: int, source: Callable[..., ASTSource], constants: tuple[Any, ...], blocks: int
+) -> Callable[..., None]:
     launcher: Callable[..., None] = _compiled(index, source, constants)[(blocks, 1, 1)]
     return launcher

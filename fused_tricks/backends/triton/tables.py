@@ -37,12 +37,14 @@ class PlanTables:
     def __init__(self, plan: Plan, first_steps: Sequence[Tensor | None], device: torch.device) -> None:
         records = [_record(entry, first) for entry, first in zip(plan.entries, first_steps, strict=True)]
         chunks = [
-            index << 32 | chunk for index, record in enumerate(records) for chunk in range(-(-record[4] // _CHUNK))
+            index << 32 | chunk
+            for index, record in enumerate(records)
+            for chunk in range(-(-record[4] // _CHUNK))
         ]
         if len(chunks) >= 2**31:
             raise RuntimeError("more than 2**31 - 1 chunks in one optimizer")
-        self.tensors = torch.tensor(records or [[0] * 6], dtype=torch.int64).to(device)
-        self.chunks = torch.tensor(chunks or [0], dtype=torch.int64).to(device)
+        self.tensors = torch.tensor(records or [[0] * 6], dtype=torch.int64, device=device)
+        self.chunks = torch.tensor(chunks or [0], dtype=torch.int64, device=device)
         self.chunk_count = len(chunks)
         self.kinds = 0
         for record in records:

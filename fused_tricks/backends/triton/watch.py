@@ -87,7 +87,9 @@ class PlanWatch:
         grads = list(map(_grad, self._sources))
         has_grad = list(map(is_not, grads, repeat(None)))
         if has_grad != self._has_grad:
-            if any(present and not entry.live for present, entry in zip(has_grad, self._entries, strict=True)):
+            if any(
+                present and not entry.live for present, entry in zip(has_grad, self._entries, strict=True)
+            ):
                 return None
             self._expect(has_grad)
         try:
@@ -173,7 +175,11 @@ class PlanWatch:
             self._grad_strides = strides
         dtypes = list(map(_dtype, grads))
         if dtypes != self._grad_dtypes:
-            wide = [index for index, pair in enumerate(zip(dtypes, self._source_dtypes, strict=True)) if is_not(*pair)]
+            wide = [
+                index
+                for index, pair in enumerate(zip(dtypes, self._source_dtypes, strict=True))
+                if is_not(*pair)
+            ]
             if not all(_may_be_wide(self._present[index], dtypes[index]) for index in wide):
                 return None
             self._grad_dtypes, self._wide = dtypes, wide
