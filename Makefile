@@ -2,7 +2,16 @@
 # nothing is installed or compiled again before a file that it came from changes.
 
 PYTHON ?= python3
+ifeq ($(CUDA),pip)
+# NVIDIA's compiler from PyPI, in an environment of its own, and no toolkit of the machine.
+VENV := .venv-cuda-pip
+export FUSED_TRICKS_CUDA := 1
+export CUDA_HOME = $(shell $(IN_VENV) -c "import sysconfig; print(sysconfig.get_path('platlib'))")/nvidia/cu13
+BUILD_GROUPS := --group build --group cuda
+else
 VENV := .venv
+BUILD_GROUPS := --group build
+endif
 IN_VENV := $(VENV)/bin/python
 STAMPS := $(VENV)/stamps
 NATIVE := $(shell find csrc -type f)
@@ -28,6 +37,7 @@ help:
 	@echo "make format   let ruff and clang-format rewrite the files"
 	@echo "make clean    remove what was built; $(VENV) stays"
 	@echo
+	@echo "CUDA=pip does it in .venv-cuda-pip, with NVIDIA's compiler from PyPI and no CUDA of the machine's."
 	@echo "PYTHON=python3.12 chooses the Python of a new $(VENV). setup.py lists what influences the build."
 
 build: $(STAMPS)/build
@@ -65,7 +75,7 @@ $(STAMPS)/venv: pyproject.toml
 	$(IN_VENV) -m pip --version >/dev/null 2>&1 || $(IN_VENV) -m ensurepip >/dev/null 2>&1 \
 		|| $(PYTHON) -m venv --clear $(VENV)
 	$(IN_VENV) -m pip install "pip>=25.1"
-	$(IN_VENV) -m pip install --group build
+	$(IN_VENV) -m pip install $(BUILD_GROUPS)
 	mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/settings: $(STAMPS)/venv FORCE

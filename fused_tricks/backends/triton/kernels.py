@@ -124,8 +124,8 @@ def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
     """Whether one of ``count`` elements is not finite, and the sum of their squares."""
     per_word: tl.constexpr = 2 if kind == FLOAT16 or kind == BFLOAT16 else 1
     tile: tl.constexpr = MEASURE_TILE if measures else SCAN_TILE
-    found = tl.zeros((tile,), tl.int32)
-    squares = tl.zeros((tile,), tl.float64)
+    found = tl.full((tile,), 0, tl.int32)
+    squares = tl.full((tile,), 0, tl.float64)
     vectors = tl.where(address % 16 == 0, count // (4 * per_word), 0)
     if kind != FLOAT64:
         words = aligned_pointer_to(address, tl.int32)
@@ -137,8 +137,8 @@ def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
                 squares += squares_in(word, kind)
     else:
         vectors = vectors * 0
-    tail_found = tl.zeros((SCALAR_TILE,), tl.int32)
-    tail_squares = tl.zeros((SCALAR_TILE,), tl.float64)
+    tail_found = tl.full((SCALAR_TILE,), 0, tl.int32)
+    tail_squares = tl.full((SCALAR_TILE,), 0, tl.float64)
     lane = tl.arange(0, SCALAR_TILE)
     for i in range(vectors * (4 * per_word), count, SCALAR_TILE):
         mask = i + lane < count
@@ -153,7 +153,11 @@ def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
         if measures:
             tail_squares += squares_in(word, kind)
     any_found = tl.maximum(tl.max((found != 0).to(tl.int32)), tl.max((tail_found != 0).to(tl.int32)))
-    return any_found, tl.sum(squares) + tl.sum(tail_squares)
+    if measures:
+        total = tl.sum(squares) + tl.sum(tail_squares)
+    else:
+        total = float64(0.0)
+    return any_found, total
 
 
 @triton.jit
@@ -226,7 +230,7 @@ def scan_kernel(
 @triton.jit
 def sum_of(partial_squares, count):
     lane = tl.arange(0, SCALAR_TILE)
-    total = tl.zeros((SCALAR_TILE,), tl.float64)
+    total = tl.full((SCALAR_TILE,), 0, tl.float64)
     for i in range(0, count, SCALAR_TILE):
         mask = i + lane < count
         total += tl.load(
