@@ -6,7 +6,7 @@ ifeq ($(CUDA),pip)
 # NVIDIA's compiler from PyPI, in an environment of its own, and no toolkit of the machine.
 VENV := .venv-cuda-pip
 export FUSED_TRICKS_CUDA := 1
-export CUDA_HOME = $(shell $(IN_VENV) -c "import sysconfig; print(sysconfig.get_path('platlib'))")/nvidia/cu13
+export CUDA_HOME = $(shell $(IN_VENV) -c "import sysconfig; print(sysconfig.get_path('platlib'))" 2>/dev/null)/nvidia/cu13
 BUILD_GROUPS := --group build --group cuda
 else
 VENV := .venv
