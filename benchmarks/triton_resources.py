@@ -1,7 +1,7 @@
 """What Triton makes of its kernels, read from what it compiles: registers, spills, accesses. No GPU is needed.
 
-``python -m benchmarks.triton_resources`` writes ``benchmarks/results/triton_resources.md``. A test compares the file with
-what is compiled now, so that a change of the kernels shows in it.
+``python -m benchmarks.triton_resources`` writes ``benchmarks/results/triton_resources.md``. A test compares the file
+with what is compiled now, so that a change of the kernels shows in it.
 """
 
 from __future__ import annotations

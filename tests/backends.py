@@ -6,6 +6,7 @@ import torch
 
 import interpreted  # noqa: F401  # before the package: chooses how Triton runs
 from fused_tricks.backends import BACKENDS
+from fused_tricks.backends.triton import IS_INTERPRETED
 
 NAMES = tuple(BACKENDS)
 """Every backend, usable here or not."""
@@ -18,7 +19,12 @@ def unusable_because(name: str) -> str | None:
 
 def is_interpreted(name: str) -> bool:
     """Whether each element costs microseconds, so that long runs have to be shortened."""
-    return name in ("triton", "emulated_cuda")
+    return name == "emulated_cuda" or is_slow(name)
+
+
+def is_slow(name: str) -> bool:
+    """Whether each operation of a kernel costs tens of microseconds, so that steps and tensors have to be few."""
+    return name == "triton" and IS_INTERPRETED
 
 
 def device_of(name: str) -> torch.device:

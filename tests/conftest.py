@@ -31,4 +31,12 @@ def device(backend: str) -> torch.device:
 @pytest.fixture
 def long_run(backend: str) -> int:
     """How many steps a test takes that compares a long run."""
+    if backends.is_slow(backend):
+        return 3
     return 5 if backends.is_interpreted(backend) else 200
+
+
+@pytest.fixture
+def many_steps(backend: str) -> int:
+    """How many steps a test takes that follows the loss scale over its ups and downs."""
+    return 16 if backends.is_slow(backend) else 80

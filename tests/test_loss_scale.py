@@ -69,14 +69,16 @@ class DocumentedScale:
     ("growth", "backoff", "interval"),
     [(2.0, 0.5, 3), (1.7, 0.3, 2), (2.0, 0.5, 1), (1.001, 0.999, 4), (3.0, 0.1, 5)],
 )
-def test_the_scale_follows_grad_scaler_bit_for_bit(backend, device, growth, backoff, interval, seed):
+def test_the_scale_follows_grad_scaler_bit_for_bit(
+    backend, device, many_steps, growth, backoff, interval, seed
+):
     rule = DynamicLossScale(
         init_scale=1000.0, growth_factor=growth, backoff_factor=backoff, growth_interval=interval,
         min_scale=2.0**-126, max_scale=FP32_MAX,
     )  # fmt: skip
     optimizer, param = optimizer_with(rule, backend, device)
     scale, tracker = torch.tensor(1000.0), torch.tensor(0, dtype=torch.int32)
-    for found in sequence(0.25, 80, seed):
+    for found in sequence(0.25, many_steps, seed):
         step(optimizer, param, found=found)
         torch._amp_update_scale_(scale, tracker, torch.tensor(float(found)), growth, backoff, interval)
         assert optimizer.stats().scale == scale.item()
@@ -88,14 +90,16 @@ def test_the_scale_follows_grad_scaler_bit_for_bit(backend, device, growth, back
 @pytest.mark.parametrize(
     ("floor", "ceiling"), [(1.0, 2.0**24), (512.0, 2048.0), (1000.0, 1500.0), (1024.0, 1024.0)]
 )
-def test_the_scale_follows_the_documented_rules(backend, device, floor, ceiling, hysteresis, seed):
+def test_the_scale_follows_the_documented_rules(
+    backend, device, many_steps, floor, ceiling, hysteresis, seed
+):
     options = {
         "init_scale": 1024.0, "growth_factor": 1.9, "backoff_factor": 0.6, "growth_interval": 2,
         "hysteresis": hysteresis, "min_scale": floor, "max_scale": ceiling,
     }  # fmt: skip
     optimizer, param = optimizer_with(DynamicLossScale(**options), backend, device)
     model = DocumentedScale(**options)
-    for found in sequence(0.4, 80, seed):
+    for found in sequence(0.4, many_steps, seed):
         step(optimizer, param, found=found)
         model.update(found)
         group = optimizer.state_dict()["param_groups"][0]

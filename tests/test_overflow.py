@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from backends import is_slow
 from comparison import (
     VECTOR_EDGES,
     assert_all_same_bits,
@@ -176,7 +177,7 @@ def test_every_tensor_of_many_counts(backend, device):
         [{"params": params[:100]}, {"params": params[100:]}], lr=0.1, loss_scale=8.0, backend=backend
     )
     grads = [torch.ones_like(p, device="cpu") for p in params]
-    for tensor in (0, 1, 99, 100, 101, 255, 256, 299):
+    for tensor in (99, 100, 299) if is_slow(backend) else (0, 1, 99, 100, 101, 255, 256, 299):
         step_with(optimizer, params, poisoned(grads, tensor, -torch.inf))
         assert optimizer.stats().last_step_skipped, f"tensor {tensor}"
 

@@ -55,5 +55,22 @@ def record_decision(state, found, inverse_scale, clip):
 
 @triton.jit
 def arrives_last(state):
-    """Whether this program is the last of the launch to get here. What the others wrote before is then visible to it."""
+    """Whether this program is the last of the launch to get here, which then sees what the others wrote before."""
     return tl.atomic_add(field(state, 48, tl.int32), 1, sem="acq_rel") == tl.num_programs(0) - 1
+
+
+@triton.jit
+def inverse_scale_of(state, unscales, grad_scale):
+    """``grad_scale`` and ``found_inf`` here and below: the addresses of what a GradScaler handed over, or 0."""
+    scale = tl.load(field(state, 0, tl.float32))
+    if grad_scale != 0:
+        scale = tl.load(field(grad_scale, 0, tl.float32))
+    return tl.where(unscales != 0, inverse_of(scale), 1.0)
+
+
+@triton.jit
+def verdict_of(found_inf):
+    found = tl.full((), 0, tl.int32)
+    if found_inf != 0:
+        found = (tl.load(field(found_inf, 0, tl.float32)) != 0).to(tl.int32)
+    return found

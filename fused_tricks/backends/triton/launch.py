@@ -1,4 +1,4 @@
-"""Compiles the kernels and launches them, past Triton's dispatch: what it would find out anew in every launch is known."""
+"""Compiles the kernels and launches them past Triton's dispatch, which finds out anew what is known here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from . import IS_INTERPRETED, kernels
+from . import IS_INTERPRETED
+from .records import write_kernel
+from .scan import scan_kernel
+from .update import update_kernel
 
 # One warp a program, and what keeps every architecture within its budget of registers. Without fusion ptxas contracts
 # no multiplication with an addition.
@@ -28,7 +31,7 @@ _REQUEST = {"state": "i64", "unscales": "i32", "grad_scale": "i64", "found_inf":
 
 
 def scan_source(kinds: int, clips: bool) -> ASTSource:
-    """The scan for these kinds of tensors (bits, as in kernels.py), with or without the norm."""
+    """The scan for these kinds of tensors (bits, as in records.py), with or without the norm."""
     signature = {
         "chunks": "i64",
         "tensors": "i64",
@@ -40,7 +43,7 @@ def scan_source(kinds: int, clips: bool) -> ASTSource:
         "is_dynamic": "i32",
         "scale_rule": _SCALE_RULE,
     }
-    return ASTSource(kernels.scan_kernel, signature, {"KINDS": kinds, "CLIPS": clips})
+    return ASTSource(scan_kernel, signature, {"KINDS": kinds, "CLIPS": clips})
 
 
 def update_source(kinds: int, group_count: int) -> ASTSource:
@@ -54,13 +57,13 @@ def update_source(kinds: int, group_count: int) -> ASTSource:
         "is_scanned": "i32",
         "groups": (_GROUP,) * group_count if group_count else "i64",
     }
-    return ASTSource(kernels.update_kernel, signature, {"KINDS": kinds, "GROUPS": group_count})
+    return ASTSource(update_kernel, signature, {"KINDS": kinds, "GROUPS": group_count})
 
 
 def write_source() -> ASTSource:
     """The kernel that fills a table."""
     signature = {"table": "i64", "begin": "i32", "count": "i32", "words": ("i64",) * WORDS}
-    return ASTSource(kernels.write_kernel, signature, {"WORDS": WORDS})
+    return ASTSource(write_kernel, signature, {"WORDS": WORDS})
 
 
 def compile_for(source: ASTSource, target: GPUTarget) -> CompiledKernel:

@@ -11,10 +11,10 @@ from ...step_state import StepState
 from ..gpu import GpuStepper
 from ..request import Outcome, StepRequest
 from .launch import MAX_GROUPS, launch, scan_source, update_source
+from .records import HAS_WIDE
 from .tables import GROUP_WORDS, PlanTables, StepTable, group_numbers, words_of
 from .watch import PlanWatch
 
-_WIDE_KINDS = 16
 _NO_SCALE_RULE = (1.0, 1.0, 0.0, 0.0, 0, 0)
 
 
@@ -36,7 +36,7 @@ class TritonStepper(GpuStepper):
         numbers = tuple(group_numbers(group, self._device) for group in groups)
         grad_scale, found_inf = self._on_device(request.grad_scale), self._on_device(request.found_inf)
         tables = self._tables
-        kinds = tables.kinds | (_WIDE_KINDS if self._watch.has_wide else 0)
+        kinds = tables.kinds | (HAS_WIDE.value if self._watch.has_wide else 0)
         # One program without work still takes the decision and counts the step.
         programs = max(1, tables.chunk_count)
         common = (

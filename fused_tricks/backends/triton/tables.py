@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ...plan import Entry, Plan
-from . import kernels
+from . import groups, records
 from .launch import WORDS, launch, write_source
 
 _KINDS = {
-    torch.float16: kernels.FLOAT16.value,
-    torch.bfloat16: kernels.BFLOAT16.value,
-    torch.float32: kernels.FLOAT32.value,
-    torch.float64: kernels.FLOAT64.value,
+    torch.float16: records.FLOAT16.value,
+    torch.bfloat16: records.BFLOAT16.value,
+    torch.float32: records.FLOAT32.value,
+    torch.float64: records.FLOAT64.value,
 }
-_CHUNK: int = kernels.CHUNK.value
+_CHUNK: int = records.CHUNK.value
 
 
 class PlanTables:
@@ -98,8 +98,15 @@ class StepTable:
             launch(self._device, write_source, (), 1, table.data_ptr(), begin, len(part), padded)
 
 
+_FLAGS = (
+    ("nesterov", groups.NESTEROV.value),
+    ("maximize", groups.MAXIMIZE.value),
+    ("bias_decay", groups.BIAS_DECAY.value),
+)
+_LR_IS_DOUBLE: int = groups.LR_IS_DOUBLE.value
+
 GroupNumbers = tuple[float, float, float, float, int, int]
-GROUP_WORDS = 6
+GROUP_WORDS: int = groups.GROUP_WORDS.value
 
 
 def group_numbers(group: dict[str, Any], device: torch.device) -> GroupNumbers:
@@ -112,8 +119,9 @@ def group_numbers(group: dict[str, Any], device: torch.device) -> GroupNumbers:
     lr = group["lr"]
     address = lr_flag = 0
     if isinstance(lr, Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64):
-        address, lr_flag, lr = lr.data_ptr(), (8 if lr.dtype == torch.float64 else 0), 0.0
-    flags = bool(group["nesterov"]) | bool(group["maximize"]) << 1 | bool(group["bias_decay"]) << 2 | lr_flag
+        address, lr_flag = lr.data_ptr(), (_LR_IS_DOUBLE if lr.dtype == torch.float64 else 0)
+        lr = 0.0
+    flags = lr_flag | sum(flag for name, flag in _FLAGS if group[name])
     return (
         float(lr),
         float(group["momentum"]),

@@ -77,7 +77,7 @@ class PlanWatch:
         )
 
     def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> list[int] | None:
-        """The address of each entry's gradient, 0 where it has none; the lowest bit says FP32 beside a 16-bit parameter.
+        """Each entry's gradient as an address, 0 where it has none; the lowest bit says FP32 beside a 16-bit parameter.
 
         Returns:
             None where the plan no longer holds.

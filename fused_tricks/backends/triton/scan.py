@@ -1,0 +1,173 @@
+"""The scan: are all gradients finite, what is their norm, and what follows for the step."""
+
+import triton
+import triton.language as tl
+
+from . import IS_INTERPRETED
+from .decision import (
+    advance_scale,
+    arrives_last,
+    field,
+    float64,
+    inverse_scale_of,
+    record_decision,
+    verdict_of,
+)
+from .elements import high_half, low_half
+from .records import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    HAS_BFLOAT16,
+    HAS_FLOAT16,
+    HAS_FLOAT32,
+    HAS_FLOAT64,
+    HAS_WIDE,
+    aligned_pointer_to,
+    chunk_at,
+    count_from,
+    grad_at,
+    pointer_to,
+    record_at,
+    table_item,
+)
+
+# The interpreter takes as long for a large tile as for a small one.
+_TILES = 64 if IS_INTERPRETED else 1
+# Words of 32 bits at a time: four 16-byte accesses a thread, or two where squares need registers.
+SCAN_TILE = tl.constexpr(512 * _TILES)
+MEASURE_TILE = tl.constexpr(256 * _TILES)
+# Elements at a time where 16-byte accesses are not possible.
+SCALAR_TILE = tl.constexpr(64 * _TILES)
+
+
+# An element is not finite when its exponent bits are all ones: adding one to them, with the sign cleared, carries into
+# the sign bit. Two 16-bit elements in one word do not disturb each other.
+@triton.jit
+def carries(word, kind: tl.constexpr):
+    if kind == FLOAT16:
+        return ((word & 0x7FFF7FFF) + 0x04000400) & -0x7FFF8000
+    elif kind == BFLOAT16:
+        return ((word & 0x7FFF7FFF) + 0x00800080) & -0x7FFF8000
+    elif kind == FLOAT32:
+        return ((word & 0x7FFFFFFF) + 0x00800000) & -0x80000000
+    else:
+        return ((((word >> 52) & 0x7FF) + 1) >> 11).to(tl.int32)
+
+
+@triton.jit
+def squares_in(word, kind: tl.constexpr):
+    if kind == FLOAT64:
+        value = word.to(tl.float64, bitcast=True)
+        return value * value
+    elif kind == FLOAT32:
+        value = word.to(tl.float32, bitcast=True).to(tl.float64)
+        return value * value
+    else:
+        low = low_half(word, kind).to(tl.float64)
+        high = high_half(word, kind).to(tl.float64)
+        return low * low + high * high
+
+
+@triton.jit
+def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
+    """Whether one of ``count`` elements is not finite, and the sum of their squares."""
+    per_word: tl.constexpr = 2 if kind == FLOAT16 or kind == BFLOAT16 else 1
+    tile: tl.constexpr = MEASURE_TILE if measures else SCAN_TILE
+    found = tl.full((tile,), 0, tl.int32)
+    squares = tl.full((tile,), 0, tl.float64)
+    vectors = tl.where(address % 16 == 0, count // (4 * per_word), 0)
+    if kind != FLOAT64:
+        words = aligned_pointer_to(address, tl.int32)
+        lane = tl.arange(0, tile)
+        for i in range(0, vectors * 4, tile):
+            word = tl.load(words + (i + lane), mask=i + lane < vectors * 4, other=0)
+            found |= carries(word, kind)
+            if measures:
+                squares += squares_in(word, kind)
+    else:
+        vectors = vectors * 0
+    tail_found = tl.full((SCALAR_TILE,), 0, tl.int32)
+    tail_squares = tl.full((SCALAR_TILE,), 0, tl.float64)
+    lane = tl.arange(0, SCALAR_TILE)
+    for i in range(vectors * (4 * per_word), count, SCALAR_TILE):
+        mask = i + lane < count
+        if kind == FLOAT64:
+            word = tl.load(pointer_to(address, tl.int64) + (i + lane), mask=mask, other=0)
+        elif kind == FLOAT32:
+            word = tl.load(pointer_to(address, tl.int32) + (i + lane), mask=mask, other=0)
+        else:
+            element = tl.load(pointer_to(address, tl.int16) + (i + lane), mask=mask, other=0)
+            word = element.to(tl.int32) & 0xFFFF
+        tail_found |= carries(word, kind)
+        if measures:
+            tail_squares += squares_in(word, kind)
+    any_found = tl.maximum(tl.max((found != 0).to(tl.int32)), tl.max((tail_found != 0).to(tl.int32)))
+    if measures:
+        total = tl.sum(squares) + tl.sum(tail_squares)
+    else:
+        total = float64(0.0)
+    return any_found, total
+
+
+@triton.jit
+def scan_kernel(
+    chunks, tensors, grads, chunk_count, state, unscales, grad_scale, found_inf,
+    partial_squares, max_norm, is_dynamic, scale_rule,
+    KINDS: tl.constexpr, CLIPS: tl.constexpr,
+):  # fmt: skip
+    """Looks for gradients that are not finite and adds up their squares; the last program decides about the step."""
+    index = tl.program_id(0)
+    if index < chunk_count:
+        found = tl.full((), 0, tl.int32)
+        squares = float64(0.0)
+        tensor, begin = chunk_at(chunks, index)
+        address, is_wide = grad_at(grads, tensor)
+        if address != 0:
+            record = record_at(tensors, tensor)
+            count = count_from(record, begin)
+            kind = table_item(record, 5) & 3
+            if KINDS & HAS_WIDE:
+                kind = tl.where(is_wide, FLOAT32, kind)
+            if kind == FLOAT16:
+                if KINDS & HAS_FLOAT16:
+                    found, squares = scan_span(address + begin * 2, count, FLOAT16, CLIPS)
+            elif kind == BFLOAT16:
+                if KINDS & HAS_BFLOAT16:
+                    found, squares = scan_span(address + begin * 2, count, BFLOAT16, CLIPS)
+            elif kind == FLOAT32:
+                if KINDS & (HAS_FLOAT32 | HAS_WIDE):
+                    found, squares = scan_span(address + begin * 4, count, FLOAT32, CLIPS)
+            else:
+                if KINDS & HAS_FLOAT64:
+                    found, squares = scan_span(address + begin * 8, count, FLOAT64, CLIPS)
+        if found != 0:
+            tl.atomic_or(field(state, 44, tl.int32), 1, sem="relaxed")
+        if CLIPS:
+            tl.store(pointer_to(partial_squares, tl.float64) + index, squares)
+    if arrives_last(state):
+        found = tl.load(field(state, 44, tl.int32), volatile=True) | verdict_of(found_inf)
+        inverse_scale = inverse_scale_of(state, unscales, grad_scale)
+        clip = tl.full((), 1.0, tl.float32)
+        if CLIPS:
+            squares = sum_of(partial_squares, chunk_count)
+            norm = (tl.sqrt(squares) * inverse_scale.to(tl.float64)).to(tl.float32)
+            tl.store(field(state, 12, tl.float32), norm)
+            ratio = tl.div_rn(float64(max_norm).to(tl.float32), norm + 1e-6)
+            clip = tl.where(ratio < 1.0, ratio, 1.0)
+        record_decision(state, found, inverse_scale, clip)
+        if is_dynamic != 0:
+            advance_scale(state, found, scale_rule)
+
+
+@triton.jit
+def sum_of(partial_squares, count):
+    lane = tl.arange(0, SCALAR_TILE)
+    total = tl.full((SCALAR_TILE,), 0, tl.float64)
+    for i in range(0, count, SCALAR_TILE):
+        mask = i + lane < count
+        total += tl.load(
+            pointer_to(partial_squares, tl.float64) + (i + lane), mask=mask, other=0.0, volatile=True
+        )
+    return tl.sum(total)
