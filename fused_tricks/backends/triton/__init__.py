@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import TYPE_CHECKING
@@ -19,12 +20,22 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true",
 DEVICE_TYPE = "cpu" if IS_INTERPRETED else "cuda"
 
 
+@functools.cache
 def unavailable_because() -> str | None:
     """Why this backend cannot be used here; None when it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
-    if not IS_INTERPRETED and not torch.cuda.is_available():
+    if IS_INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    try:
+        import triton
+
+        # Triton compiles its launcher for this machine when it is first used.
+        triton.runtime.driver.active.utils  # noqa: B018
+    except Exception as error:
+        return f"triton cannot launch kernels here ({error}); it needs a C compiler"
     return None
 
 

@@ -128,19 +128,19 @@ def scan_kernel(
             record = record_at(tensors, tensor)
             count = count_from(record, begin)
             kind = table_item(record, 5) & 3
-            if KINDS & HAS_WIDE:
+            if HAS_WIDE & KINDS:
                 kind = tl.where(is_wide, FLOAT32, kind)
             if kind == FLOAT16:
-                if KINDS & HAS_FLOAT16:
+                if HAS_FLOAT16 & KINDS:
                     found, squares = scan_span(address + begin * 2, count, FLOAT16, CLIPS)
             elif kind == BFLOAT16:
-                if KINDS & HAS_BFLOAT16:
+                if HAS_BFLOAT16 & KINDS:
                     found, squares = scan_span(address + begin * 2, count, BFLOAT16, CLIPS)
             elif kind == FLOAT32:
-                if KINDS & (HAS_FLOAT32 | HAS_WIDE):
+                if (HAS_FLOAT32 | HAS_WIDE) & KINDS:
                     found, squares = scan_span(address + begin * 4, count, FLOAT32, CLIPS)
             else:
-                if KINDS & HAS_FLOAT64:
+                if HAS_FLOAT64 & KINDS:
                     found, squares = scan_span(address + begin * 8, count, FLOAT64, CLIPS)
         if found != 0:
             tl.atomic_or(field(state, 44, tl.int32), 1, sem="relaxed")

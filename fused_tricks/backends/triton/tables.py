@@ -65,6 +65,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class StepTable:
     """INT64 words on the device that may change with every step, and are written only when they have.
 
@@ -81,7 +86,7 @@ class StepTable:
 
     def address_of(self, words: list[int]) -> int:
         """The address of a table with these words."""
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self._device):
             table = torch.empty_like(self._table)
             self._captured.append(table)
             self._write(table, words)

@@ -193,22 +193,22 @@ def update_kernel(
                 gradient_weight.to(tl.float32), minus_lr.to(tl.float32), decays, replaces, nesterov,
             )  # fmt: skip
             if kind == FLOAT16:
-                if KINDS & HAS_FLOAT16:
-                    if (KINDS & HAS_WIDE) != 0 and is_wide:
+                if HAS_FLOAT16 & KINDS:
+                    if (HAS_WIDE & KINDS) != 0 and is_wide:
                         update_chunk(chunk, rule, FLOAT16, True)
                     else:
                         update_chunk(chunk, rule, FLOAT16, False)
             elif kind == BFLOAT16:
-                if KINDS & HAS_BFLOAT16:
-                    if (KINDS & HAS_WIDE) != 0 and is_wide:
+                if HAS_BFLOAT16 & KINDS:
+                    if (HAS_WIDE & KINDS) != 0 and is_wide:
                         update_chunk(chunk, rule, BFLOAT16, True)
                     else:
                         update_chunk(chunk, rule, BFLOAT16, False)
             elif kind == FLOAT32:
-                if KINDS & HAS_FLOAT32:
+                if HAS_FLOAT32 & KINDS:
                     update_chunk(chunk, rule, FLOAT32, False)
             else:
-                if KINDS & HAS_FLOAT64:
+                if HAS_FLOAT64 & KINDS:
                     double_rule = (
                         inverse_scale.to(tl.float64), signed_clip.to(tl.float64), weight_decay, momentum,
                         gradient_weight, minus_lr, decays, replaces, nesterov,
