@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy
 import torch
 
+from benchmarks import gpu
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -39,45 +41,57 @@ class Section:
     Attributes:
         host: until the calls returned.
         device: until the work was done. On a CPU the two are the same.
+        waited: the GPU began before the last call was issued, so `device` may have waiting for the host in it. Known
+            only where the host had a head start.
     """
 
     host: float
     device: float
+    waited: bool = False
 
 
 class Clock:
-    """Times consecutive sections of work on one device; CUDA events on a GPU, `perf_counter` on a CPU."""
+    """Times consecutive sections of work on one device; CUDA events on a GPU, `perf_counter` on a CPU.
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+    Args:
+        device: where the work runs; on a GPU, the current device.
+        head_start: keep a GPU busy until the host has issued the calls of the first section, as a backward pass
+            does in training. Without it `Section.device` begins with the host's first launch.
+    """
+
+    def __init__(self, device: torch.device, *, head_start: bool = False) -> None:
+        self._is_gpu = gpu.is_gpu(device)
+        self._head_start = head_start and self._is_gpu
 
     def start(self) -> None:
         """Waits for earlier work and begins the first section."""
-        if self._cuda:
+        if self._is_gpu:
             torch.cuda.synchronize()
         self._ended: list[float] = []
         self._began: list[float] = []
         self._events: list[torch.cuda.Event] = []
+        self._waited: list[bool] = []
+        if self._head_start:
+            gpu.give_head_start()
         self.mark()
 
     def mark(self) -> None:
         """Ends the running section and begins the next one."""
         # Two readings, so that recording the event belongs to no section.
         self._ended.append(time.perf_counter())
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._events.append(event)
+        if self._is_gpu:
+            self._waited.append(self._head_start and bool(self._events) and self._events[-1].query())
+            self._events.append(gpu.recorded_event())
         self._began.append(time.perf_counter())
 
     def sections(self) -> list[Section]:
         """Waits for the work and returns one `Section` for every pair of consecutive marks."""
         hosts = [ended - began for began, ended in zip(self._began, self._ended[1:])]
-        if not self._cuda:
+        if not self._is_gpu:
             return [Section(host, host) for host in hosts]
         torch.cuda.synchronize()
         devices = [a.elapsed_time(b) / 1e3 for a, b in zip(self._events, self._events[1:])]
-        return [Section(host, device) for host, device in zip(hosts, devices)]
+        return [Section(*section) for section in zip(hosts, devices, self._waited[1:])]
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,7 @@ def interleave(
     warmup: int,
     device: torch.device,
     between: Callable[[], object] = lambda: None,
+    head_start: bool = False,
 ) -> dict[str, list[Section]]:
     """Runs every contestant once a round, in an order that rotates, and times each run by itself.
 
@@ -117,12 +132,13 @@ def interleave(
         warmup: how many rounds run before them, untimed.
         device: where the work runs.
         between: runs untimed after `prepare` and before `run`, for every contestant; evicts caches, for example.
+        head_start: as of `Clock`.
 
     Returns:
         For every name one `Section` a round. Sample ``i`` of all names is of the same round, so ratios can be taken
         round by round.
     """
-    clock = Clock(device)
+    clock = Clock(device, head_start=head_start)
     samples: dict[str, list[Section]] = {contestant.name: [] for contestant in contestants}
     for turn in range(warmup + rounds):
         for contestant in rotated(contestants, turn):

@@ -8,12 +8,14 @@ import platform
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 import torchvision
 
 import fused_tricks
+from benchmarks import gpu
 
 
 def cpu_name() -> str:
@@ -34,6 +36,7 @@ def describe(module: str, arguments: Sequence[str], device: torch.device) -> dic
         arguments: its command line arguments.
         device: the device the work ran on.
     """
+    on_gpu = gpu.is_gpu(device)
     return {
         "command": shlex.join(["python", "-m", module, *arguments]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -41,7 +44,7 @@ def describe(module: str, arguments: Sequence[str], device: torch.device) -> dic
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "gpu": gpu.describe(device) if on_gpu else None,
         "system": platform.platform(),
         "versions": {
             "python": platform.python_version(),
@@ -49,13 +52,16 @@ def describe(module: str, arguments: Sequence[str], device: torch.device) -> dic
             "torchvision": torchvision.__version__,
             "numpy": numpy.__version__,
             "fused_tricks": fused_tricks.__version__,
+            **(gpu.versions() if on_gpu else {}),
         },
     }
 
 
-def one_line(machine: dict[str, object]) -> str:
+def one_line(machine: dict[str, Any]) -> str:
     """The record in a line, for the foot of a picture."""
-    versions = machine["versions"]
-    assert isinstance(versions, dict)
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    versions, device = machine["versions"], machine["gpu"]
+    if device:
+        where = f"{device['name']}, driver {device['driver']}, CUDA {versions['CUDA of torch']}"
+    else:
+        where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     return f"{where} · torch {versions['torch']} · {machine['date']}"

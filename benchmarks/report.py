@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -47,15 +48,22 @@ def machine_note(machine: Mapping[str, Any]) -> str:
         f"- Command: `{machine['command']}`",
         f"- Date: {machine['date']}",
         f"- CPU: {machine['cpu']} ({machine['cpu_capability']}), {threads}",
-        *([f"- GPU: {machine['gpu']}"] if machine["gpu"] else []),
+        *([_gpu_line(machine["gpu"])] if machine["gpu"] else []),
         f"- Versions: {versions}",
     ]
     return "\n".join(lines)
 
 
+def _gpu_line(gpu: Mapping[str, Any]) -> str:
+    return (
+        f"- GPU: {gpu['name']} (architecture {gpu['architecture']}, {gpu['multiprocessors']} multiprocessors, "
+        f"{gpu['memory_gib']} GiB, {gpu['l2_mib']} MiB of L2 cache), driver {gpu['driver']}"
+    )
+
+
 def colours(names: Sequence[str], ours: Sequence[str]) -> list[str]:
-    """One colour for each name: blue for `ours`, greys for the others."""
-    greys = iter(GREYS)
+    """One colour for each name: blue for `ours`, greys in turn for the others."""
+    greys = itertools.cycle(GREYS)
     return [OURS_COLOUR if name in ours else next(greys) for name in names]
 
 

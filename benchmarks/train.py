@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import fused_tricks
-from benchmarks import data, machine, memory, report, train_contestants
+from benchmarks import data, gpu, machine, memory, report, train_contestants
 from benchmarks.harness import Clock, Section, Spread, ratios
 from benchmarks.train_contestants import Recipe, Trainer
 
@@ -291,6 +291,7 @@ def main(arguments: Sequence[str]) -> None:
     """Trains, and writes train.json, train.md and train.png."""
     options = parse(arguments)
     device = torch.device(options.device)
+    gpu.use(device)
     dtype_name = options.dtype or ("float16" if device.type == "cuda" else "bfloat16")
     images = data.load(options.dataset, options.data, options.image_size)
     steps = options.steps or options.epochs * (len(images.train) // options.batch_size)  # type: ignore[arg-type]

@@ -1,0 +1,70 @@
+"""A stand-in for what the benchmarks call of `torch.cuda`, so that their GPU mode runs on CPU tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import gpu
+
+
+class FakeCuda:
+    """Notes in `log` what is asked of it, and takes every device for a GPU.
+
+    Work runs at once, so an event has always happened. A replayed graph does nothing.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        log = self.log
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                log.append("event")
+                self._time = time.perf_counter()
+
+            def query(self) -> bool:
+                return True
+
+            def elapsed_time(self, other: Event) -> float:
+                return (other._time - self._time) * 1e3
+
+        class CUDAGraph:
+            def replay(self) -> None:
+                log.append("replay")
+
+        @contextlib.contextmanager
+        def captured(graph: CUDAGraph) -> Iterator[None]:
+            log.append("capture")
+            yield
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        properties = SimpleNamespace(
+            name="Fake GPU",
+            major=9,
+            minor=0,
+            total_memory=2**34,
+            L2_cache_size=2**25,
+            multi_processor_count=4,
+        )
+        for name, value in {
+            "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "graph": captured,
+            "synchronize": lambda: log.append("synchronize"),
+            "_sleep": lambda cycles: log.append("sleep"),
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "get_device_properties": lambda device: properties,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(gpu, "is_gpu", lambda device: True)
