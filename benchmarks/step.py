@@ -1,12 +1,14 @@
 """Times the optimizer step alone: fused_tricks against `GradScaler` and `torch.optim.SGD` in its three forms.
 
 ``python -m benchmarks.step`` measures the times, the bandwidth of our step as a share of a plain copy loop's, and
-the host time of a step over many tiny parameters. benchmarks/README.md says how each number is measured.
+the host time of a step over many tiny parameters. On a GPU it also times replayed CUDA graphs, every GPU backend,
+and Apex and FlashOptim where they are installed. benchmarks/README.md says how each number is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,27 +17,19 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot
-from torch import Tensor, nn
+from torch import Tensor
 
 import fused_tricks
-from benchmarks import machine, parameter_sets, report
+from benchmarks import gpu, machine, parameter_sets, report, step_lineup
 from benchmarks.harness import Section, Spread, interleave, ratios
 from benchmarks.step_contestants import (
     COPY,
-    FOR_LOOP,
-    FOREACH,
     FUSED,
     FUSED_CASTS,
-    FUSED_NEW_CASTS,
     OURS,
-    SCALE,
+    Work,
     cache_eviction,
-    casts_in_place,
-    casts_to_new,
     loops,
-    ours,
-    torch_amp,
-    traffic,
 )
 
 TINY_SET = "synthetic:161:1"
@@ -72,6 +66,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=("float16", "bfloat16"), default="float16", help="of our parameters"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--backend",
+        action="append",
+        metavar="NAME",
+        help="of fused_tricks; may be repeated; every one that is usable here and made for the device unless given",
+    )
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument(
         "--host-rounds", type=int, default=500, help="rounds of the step over tiny parameters"
@@ -83,46 +83,68 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure_step(
-    options: argparse.Namespace,
-) -> tuple[dict[str, list[Section]], dict[str, int], list[torch.nn.Parameter]]:
-    """Times every contestant and the plain loops on the chosen parameters.
+@dataclass(frozen=True)
+class Measurement:
+    """What a run of the benchmark found.
 
-    Returns:
-        The samples; the bytes that our step and the loops move; our parameters.
+    Attributes:
+        step: the samples of every contestant and of the plain loops on the chosen parameters.
+        host: the samples of steps over 161 parameters of one element.
+        works: what each contestant does.
+        moved: bytes that each of ours and the plain loops read and write.
+        parameters: the chosen ones, as `cast_model` leaves them.
+        backend: of the contestant called `OURS`.
+        left_out: who could not take part, and why.
     """
+
+    step: dict[str, list[Section]]
+    host: dict[str, list[Section]]
+    works: dict[str, Work]
+    moved: dict[str, int]
+    parameters: Sequence[Tensor]
+    backend: str
+    left_out: dict[str, str]
+
+
+def measure(options: argparse.Namespace) -> Measurement:
+    """Times every contestant and the plain loops on the chosen parameters, and the host on tiny ones."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    gpu.use(device)
+    backends, left_out = step_lineup.usable_backends(device)
+    if options.backend:
+        backends, left_out = list(dict.fromkeys(options.backend)), {}
+
+    candidates = step_lineup.of_a_model(options.parameters, dtype, device, backends)
+    entries, out_of_step = step_lineup.assemble(candidates, device)
+    plain_loops, moved = loops(options.loop_mib, device)
+    step = interleave(
+        [*(entry.contestant for entry in entries), *plain_loops],
+        rounds=options.rounds,
+        warmup=5,
+        device=device,
+        between=cache_eviction(device),
+        head_start=True,
+    )
+    works = {entry.contestant.name: entry.work for entry in entries}
+    del entries, candidates
+
+    candidates = step_lineup.of_tiny_parameters(TINY_SET, dtype, device, backends)
+    entries, out_of_host = step_lineup.assemble(candidates, device)
+    contestants = [entry.contestant for entry in entries]
+    host = interleave(contestants, rounds=options.host_rounds, warmup=20, device=device)
+
     cast = fused_tricks.cast_model(parameter_sets.build(options.parameters), dtype)
     parameters = list(cast.parameters())
-    low = [parameter.dtype == dtype for parameter in parameters]
-
-    def module() -> nn.Module:
-        return parameter_sets.build(options.parameters)
-
-    plain_loops, moved = loops(options.loop_mib, device)
-    contestants = [
-        torch_amp(FOR_LOOP, module(), device, foreach=False, fused=False),
-        torch_amp(FOREACH, module(), device, foreach=True),
-        torch_amp(FUSED, module(), device, fused=True),
-        torch_amp(FUSED_CASTS, module(), device, casts=casts_in_place(low, dtype), fused=True),
-        torch_amp(FUSED_NEW_CASTS, module(), device, casts=casts_to_new(low, dtype), fused=True),
-        ours(module(), dtype, device),
-        *plain_loops,
-    ]
-    samples = interleave(
-        contestants, rounds=options.rounds, warmup=5, device=device, between=cache_eviction(device)
+    ours = {name: work.traffic(parameters) for name, work in works.items() if name.startswith(OURS)}
+    return Measurement(
+        step=step,
+        host=host,
+        works=works,
+        moved={**ours, **moved},
+        parameters=parameters,
+        backend=backends[0],
+        left_out={**left_out, **out_of_host, **out_of_step},
     )
-    return samples, {OURS: traffic(parameters), **moved}, parameters
-
-
-def measure_host(options: argparse.Namespace) -> dict[str, list[Section]]:
-    """Times steps over 161 parameters of one element, where the work is nothing and the calls are all."""
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    contestants = [
-        torch_amp(FUSED, parameter_sets.build(TINY_SET), device, fused=True),
-        ours(parameter_sets.build(TINY_SET), dtype, device),
-    ]
-    return interleave(contestants, rounds=options.host_rounds, warmup=20, device=device)
 
 
 def budgets(
@@ -157,49 +179,45 @@ def budgets(
     ]
 
 
-def summarise(
-    options: argparse.Namespace,
-    arguments: Sequence[str],
-    samples: dict[str, list[Section]],
-    moved: dict[str, int],
-    host_samples: dict[str, list[Section]],
-    parameters: Sequence[Tensor],
-) -> dict[str, Any]:
+def summarise(options: argparse.Namespace, arguments: Sequence[str], found: Measurement) -> dict[str, Any]:
     """The result as JSON-able values; every spread is of the rounds."""
     device = torch.device(options.device)
-    step = {name: [section.device for section in sections] for name, sections in samples.items()}
-    host = {name: [section.host for section in sections] for name, sections in host_samples.items()}
-    count = sum(parameter.numel() for parameter in parameters)
+    step = {name: [section.device for section in sections] for name, sections in found.step.items()}
+    host = {name: [section.host for section in sections] for name, sections in found.host.items()}
+    count = sum(parameter.numel() for parameter in found.parameters)
     return {
         "benchmark": "step",
         "machine": machine.describe("benchmarks.step", arguments, device),
         "setting": (
-            f"{options.parameters}: {count:,} elements in {len(parameters)} parameters, {options.dtype} with "
-            f"dynamic loss scaling on {device.type}, {options.rounds} rounds"
+            f"{options.parameters}: {count:,} elements in {len(found.parameters)} parameters, {options.dtype} with "
+            f"dynamic loss scaling on {device.type} (backend {found.backend}), {options.rounds} rounds"
         ),
         "contestants": {
             name: {
-                "ms": asdict(Spread.of(seconds * 1e3 for seconds in samples_of_name)),
-                "ours_is_faster_by": asdict(ratios(samples_of_name, step[OURS])),
+                "ms": asdict(Spread.of(seconds * 1e3 for seconds in step[name])),
+                "ours_is_faster_by": asdict(ratios(step[name], step[OURS])),
+                "rounds_that_waited_for_the_host": sum(section.waited for section in found.step[name]),
+                "bytes": work.traffic(found.parameters),
+                "work": asdict(work),
             }
-            for name, samples_of_name in step.items()
-            if name not in (COPY, SCALE)
+            for name, work in found.works.items()
         },
+        "left_out": found.left_out,
         "bandwidth": {
             name: {
                 "bytes": size,
                 "gb_per_second": asdict(Spread.of(size / seconds / 1e9 for seconds in step[name])),
                 "share_of_copy": asdict(
-                    ratios([size / s for s in step[name]], [moved[COPY] / s for s in step[COPY]])
+                    ratios([size / s for s in step[name]], [found.moved[COPY] / s for s in step[COPY]])
                 ),
             }
-            for name, size in moved.items()
+            for name, size in found.moved.items()
         },
         "host": {name: {"us": asdict(Spread.of(s * 1e6 for s in seconds))} for name, seconds in host.items()},
         "budgets": [
             {**asdict(budget), "budget": budget.limit_text, "met": budget.met}
             for budget in budgets(
-                step, moved, host, promised=device.type == "cpu" and options.parameters == "resnet50"
+                step, found.moved, host, promised=device.type == "cpu" and options.parameters == "resnet50"
             )
         ],
     }
@@ -207,9 +225,35 @@ def summarise(
 
 def markdown(result: dict[str, Any]) -> str:
     """The result as a page of tables."""
+    on_gpu = result["machine"]["gpu"] is not None
     steps = [
-        [name, Spread(**row["ms"]).text(2), Spread(**row["ours_is_faster_by"]).text(2)]
+        [
+            name,
+            Spread(**row["ms"]).text(3 if on_gpu else 2),
+            Spread(**row["ours_is_faster_by"]).text(2),
+            *([f"{row['rounds_that_waited_for_the_host'] / row['ms']['samples']:.0%}"] if on_gpu else []),
+        ]
         for name, row in result["contestants"].items()
+    ]
+    step_header = ["contestant", "ms a step", "its time / ours", *(["waited for the host"] if on_gpu else [])]
+    works = [
+        [
+            name,
+            f"{row['work']['low_bytes']:g}",
+            f"{row['work']['fp32_bytes']:g}",
+            f"{row['bytes'] / 1e6:,.1f}",
+            row["work"]["keeps"],
+            row["work"]["overflow"],
+        ]
+        for name, row in result["contestants"].items()
+    ]
+    work_header = [
+        "what a step does",
+        "bytes, 16-bit element",
+        "bytes, FP32 element",
+        "MB",
+        "keeps",
+        "unscales and skips",
     ]
     bandwidths = [
         [
@@ -230,6 +274,7 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         for row in result["budgets"]
     ]
+    left_out = "\n".join(f"- {name}: {reason}" for name, reason in result["left_out"].items())
     explanation = (
         "Numbers are median (lower – upper quartile) over rounds; ratios are taken within each round."
     )
@@ -238,7 +283,9 @@ def markdown(result: dict[str, Any]) -> str:
             "# The optimizer step alone",
             f"{result['setting']}. {explanation}",
             report.table(["what", "measured", "budget", "met"], promises),
-            report.table(["contestant", "ms a step", "its time / ours"], steps),
+            report.table(step_header, steps),
+            *([f"Not measured:\n\n{left_out}"] if left_out else []),
+            report.table(work_header, works),
             report.table(["loop", "MB moved", "GB/s", "share of the copy loop"], bandwidths),
             report.table(["host time, 161 one-element parameters", "µs a step"], hosts),
             "![The tables as a picture](step.png)",
@@ -250,14 +297,15 @@ def markdown(result: dict[str, Any]) -> str:
 
 def picture(result: dict[str, Any], path: Path) -> None:
     """Three panels: time of a step, bandwidth, host time."""
+    on_gpu = result["machine"]["gpu"] is not None
     figure, panels = pyplot.subplot_mosaic(
         [["time", "bandwidth"], ["time", "host"]],
-        figsize=(13, 5.8),
+        figsize=(13, max(5.8, 1.6 + 0.5 * len(result["contestants"]))),
         layout="constrained",
         width_ratios=(1.15, 1),
     )
     for panel, rows, column, title, better, decimals in (
-        ("time", result["contestants"], "ms", "Time of a step (ms)", "lower", 1),
+        ("time", result["contestants"], "ms", "Time of a step (ms)", "lower", 2 if on_gpu else 1),
         ("bandwidth", result["bandwidth"], "gb_per_second", "Memory bandwidth (GB/s)", "higher", 1),
         ("host", result["host"], "us", "Host time, 161 one-element parameters (µs)", "lower", 0),
     ):
@@ -265,12 +313,14 @@ def picture(result: dict[str, Any], path: Path) -> None:
         report.bars(
             panels[panel],
             [Spread(**row[column]) for row in rows.values()],
-            report.colours(names, [OURS]),
+            report.colours(names, [name for name in names if name.startswith(OURS)]),
             title=title,
             better=better,
             decimals=decimals,
         )
-        panels[panel].set_yticks(range(len(names)), [name.replace(", with", ",\nwith") for name in names])
+        panels[panel].set_yticks(
+            range(len(names)), [re.sub(", (?=with|CUDA)", ",\n", name) for name in names]
+        )
     report.save_figure(
         figure,
         path,
@@ -283,8 +333,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Measures, and writes step.json, step.md and step.png."""
     options = parse(arguments)
-    samples, moved, parameters = measure_step(options)
-    result = summarise(options, arguments, samples, moved, measure_host(options), parameters)
+    result = summarise(options, arguments, measure(options))
     options.output.mkdir(parents=True, exist_ok=True)
     report.write_json(options.output / "step.json", result)
     (options.output / "step.md").write_text(markdown(result), encoding="utf-8")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fused_tricks
+from benchmarks import gpu
 from benchmarks.harness import Contestant
 
 OURS = "fused_tricks"
@@ -23,61 +25,143 @@ SCALE = "in-place loop"
 HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 
 
-def _give_gradients(parameters: Sequence[Tensor]) -> Callable[[], None]:
-    """Gives every parameter a gradient; returns what does so again, in new tensors, as a backward pass does.
+@dataclass(frozen=True)
+class Work:
+    """What one step of a contestant does, which its time has to be judged by.
+
+    Attributes:
+        keeps: what it trains in, and what it remembers between steps.
+        low_bytes: bytes its kernels have to read and write for an element that is FP16 or BF16 after `cast_model`.
+        fp32_bytes: the same for an element that stays FP32.
+        overflow: where gradients are unscaled and checked, and who decides to skip the step.
+    """
+
+    keeps: str
+    low_bytes: float
+    fp32_bytes: float
+    overflow: str
+
+    def traffic(self, parameters: Iterable[Tensor]) -> int:
+        """The bytes of a step over `parameters`, as `cast_model` leaves them."""
+        return round(
+            sum(
+                p.numel() * (self.fp32_bytes if p.dtype == torch.float32 else self.low_bytes)
+                for p in parameters
+            )
+        )
+
+
+# The scan reads the gradient (2); the update reads gradient, master and momentum (2 + 4 + 4) and writes master,
+# momentum and weight (4 + 4 + 2). An FP32 element: 4, 4 + 4 + 4, 4 + 4.
+OUR_WORK = Work("16-bit weights, FP32 masters, FP32 momentum", 22, 24, "in the step; the device decides")
+
+# Unscaling reads and writes the gradient (8). Then each operation of SGD reads its operands and writes its result:
+# decay (12), momentum times factor (8), plus gradient (12), weight (12).
+SEPARATE_WORK = Work("FP32 weights, FP32 momentum", 52, 52, "a pass before the step; the host decides")
+
+# The check reads and writes the gradient (8), one kernel reads three tensors (12) and writes them (12), because it
+# leaves the gradient unscaled.
+FUSED_WORK = Work("FP32 weights, FP32 momentum", 32, 32, "a pass before the step; the device decides")
+
+# As above, and weights 4 → 2, gradients 2 → 4.
+CAST_WORK = Work("FP32 weights, 16-bit copies, FP32 momentum", 44, 32, FUSED_WORK.overflow)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant of the step benchmark and what it does."""
+
+    contestant: Contestant
+    work: Work
+
+
+def give_gradients(parameters: Sequence[Tensor], *, in_place: bool = False) -> Callable[[], None]:
+    """Gives every parameter a gradient; returns what does so again.
 
     `GradScaler` overwrites gradients, so each step needs them anew.
+
+    Args:
+        parameters: whose gradients to set.
+        in_place: copy into the same tensors, whose addresses a captured graph keeps, and not into new ones, as a
+            backward pass does.
     """
     values = [torch.randn_like(parameter) for parameter in parameters]
+    gradients = [value.clone() for value in values]
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
 
-    def give() -> None:
+    def renew() -> None:
         for parameter, value in zip(parameters, values):
             parameter.grad = value.clone()
 
-    give()
-    return give
+    def copy() -> None:
+        torch._foreach_copy_(gradients, values)
+
+    return copy if in_place else renew
 
 
-def ours(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Contestant:
+def contestant(
+    name: str, step: Callable[[], object], renew: Callable[[], None], *, graph: bool
+) -> Contestant:
+    """The step as a contestant: called each time, or captured in a CUDA graph once and replayed."""
+    return Contestant(name, gpu.capture(step) if graph else step, renew)
+
+
+def ours(
+    name: str,
+    module: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    *,
+    graph: bool = False,
+) -> Entry:
     """`FusedSGD` with a dynamic loss scale over the module as `cast_model` leaves it."""
     module = fused_tricks.cast_model(module.to(device), dtype)
     parameters = list(module.parameters())
-    optimizer = fused_tricks.FusedSGD(parameters, **HYPERPARAMETERS, bias_decay=True, loss_scale="dynamic")
+    optimizer = fused_tricks.FusedSGD(
+        parameters, **HYPERPARAMETERS, bias_decay=True, loss_scale="dynamic", backend=backend
+    )
     optimizer.scale(torch.ones((), device=device))
-    return Contestant(OURS, optimizer.step, _give_gradients(parameters))
+    renew = give_gradients(parameters, in_place=graph)
+    return Entry(contestant(name, optimizer.step, renew, graph=graph), OUR_WORK)
 
 
-def torch_amp(
+def grad_scaler(
     name: str,
     module: nn.Module,
     device: torch.device,
+    make_optimizer: Callable[..., torch.optim.Optimizer],
+    work: Work,
     *,
     casts: Callable[[Sequence[Tensor]], Callable[[], None]] | None = None,
-    **form: bool,
-) -> Contestant:
-    """`GradScaler` and `torch.optim.SGD` over the module in FP32.
+    graph: bool = False,
+) -> Entry:
+    """`GradScaler` and an optimizer over the module in FP32.
 
     Args:
         name: of the contestant.
         module: holds the parameters.
         device: where they live.
+        make_optimizer: takes the parameters and the hyper-parameters, as `torch.optim.SGD`.
+        work: what a step does.
         casts: makes, from the parameters, what casts them and their gradients; runs, timed, before each step.
-        **form: `foreach` and `fused`, as `torch.optim.SGD` takes them.
+        graph: replay the step as a CUDA graph.
     """
     parameters = list(module.to(device).parameters())
-    optimizer = torch.optim.SGD(parameters, **HYPERPARAMETERS, **form)
+    optimizer = make_optimizer(parameters, **HYPERPARAMETERS)
     scaler = torch.amp.GradScaler(device.type)
     scaler.scale(torch.ones((), device=device))
-    give_gradients = _give_gradients(parameters)
+    renew = give_gradients(parameters, in_place=graph)
     cast = casts(parameters) if casts else None
 
-    def run() -> None:
+    def step() -> None:
         if cast:
             cast()
         scaler.step(optimizer)
         scaler.update()
 
-    return Contestant(name, run, give_gradients)
+    return Entry(contestant(name, step, renew, graph=graph), work)
 
 
 def casts_in_place(
@@ -134,17 +218,8 @@ def loops(mebibytes: int, device: torch.device) -> tuple[list[Contestant], dict[
     return contestants, {COPY: 2 * size, SCALE: 3 * size}
 
 
-def traffic(parameters: Sequence[Tensor]) -> int:
-    """The bytes that one step of `FusedSGD` with momentum and a dynamic scale has to read and write.
-
-    22 for a low-precision element: the scan reads the gradient (2), the update reads gradient, master and
-    momentum (2 + 4 + 4) and writes master, momentum and weight (4 + 4 + 2). 24 for an FP32 element: 4, 4 + 4 + 4,
-    4 + 4.
-    """
-    return sum(p.numel() * (24 if p.dtype == torch.float32 else 22) for p in parameters)
-
-
 def cache_eviction(device: torch.device) -> Callable[[], object]:
     """Reads more memory than any cache holds, so that every contestant starts with the same cold caches."""
-    buffer = torch.ones(2**26, device=device)
+    size = max(2**28, 4 * gpu.cache_size(device) if gpu.is_gpu(device) else 0)
+    buffer = torch.ones(size // 4, device=device)
     return lambda: buffer.sum()

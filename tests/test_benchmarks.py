@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("sklearn", reason="the benchmarks take their smallest data set from scikit-learn")
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
 
-from benchmarks import data, parameter_sets, report, step, step_contestants, train, train_contestants
+from benchmarks import (
+    data,
+    parameter_sets,
+    report,
+    step,
+    step_contestants,
+    step_lineup,
+    train,
+    train_contestants,
+)
 from benchmarks.harness import Clock, Contestant, Spread, interleave, ratios
+from benchmarks.step_contestants import (
+    COPY,
+    FOR_LOOP,
+    FOREACH,
+    FUSED,
+    FUSED_CASTS,
+    FUSED_NEW_CASTS,
+    OURS,
+    SCALE,
+)
 
 TRAIN = ["--dataset", "digits", "--image-size", "16", "--batch-size", "8", "--device", "cpu", "--seeds", "1"]
 STEP = ["--rounds", "2", "--host-rounds", "2", "--loop-mib", "1", "--device", "cpu"]
@@ -69,10 +91,11 @@ def test_training_in_low_precision_starts_from_the_same_weights_and_batch(tmp_pa
 
 def test_step_reports_every_contestant(stepped: Path) -> None:
     result = read(stepped, "step")
-    names = {step.FOR_LOOP, step.FOREACH, step.FUSED, step.FUSED_CASTS, step.FUSED_NEW_CASTS, step.OURS}
+    names = {FOR_LOOP, FOREACH, FUSED, FUSED_CASTS, FUSED_NEW_CASTS, OURS}
     assert set(result["contestants"]) == names
-    assert set(result["bandwidth"]) == {step.OURS, step.COPY, step.SCALE}
-    assert set(result["host"]) == {step.FUSED, step.OURS}
+    assert set(result["bandwidth"]) == {OURS, COPY, SCALE}
+    assert set(result["host"]) == {FUSED, OURS}
+    assert not result["left_out"]
     page = (stepped / "step.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in page for name in names)
     assert (stepped / "step.png").read_bytes().startswith(PNG)
@@ -88,8 +111,8 @@ def test_every_result_says_where_and_how_it_was_measured(trained: Path, stepped:
 
 
 def test_budgets_about_the_step_are_stated_for_resnet50_on_the_cpu_only(stepped: Path) -> None:
-    seconds = {name: [1.0] for name in (step.FUSED, step.FUSED_CASTS, step.OURS, step.COPY)}
-    moved = {step.OURS: 85, step.COPY: 100}
+    seconds = {name: [1.0] for name in (FUSED, FUSED_CASTS, OURS, COPY)}
+    moved = {OURS: 85, COPY: 100}
     all_budgets = step.budgets(seconds, moved, seconds, promised=True)
     assert [budget.limit for budget in all_budgets] == [1.25, 2, 0.85, 25, 0.1]
     assert [budget.met for budget in all_budgets] == [False, False, True, False, False]
@@ -97,20 +120,52 @@ def test_budgets_about_the_step_are_stated_for_resnet50_on_the_cpu_only(stepped:
 
 
 def test_a_step_moves_22_bytes_for_a_low_precision_element_and_24_for_an_fp32_one() -> None:
-    assert (
-        step_contestants.traffic([torch.zeros(3, dtype=torch.float16), torch.zeros(2, dtype=torch.bfloat16)])
-        == 5 * 22
-    )
-    assert step_contestants.traffic([torch.zeros(7)]) == 7 * 24
+    low = [torch.zeros(3, dtype=torch.float16), torch.zeros(2, dtype=torch.bfloat16)]
+    assert step_contestants.OUR_WORK.traffic(low) == 5 * 22
+    assert step_contestants.OUR_WORK.traffic([torch.zeros(7)]) == 7 * 24
+
+
+class CountedBytes(TorchDispatchMode):
+    """Adds up what operations read and write: arguments that are not just overwritten; what they change or make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if operation.is_view or operation is torch.ops.aten.detach.default:
+            return result
+        overwrites = operation is torch.ops.aten.copy_.default
+        for argument, value in zip(operation._schema.arguments, args):
+            changes = argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in tree_flatten(value)[0]:
+                if isinstance(tensor, torch.Tensor):
+                    self.bytes += tensor.nbytes * (not (overwrites and changes)) + tensor.nbytes * changes
+        if not any(out.alias_info for out in operation._schema.returns):
+            self.bytes += sum(t.nbytes for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("name", [FOR_LOOP, FOREACH, FUSED, FUSED_CASTS, FUSED_NEW_CASTS])
+def test_the_bytes_stated_of_torch_amp_are_those_of_its_operations(name: str) -> None:
+    candidates = step_lineup.of_a_model("synthetic:1:100000", torch.float16, torch.device("cpu"), ["cpu"])
+    (candidate,) = (candidate for candidate in candidates if candidate.name == name)
+    ((entry,), _) = step_lineup.assemble([candidate], torch.device("cpu"))
+    entry.contestant.prepare()
+    with CountedBytes() as counted:
+        entry.contestant.run()
+    assert round(counted.bytes / 100_000, 1) == entry.work.low_bytes
 
 
 def test_every_torch_contestant_gets_the_same_gradients_each_round() -> None:
     module = parameter_sets.build("synthetic:2:5")
-    contestant = step_contestants.torch_amp(step.FUSED, module, torch.device("cpu"), fused=True)
+    sgd = partial(torch.optim.SGD, fused=True)
+    entry = step_contestants.grad_scaler(FUSED, module, torch.device("cpu"), sgd, step_contestants.FUSED_WORK)
     before = [parameter.grad.clone() for parameter in module.parameters()]
-    contestant.run()
+    entry.contestant.run()
     assert not torch.equal(before[0], next(module.parameters()).grad)
-    contestant.prepare()
+    entry.contestant.prepare()
     assert all(torch.equal(old, parameter.grad) for old, parameter in zip(before, module.parameters()))
 
 
