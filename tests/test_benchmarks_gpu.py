@@ -17,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
-import backends
+import emulation  # adds a backend
 from benchmarks import gpu, step, step_contestants, step_lineup, step_peers
 from benchmarks.harness import Clock, Contestant, interleave
 from benchmarks.step_contestants import (
@@ -35,7 +35,7 @@ from benchmarks.step_contestants import (
 from comparison import assert_all_same_bits
 from fake_cuda import FakeCuda
 from fused_tricks import FusedSGD, cast_model
-from fused_tricks.backends import availability
+from fused_tricks.backends import BACKENDS, Backend
 
 CPU = torch.device("cpu")
 GRAPH = step_lineup.GRAPH
@@ -58,7 +58,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of a run on two backends, on a machine that has a driver and no peers."""
-    if reason := backends.unusable_because("emulated_cuda"):
+    if reason := emulation.unusable_because():
         pytest.skip(f"backend emulated_cuda: {reason}")
     folder = tmp_path_factory.mktemp("step")
     program = folder / "nvidia-smi"
@@ -120,11 +120,32 @@ def test_a_result_names_the_gpu_its_driver_and_the_versions_of_cuda(
     assert "- GPU: Fake GPU" in page and "driver 580.65.06" in page and "CUDA of torch" in page
 
 
-def test_backends_for_a_gpu_are_taken_when_usable_and_else_listed_with_their_reason() -> None:
+@pytest.mark.parametrize(
+    ("cuda", "triton", "expected"),
+    [
+        (None, None, ["cuda", "triton"]),
+        ("was not built", None, ["triton"]),
+        ("was not built", "is not installed", ["reference"]),
+    ],
+)
+def test_backends_for_a_gpu_take_part_where_usable_and_are_listed_with_the_reason_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, triton: str | None, expected: list[str]
+) -> None:
+    fakes = {
+        name: Backend(BACKENDS["reference"].stepper, lambda reason=reason: reason, device_type)
+        for name, reason, device_type in [
+            ("cuda", cuda, "cuda"),
+            ("triton", triton, "cuda"),
+            ("cpu", None, "cpu"),
+            ("reference", None, None),
+            ("of a test", None, "cuda"),
+        ]
+    }
+    monkeypatch.setattr(step_lineup, "BACKENDS", fakes)
     usable, left_out = step_lineup.usable_backends(torch.device("cuda"))
-    reasons = {name: reason for name, reason in availability().items() if name in ("cuda", "triton")}
-    assert usable == ([name for name, reason in reasons.items() if reason is None] or ["reference"])
-    assert left_out == {f"{OURS}, {name}": reason for name, reason in reasons.items() if reason is not None}
+    assert usable == expected
+    reasons = {"fused_tricks, cuda": cuda, "fused_tricks, triton": triton}
+    assert left_out == {name: reason for name, reason in reasons.items() if reason}
 
 
 def test_a_timed_section_lies_between_two_events_behind_a_head_start(fake_cuda: FakeCuda) -> None:
