@@ -37,16 +37,15 @@ __device__ inline void find_grad(const Args& args, const ChunkRecord& chunk, con
                   : reinterpret_cast<const char*>(address & ~GradAddress{1}) + chunk.begin * size_of(grad_type);
 }
 
-// Whether this block is the last of the launch to get here. What the others wrote before is then visible to it.
-__device__ inline bool arrives_last(StepState* state, bool* is_last) {
-  __syncthreads();
+// Whether this block is the last of the launch to get here. What thread 0 of the others wrote before is then visible.
+__device__ inline bool arrives_last(StepState* state) {
+  bool is_last = false;
   if (threadIdx.x == 0) {
     __threadfence();
-    *is_last = atomicAdd(&state->arrivals, 1) == static_cast<int>(gridDim.x) - 1;
+    is_last = atomicAdd(&state->arrivals, 1) == static_cast<int>(gridDim.x) - 1;
     __threadfence();
   }
-  __syncthreads();
-  return *is_last;
+  return __syncthreads_or(is_last) != 0;
 }
 
 template <typename Args>
@@ -61,7 +60,8 @@ __device__ inline StepState decided(const Args& args, StepState state, bool foun
 }
 
 // An element is not finite when its exponent bits are all ones: adding one to them, with the sign cleared, carries
-// into the sign bit. Two 16-bit elements in one word do not disturb each other.
+// into the sign bit. Two 16-bit elements in one word do not disturb each other. Of the sum only the sign bits count,
+// and they are taken after the sums of many words were joined.
 template <typename T>
 struct Exponent;
 template <>
@@ -79,47 +79,50 @@ struct Exponent<float> {
 
 template <typename T>
 __device__ inline uint32_t carries(uint32_t word) {
-  return ((word & Exponent<T>::kMagnitude) + Exponent<T>::kOne) & Exponent<T>::kSign;
+  return (word & Exponent<T>::kMagnitude) + Exponent<T>::kOne;
 }
-__device__ inline uint32_t carries_of(Half value) { return carries<Half>(value.bits); }
-__device__ inline uint32_t carries_of(BFloat16 value) { return carries<BFloat16>(value.bits); }
-__device__ inline uint32_t carries_of(float value) { return carries<float>(bits_of(value)); }
-__device__ inline uint32_t carries_of(double value) { return ((bits_of(value) >> 52) & 0x7ffu) == 0x7ffu; }
+__device__ inline bool is_finite(Half value) { return (carries<Half>(value.bits) & 0x8000u) == 0; }
+__device__ inline bool is_finite(BFloat16 value) { return (carries<BFloat16>(value.bits) & 0x8000u) == 0; }
+__device__ inline bool is_finite(float value) { return (carries<float>(bits_of(value)) & 0x80000000u) == 0; }
+__device__ inline bool is_finite(double value) { return ((bits_of(value) >> 52) & 0x7ffu) != 0x7ffu; }
 
 template <typename T>
 __device__ inline double squares_in(uint32_t word) {
-  double sum = 0;
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(4 / sizeof(T)); ++i) {
-    const double value = to_double(element_of<T>(word, i));
-    sum += value * value;
-  }
-  return sum;
+  const Pair pair = unpacked<T>(word);
+  const double low = to_double(pair.low), high = to_double(pair.high);
+  return low * low + high * high;
+}
+template <>
+__device__ inline double squares_in<float>(uint32_t word) {
+  const double value = to_double(float_of(word));
+  return value * value;
 }
 
-// Returns the carries and adds to the squares of this thread's share.
+// Looks for non-finite elements in this thread's share and adds to the squares.
 template <typename T>
-__device__ inline uint32_t scan_span(const T* grad, int count, bool measures, double& squares) {
-  uint32_t found = 0;
+__device__ inline bool scan_span(const T* grad, int count, bool measures, double& squares) {
+  bool found = false;
   int done = 0;
   if constexpr (sizeof(T) <= 4) {
     if (is_aligned(grad)) {
       constexpr int kPerVector = 16 / sizeof(T);
       const int vectors = count / kPerVector;
+      uint32_t joined = 0;
 #pragma unroll 4
       for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) {
         const Words4 words = load_words(grad + i * kPerVector);
-        found |= carries<T>(words.x) | carries<T>(words.y) | carries<T>(words.z) | carries<T>(words.w);
+        joined |= carries<T>(words.x) | carries<T>(words.y) | carries<T>(words.z) | carries<T>(words.w);
         if (measures) {
           squares += squares_in<T>(words.x) + squares_in<T>(words.y) + squares_in<T>(words.z) + squares_in<T>(words.w);
         }
       }
+      found = (joined & Exponent<T>::kSign) != 0;
       done = vectors * kPerVector;
     }
   }
   for (int i = done + static_cast<int>(threadIdx.x); i < count; i += kThreads) {
     const T element = load(grad + i);
-    found |= carries_of(element);
+    found = found || !is_finite(element);
     const double value = to_double(element);
     if (measures) squares += value * value;
   }
@@ -143,7 +146,6 @@ template <typename Args>
 __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ Args args) {
   __shared__ BlockWork work;
   __shared__ double per_warp[kWarps];
-  __shared__ bool is_last;
   const Tables& tables = args.tables;
   const bool measures = args.request.clips;
   if (threadIdx.x == 0) {
@@ -155,8 +157,8 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
   }
   __syncthreads();
   double squares = 0;
+  bool found = false;
   if (work.grad != nullptr) {
-    uint32_t found = 0;
     switch (work.wide_grad ? DType::kFloat32 : work.type) {
       case DType::kFloat16:
         found = scan_span(reinterpret_cast<const Half*>(work.grad), work.count, measures, squares);
@@ -171,13 +173,14 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
         found = scan_span(reinterpret_cast<const double*>(work.grad), work.count, measures, squares);
         break;
     }
-    if (found != 0) atomicOr(&tables.state->found, 1);
   }
+  const bool any_found = __syncthreads_or(found) != 0;
+  if (any_found && threadIdx.x == 0) atomicOr(&tables.state->found, 1);
   if (measures && blockIdx.x < tables.chunk_count) {
     const double sum = block_sum(squares, per_warp);
     if (threadIdx.x == 0) store(&tables.partial_squares[blockIdx.x], sum);
   }
-  if (!arrives_last(tables.state, &is_last)) return;
+  if (!arrives_last(tables.state)) return;
   double total = 0;
   if (measures) {
     for (int64_t i = threadIdx.x; i < tables.chunk_count; i += kThreads)
@@ -245,33 +248,101 @@ __device__ inline void prepare_update(const Args& args, const StepState& state, 
   }
 }
 
-__device__ inline void update_quad(const Rule<float>& rule, const Float4& grad, float* weight_address,
-                                   float* buffer_address, Float4& weight) {
-  weight = load_once(weight_address);
-  Float4 buffer = {0, 0, 0, 0};
-  if (rule.has_momentum && !rule.first) buffer = load_once(buffer_address);
-  sgd_update(rule, grad.x, weight.x, buffer.x);
-  sgd_update(rule, grad.y, weight.y, buffer.y);
-  sgd_update(rule, grad.z, weight.z, buffer.z);
-  sgd_update(rule, grad.w, weight.w, buffer.w);
-  store_once(weight_address, weight);
-  if (rule.has_momentum) store_once(buffer_address, buffer);
+// Elements that one thread updates together, so that the rule's choices are made once for all of them.
+template <int kCount>
+struct Elements {
+  Elements() = default;
+  __device__ explicit Elements(float value) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) at[i] = value;
+  }
+  float at[kCount];
+};
+
+template <int kCount>
+__device__ inline Elements<kCount> fma(const Elements<kCount>& a, const Elements<kCount>& b,
+                                       const Elements<kCount>& c) {
+  Elements<kCount> result;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) result.at[i] = fused_tricks::fma(a.at[i], b.at[i], c.at[i]);
+  return result;
+}
+
+template <int kCount>
+__device__ inline Elements<kCount> mul(const Elements<kCount>& a, const Elements<kCount>& b) {
+  Elements<kCount> result;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) result.at[i] = fused_tricks::mul(a.at[i], b.at[i]);
+  return result;
+}
+
+template <int kCount>
+__device__ inline Elements<kCount> negate(const Elements<kCount>& a) {
+  Elements<kCount> result;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) result.at[i] = fused_tricks::negate(a.at[i]);
+  return result;
+}
+
+// Element 4q + i is at address[kStride * q + i].
+template <int kCount, int kStride = 4>
+__device__ inline Elements<kCount> load_quads(const float* address) {
+  Elements<kCount> elements;
+#pragma unroll
+  for (int q = 0; q < kCount / 4; ++q) {
+    const Float4 quad = load_once(address + kStride * q);
+    float* at = elements.at + 4 * q;
+    at[0] = quad.x, at[1] = quad.y, at[2] = quad.z, at[3] = quad.w;
+  }
+  return elements;
+}
+
+template <int kStride = 4, int kCount>
+__device__ inline void store_quads(float* address, const Elements<kCount>& elements) {
+#pragma unroll
+  for (int q = 0; q < kCount / 4; ++q) {
+    const float* at = elements.at + 4 * q;
+    store_once(address + kStride * q, {at[0], at[1], at[2], at[3]});
+  }
+}
+
+// Returns the new weights.
+template <int kStride = 4, int kCount>
+__device__ inline Elements<kCount> update_quads_at(const Rule<float>& rule, const Elements<kCount>& grads,
+                                                   float* weight, float* buffer) {
+  auto weights = load_quads<kCount, kStride>(weight);
+  Elements<kCount> buffers(0.0f);
+  if (rule.has_momentum && !rule.first) buffers = load_quads<kCount, kStride>(buffer);
+  sgd_update(rule, grads, weights, buffers);
+  store_quads<kStride>(weight, weights);
+  if (rule.has_momentum) store_quads<kStride>(buffer, buffers);
+  return weights;
 }
 
 template <typename T>
-__device__ inline Float4 quad_of(uint32_t low, uint32_t high) {
-  return {to_float(element_of<T>(low, 0)), to_float(element_of<T>(low, 1)), to_float(element_of<T>(high, 0)),
-          to_float(element_of<T>(high, 1))};
+__device__ inline Elements<8> unpacked_words(const Words4& words) {
+  const Pair a = unpacked<T>(words.x), b = unpacked<T>(words.y), c = unpacked<T>(words.z), d = unpacked<T>(words.w);
+  Elements<8> elements;
+  float* at = elements.at;
+  at[0] = a.low, at[1] = a.high, at[2] = b.low, at[3] = b.high;
+  at[4] = c.low, at[5] = c.high, at[6] = d.low, at[7] = d.high;
+  return elements;
+}
+
+template <typename T>
+__device__ inline Words4 packed_words(const Elements<8>& elements) {
+  const float* at = elements.at;
+  return {packed<T>(at[0], at[1]), packed<T>(at[2], at[3]), packed<T>(at[4], at[5]), packed<T>(at[6], at[7])};
 }
 
 // Two neighbouring lanes share 16 elements. As 16-bit elements a lane's 16 bytes are quads 0 and 1 (even lane) or 2
 // and 3 (odd lane). As FP32 they load quads 0 and 1 together, then 2 and 3, so that each instruction takes whole
 // 32-byte sectors. The lanes therefore swap the quads that the other one needs.
-__device__ inline void swap_quads(bool odd, uint32_t& low, uint32_t& high, uint32_t& next_low, uint32_t& next_high) {
-  const uint32_t got_low = __shfl_xor_sync(kAllLanes, odd ? low : next_low, 1);
-  const uint32_t got_high = __shfl_xor_sync(kAllLanes, odd ? high : next_high, 1);
-  (odd ? low : next_low) = got_low;
-  (odd ? high : next_high) = got_high;
+__device__ inline void swap_quads(bool odd, Words4& words) {
+  const uint32_t got_low = __shfl_xor_sync(kAllLanes, odd ? words.x : words.z, 1);
+  const uint32_t got_high = __shfl_xor_sync(kAllLanes, odd ? words.y : words.w, 1);
+  (odd ? words.x : words.z) = got_low;
+  (odd ? words.y : words.w) = got_high;
 }
 
 template <typename Param, typename Grad>
@@ -285,24 +356,16 @@ __device__ inline int update_pairs(const Rule<float>& rule, const Grad* grad, fl
     const int own = 16 * pair + (odd ? 8 : 0);
     const int quad = 16 * pair + (odd ? 4 : 0);
     Words4 words = {0, 0, 0, 0};
-    Float4 grads[2];
+    Elements<8> grads;
     if constexpr (sizeof(Grad) == 2) {
       if (inside) words = load_words_once(grad + own);
-      swap_quads(odd, words.x, words.y, words.z, words.w);
-      grads[0] = quad_of<Grad>(words.x, words.y);
-      grads[1] = quad_of<Grad>(words.z, words.w);
+      swap_quads(odd, words);
+      grads = unpacked_words<Grad>(words);
     } else if (inside) {
-      grads[0] = load_once(grad + quad);
-      grads[1] = load_once(grad + quad + 8);
+      grads = load_quads<8, 8>(grad + quad);
     }
-    if (inside) {
-      Float4 weights[2];
-      update_quad(rule, grads[0], weight + quad, buffer + quad, weights[0]);
-      update_quad(rule, grads[1], weight + quad + 8, buffer + quad + 8, weights[1]);
-      words = {packed<Param>(weights[0].x, weights[0].y), packed<Param>(weights[0].z, weights[0].w),
-               packed<Param>(weights[1].x, weights[1].y), packed<Param>(weights[1].z, weights[1].w)};
-    }
-    swap_quads(odd, words.x, words.y, words.z, words.w);
+    if (inside) words = packed_words<Param>(update_quads_at<8>(rule, grads, weight + quad, buffer + quad));
+    swap_quads(odd, words);
     if (inside) store_words(param + own, words);
   }
   return 16 * pairs;
@@ -313,8 +376,7 @@ __device__ inline int update_quads(const Rule<float>& rule, const float* grad, f
   const int quads = count / 4;
 #pragma unroll 2
   for (int i = static_cast<int>(threadIdx.x); i < quads; i += kThreads) {
-    Float4 updated;
-    update_quad(rule, load_once(grad + 4 * i), weight + 4 * i, buffer + 4 * i, updated);
+    update_quads_at(rule, load_quads<4>(grad + 4 * i), weight + 4 * i, buffer + 4 * i);
   }
   return 4 * quads;
 }
@@ -366,7 +428,6 @@ __device__ inline void update_double_span(const BlockWork& work) {
 template <typename Args>
 __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Args args) {
   __shared__ BlockWork work;
-  __shared__ bool is_last;
   const Tables& tables = args.tables;
   if (threadIdx.x == 0) {
     work.grad = nullptr;
@@ -393,7 +454,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
         break;
     }
   }
-  if (args.scanned || !arrives_last(tables.state, &is_last)) return;
+  if (args.scanned || !arrives_last(tables.state)) return;
   if (threadIdx.x == 0) store(tables.state, decided(args, load(tables.state), false, 0.0));
 }
 

@@ -14,6 +14,11 @@ struct alignas(16) Float4 {
   float x, y, z, w;
 };
 
+// The two 16-bit elements of a word.
+struct Pair {
+  float low, high;
+};
+
 }  // namespace fused_tricks::cuda
 
 #if defined(FUSED_TRICKS_EMULATION)
@@ -82,6 +87,37 @@ __device__ inline void round_to(BFloat16& to, float value) {
   to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
+template <typename T>
+__device__ inline Pair unpacked(uint32_t word);
+template <>
+__device__ inline Pair unpacked<Half>(uint32_t word) {
+  __half2 pair;
+  memcpy(&pair, &word, sizeof pair);
+  return {__low2float(pair), __high2float(pair)};
+}
+template <>
+__device__ inline Pair unpacked<BFloat16>(uint32_t word) {
+  return {float_of(word << 16), float_of(word & 0xffff0000u)};
+}
+
+// Both elements rounded in one instruction, where the architecture has one.
+template <typename T>
+__device__ inline uint32_t packed(float low, float high);
+template <>
+__device__ inline uint32_t packed<Half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+template <>
+__device__ inline uint32_t packed<BFloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
 #endif
 
 __device__ inline float to_float(float value) { return value; }
@@ -91,24 +127,6 @@ __device__ inline double to_double(T value) {
   return static_cast<double>(to_float(value));
 }
 __device__ inline double to_double(double value) { return value; }
-
-// Element i of those that a 32-bit word holds.
-template <typename T>
-__device__ inline T element_of(uint32_t word, int i) {
-  return T{static_cast<uint16_t>(word >> (16 * i))};
-}
-template <>
-__device__ inline float element_of<float>(uint32_t word, int) {
-  return float_of(word);
-}
-
-template <typename T>
-__device__ inline uint32_t packed(float low, float high) {
-  T first, second;
-  round_to(first, low);
-  round_to(second, high);
-  return static_cast<uint32_t>(first.bits) | static_cast<uint32_t>(second.bits) << 16;
-}
 
 __device__ inline bool is_aligned(const void* address) { return (reinterpret_cast<uint64_t>(address) & 15u) == 0; }
 

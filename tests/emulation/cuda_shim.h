@@ -39,6 +39,7 @@ void check_alignment(const void* address, size_t alignment);
 
 inline void __syncthreads() { synchronize("__syncthreads"); }
 inline void __threadfence() {}
+int __syncthreads_or(int predicate);
 
 uint64_t exchange(uint64_t bits, int lane_mask);
 
@@ -132,5 +133,17 @@ inline float to_float(Half value) { return half_to_float(value); }
 inline float to_float(BFloat16 value) { return bfloat16_to_float(value); }
 inline void round_to(Half& to, float value) { to = float_to_half(value); }
 inline void round_to(BFloat16& to, float value) { to = float_to_bfloat16(value); }
+
+template <typename T>
+Pair unpacked(uint32_t word) {
+  return {to_float(T{static_cast<uint16_t>(word)}), to_float(T{static_cast<uint16_t>(word >> 16)})};
+}
+template <typename T>
+uint32_t packed(float low, float high) {
+  T first, second;
+  round_to(first, low);
+  round_to(second, high);
+  return static_cast<uint32_t>(first.bits) | static_cast<uint32_t>(second.bits) << 16;
+}
 
 }  // namespace fused_tricks::cuda

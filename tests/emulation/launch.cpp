@@ -142,6 +142,15 @@ uint64_t exchange(uint64_t bits, int lane_mask) {
   return partner.sent[place];
 }
 
+int __syncthreads_or(int predicate) {
+  const int place = current().exchanges++ % 2;
+  current().sent[place] = static_cast<uint64_t>(predicate);
+  synchronize("__syncthreads_or");
+  int any = 0;
+  for (const Fiber& fiber : fibers) any |= static_cast<int>(fiber.sent[place]);
+  return any;
+}
+
 void check_alignment(const void* address, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
     throw std::logic_error("misaligned access of " + std::to_string(alignment) + " bytes");
