@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+import emulation  # noqa: F401  # adds a backend
 import interpreted  # noqa: F401  # before the package: chooses how Triton runs
 from fused_tricks.backends import BACKENDS
 from fused_tricks.backends.triton import IS_INTERPRETED

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+import backends
 import emulation
 from comparison import assert_same_bits, bits
 from fused_tricks import FusedSGD
@@ -24,6 +25,10 @@ pytestmark = pytest.mark.skipif(
 
 # As many elements in as many tensors as a few layers of ResNet-50, so that per-tensor costs weigh as they do there.
 SIZES = (64 * 3 * 7 * 7, 64, 64, 512 * 256, 512, 2048 * 64, 1000)
+
+
+def test_the_optimizer_tests_run_on_the_emulation() -> None:
+    assert "emulated_cuda" in backends.NAMES
 
 
 def steady_step(params: list[Parameter], **options: object) -> emulation.Traffic:

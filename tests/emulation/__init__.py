@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
+import interpreted  # noqa: F401  # before the package: chooses how Triton runs
 from fused_tricks.backends import BACKENDS, Backend
 from fused_tricks.backends.cuda import CudaStepper
 from fused_tricks.extension import connect
