@@ -89,14 +89,13 @@ int cpu_step(Plan& plan, const py::list& groups, const py::dict& state, bool uns
 
 #if defined(FUSED_TRICKS_CUDA)
 
-template <typename Record>
-py::bytes bytes_of(const std::vector<Record>& records) {
-  return {reinterpret_cast<const char*>(records.data()), records.size() * sizeof(Record)};
+cuda::Target target_of(const Plan& plan) { return {plan.device.index, current_stream(plan.device)}; }
+
+void set_cuda_tables(cuda::Step& step, const Plan& plan, const py::object& memory) {
+  step.set_tables(data_of(memory), target_of(plan));
 }
 
-void set_cuda_memory(cuda::Step& step, const py::object& tensors, const py::object& chunks, const py::object& scratch) {
-  step.set_memory(data_of(tensors), data_of(chunks), data_of(scratch));
-}
+void set_cuda_scratch(cuda::Step& step, const py::object& memory) { step.set_scratch(data_of(memory)); }
 
 int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::dict& state, bool unscales,
               const py::object& grad_scale, const py::object& found_inf, std::optional<double> max_norm,
@@ -106,7 +105,7 @@ int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::di
   if (!plan.refresh(groups, state)) return kStale;
   const cuda::External external{static_cast<const float*>(data_of(grad_scale)),
                                 static_cast<const float*>(data_of(found_inf))};
-  step.run(plan, request, external, {plan.device.index, current_stream(plan.device)});
+  step.run(plan, request, external, target_of(plan));
   plan.mark_updated();
   return kApplied;
 }
@@ -128,10 +127,10 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
 #if defined(FUSED_TRICKS_CUDA)
   py::class_<cuda::Step>(module, "CudaStep", py::module_local())
       .def(py::init<const Plan&>(), py::arg("plan"))
-      .def("tensor_records", [](const cuda::Step& step) { return bytes_of(step.tensor_records()); })
-      .def("chunk_records", [](const cuda::Step& step) { return bytes_of(step.chunk_records()); })
+      .def("table_size", &cuda::Step::table_size)
+      .def("set_tables", &set_cuda_tables, py::arg("plan"), py::arg("memory"))
       .def("scratch_size", &cuda::Step::scratch_size)
-      .def("set_memory", &set_cuda_memory, py::arg("tensors"), py::arg("chunks"), py::arg("scratch"))
+      .def("set_scratch", &set_cuda_scratch, py::arg("memory"))
       .def("run", &cuda_step, py::arg("plan"), py::arg("groups"), py::arg("state"), py::arg("unscales"),
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("max_norm"), py::arg("scale_rule"));
 #endif

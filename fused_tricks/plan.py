@@ -283,7 +283,7 @@ def _fitting_state(
         return value
     fitting = torch.empty_like(source, dtype=dtype, requires_grad=False).copy_(value)
     if value in step_state.first_steps:
-        step_state.first_steps[fitting] = step_state.first_steps.pop(value)
+        step_state.first_steps[fitting] = step_state.first_steps.pop(value).to(fitting.device)
     state[key] = fitting
     return fitting
 

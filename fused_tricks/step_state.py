@@ -39,9 +39,14 @@ class StepState:
     """
 
     def __init__(self, device: torch.device | str = "cpu", scale: float = 1.0, hysteresis: int = 1) -> None:
-        self._view(torch.zeros(_SIZE, dtype=torch.uint8, device=device))
+        self._start(torch.zeros(_SIZE, dtype=torch.uint8, device=device))
         self.scale.fill_(scale)
         self.hysteresis_tracker.fill_(hysteresis)
+
+    def _start(self, block: Tensor) -> None:
+        self._view(block)
+        self.first_steps = WeakTensorKeyDictionary()
+        self._kept: list[object] = []
 
     def _view(self, block: Tensor) -> None:
         self.block = block
@@ -52,12 +57,15 @@ class StepState:
         self.applied_steps = block[16:24].view(torch.int64)[0]
         self.skipped_steps = block[24:32].view(torch.int64)[0]
         self.skip = block[32:36].view(torch.int32)[0]
-        self.first_steps = WeakTensorKeyDictionary()
 
     def move_to(self, device: torch.device) -> None:
         """Continues on another device."""
         if self.block.device != device:
             self._view(self.block.to(device))
+
+    def keep(self, *memory: object) -> None:
+        """Keeps objects and the present ``block`` alive for as long as this state: a captured CUDA graph uses them."""
+        self._kept.append((self.block, *memory))
 
     def read(self) -> tuple[float, int, int, float, int, int, bool]:
         """Every field in order, in one copy to the host."""
@@ -71,4 +79,4 @@ class StepState:
 
     def __setstate__(self, block: Tensor) -> None:
         # A copied or unpickled block no longer shares memory with views that were copied beside it.
-        self._view(block.clone())
+        self._start(block.clone())

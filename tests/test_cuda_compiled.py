@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,12 @@ def compiled() -> list[cuda_resources.Kernel]:
     return cuda_resources.kernels(tool, Path(str(load_extension().__file__)))
 
 
-def test_every_architecture_of_the_build_has_both_kernels_in_three_sizes(compiled) -> None:
+def test_every_architecture_of_the_build_has_every_kernel(compiled) -> None:
     architectures = cuda_resources.build_info()["cuda"]["architectures"]
     expected = {"sm_" + name.removesuffix("+PTX").replace(".", "") for name in architectures}
     assert {kernel.architecture for kernel in compiled} == expected
-    assert len(compiled) == 6 * len(expected)
+    names = {f"{name} {size}" for name in ("scan", "update") for size in (256, 1024, 3584)} | {"write"}
+    assert {(k.architecture, k.name) for k in compiled} == set(itertools.product(expected, names))
 
 
 def test_no_kernel_spills_or_uses_local_memory(compiled) -> None:
@@ -37,7 +39,7 @@ def test_no_kernel_needs_more_than_64_registers(compiled) -> None:
 
 
 def test_every_kernel_moves_elements_in_16_byte_accesses(compiled) -> None:
-    assert [kernel for kernel in compiled if kernel.wide_loads == 0] == []
+    assert [kernel for kernel in compiled if kernel.name != "write" and kernel.wide_loads == 0] == []
     assert [kernel for kernel in compiled if "update" in kernel.name and kernel.wide_stores == 0] == []
 
 

@@ -26,7 +26,8 @@ struct BlockWork {
 template <typename Args>
 __device__ inline void find_grad(const Args& args, const ChunkRecord& chunk, const TensorRecord& tensor,
                                  BlockWork& work) {
-  const GradAddress address = args.grad(chunk.tensor);
+  const GradAddress address =
+      args.more_grads != nullptr ? load(&args.more_grads[chunk.tensor]) : args.grads[chunk.tensor];
   const int64_t rest = tensor.count - chunk.begin;
   work.type = tensor.type;
   work.wide_grad = (address & 1u) != 0;
@@ -193,6 +194,10 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
   }
 }
 
+__global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__ WriteArguments args) {
+  for (int64_t i = threadIdx.x; i < args.count; i += kThreads) store(args.to + i, args.words[i]);
+}
+
 template <typename T>
 __device__ inline void fill_rule(Rule<T>& rule, const GroupRecord& group, double lr, const StepState& state,
                                  const StepRequest& request) {
@@ -230,7 +235,8 @@ __device__ inline void prepare_update(const Args& args, const StepState& state, 
   find_grad(args, chunk, tensor, work);
   if (state.skip != 0) work.grad = nullptr;
   if (work.grad == nullptr) return;
-  const GroupRecord group = args.group(tensor.group);
+  const GroupRecord group =
+      args.more_groups != nullptr ? load(&args.more_groups[tensor.group]) : args.groups[tensor.group];
   const bool decays = group.weight_decay != 0 && (group.bias_decay || tensor.is_matrix);
   const bool first = group.momentum != 0 && is_first(tensor, chunk, state.applied_steps);
   const int64_t state_size = tensor.type == DType::kFloat64 ? 8 : 4;

@@ -16,28 +16,13 @@ void check(cudaError_t status, const char* call) {
   throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
 }
 
-// The caller's device is current again when this ends.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != device) check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = previous_ != device;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
 template <typename Args>
 void launch(void (*kernel)(Args), const char* name, const Args& args, int64_t blocks, const Target& target) {
-  const DeviceGuard guard(target.device);
+  // Torch has another instance of the runtime than this module. What is current in that one is restored by the caller,
+  // who can tell whether a device has a context yet: to make a device current creates one.
+  int current = 0;
+  check(cudaGetDevice(&current), "cudaGetDevice");
+  if (current != target.device) check(cudaSetDevice(target.device), "cudaSetDevice");
   void* arguments[] = {const_cast<Args*>(&args)};
   const auto grid = dim3(static_cast<unsigned>(blocks));
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(kThreads), arguments, 0,
@@ -57,10 +42,8 @@ void launch_update(const Args& args, int64_t blocks, const Target& target) {
   launch<Args>(update_kernel<Args>, "the launch of update_kernel", args, blocks, target);
 }
 
-void copy_to_device(void* device_memory, const void* host, size_t size, const Target& target) {
-  const DeviceGuard guard(target.device);
-  check(cudaMemcpyAsync(device_memory, host, size, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(target.stream)),
-        "cudaMemcpyAsync");
+void launch_write(const WriteArguments& args, const Target& target) {
+  launch<WriteArguments>(write_kernel, "the launch of write_kernel", args, 1, target);
 }
 
 #define FUSED_TRICKS_INSTANTIATE(Args)                                  \

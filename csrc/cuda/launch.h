@@ -1,14 +1,13 @@
 // The kernels as the host calls them.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "tables.h"
 
 namespace fused_tricks::cuda {
 
-// Where a launch goes: the current stream of the tensors' device.
+// Where a launch goes: the current stream of the tensors' device, which the caller has made current in torch.
 struct Target {
   int device;
   void* stream;
@@ -19,7 +18,6 @@ template <typename Args>
 void launch_scan(const Args& args, int64_t blocks, const Target& target);
 template <typename Args>
 void launch_update(const Args& args, int64_t blocks, const Target& target);
-// Ordered with the launches on the same stream; `host` must stay as it is until the next call.
-void copy_to_device(void* device_memory, const void* host, size_t size, const Target& target);
+void launch_write(const WriteArguments& args, const Target& target);
 
 }  // namespace fused_tricks::cuda

@@ -1,5 +1,6 @@
 #include "step.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -21,22 +22,36 @@ constexpr size_t kGradCapacity = sizeof(Args::grads) / sizeof(GradAddress);
 template <typename Args>
 constexpr size_t kGroupCapacity = sizeof(Args::groups) / sizeof(GroupRecord);
 
-// Points the kernels to `records` on the device, which are copied there only when they differ from the last copy.
+// Records are written to the device as words.
 template <typename Record>
-const Record* on_device(const std::vector<Record>& records, std::vector<Record>& copied, Record* memory,
-                        const Target& target) {
-  const size_t size = records.size() * sizeof(Record);
-  if (copied.size() != records.size() || std::memcmp(copied.data(), records.data(), size) != 0) {
-    copied = records;
-    copy_to_device(memory, copied.data(), size, target);
+void write(Record* to, const std::vector<Record>& records, const Target& target) {
+  static_assert(sizeof(Record) % sizeof(uint64_t) == 0);
+  static thread_local const auto args = std::make_unique<WriteArguments>(zeroed<WriteArguments>());
+  const size_t words = records.size() * sizeof(Record) / sizeof(uint64_t);
+  for (size_t begin = 0; begin < words; begin += WriteArguments::kCapacity) {
+    const size_t count = std::min(words - begin, WriteArguments::kCapacity);
+    args->to = reinterpret_cast<uint64_t*>(to) + begin;
+    args->count = static_cast<int64_t>(count);
+    std::memcpy(args->words, reinterpret_cast<const uint64_t*>(records.data()) + begin, count * sizeof(uint64_t));
+    launch_write(*args, target);
   }
-  return memory;
+}
+
+// The same where `written` says that the device has others.
+template <typename Record>
+void update(Record* to, const std::vector<Record>& records, std::vector<Record>& written, const Target& target) {
+  const size_t size = records.size() * sizeof(Record);
+  if (written.size() == records.size() && std::memcmp(written.data(), records.data(), size) == 0) return;
+  written.clear();
+  write(to, records, target);
+  written = records;
 }
 
 }  // namespace
 
 Step::Step(const Plan& plan) {
   tables_.state = plan.state;
+  grads_.resize(plan.entries.size());
   for (size_t i = 0; i < plan.entries.size(); ++i) {
     const Entry& entry = plan.entries[i];
     auto record = zeroed<TensorRecord>();
@@ -62,19 +77,31 @@ Step::Step(const Plan& plan) {
   if (chunk_records_.size() > 0x7fffffff) throw std::runtime_error("more than 2**31 - 1 chunks in one optimizer");
 }
 
-// Partial sums, gradient addresses and groups, one after the other; each has records of a multiple of 8 bytes.
+size_t Step::table_size() const {
+  return tensor_records_.size() * sizeof(TensorRecord) + chunk_records_.size() * sizeof(ChunkRecord);
+}
+
+void Step::set_tables(void* memory, const Target& target) {
+  auto* tensors = static_cast<TensorRecord*>(memory);
+  auto* chunks = reinterpret_cast<ChunkRecord*>(tensors + tensor_records_.size());
+  write(tensors, tensor_records_, target);
+  write(chunks, chunk_records_, target);
+  tables_.tensors = tensors;
+  tables_.chunks = chunks;
+  tables_.chunk_count = static_cast<int64_t>(chunk_records_.size());
+}
+
 size_t Step::scratch_size() const {
-  return chunk_records_.size() * sizeof(double) + tensor_records_.size() * sizeof(GradAddress) +
+  return chunk_records_.size() * sizeof(double) + grads_.size() * sizeof(GradAddress) +
          groups_.size() * sizeof(GroupRecord);
 }
 
-void Step::set_memory(void* tensors, void* chunks, void* scratch) {
-  tables_.tensors = static_cast<const TensorRecord*>(tensors);
-  tables_.chunks = static_cast<const ChunkRecord*>(chunks);
-  tables_.chunk_count = static_cast<int64_t>(chunk_records_.size());
-  tables_.partial_squares = static_cast<double*>(scratch);
+void Step::set_scratch(void* memory) {
+  tables_.partial_squares = static_cast<double*>(memory);
   grad_memory_ = reinterpret_cast<GradAddress*>(tables_.partial_squares + chunk_records_.size());
-  group_memory_ = reinterpret_cast<GroupRecord*>(grad_memory_ + tensor_records_.size());
+  group_memory_ = reinterpret_cast<GroupRecord*>(grad_memory_ + grads_.size());
+  written_grads_.clear();
+  written_groups_.clear();
 }
 
 template <typename Args>
@@ -91,12 +118,14 @@ void Step::launch(const StepRequest& request, const External& external, const Ta
   if (grads_.size() <= kGradCapacity<Args>) {
     std::memcpy(args->grads, grads_.data(), grads_.size() * sizeof(GradAddress));
   } else {
-    args->more_grads = on_device(grads_, copied_grads_, grad_memory_, target);
+    update(grad_memory_, grads_, written_grads_, target);
+    args->more_grads = grad_memory_;
   }
   if (groups_.size() <= kGroupCapacity<Args>) {
     std::memcpy(static_cast<void*>(args->groups), groups_.data(), groups_.size() * sizeof(GroupRecord));
   } else {
-    args->more_groups = on_device(groups_, copied_groups_, group_memory_, target);
+    update(group_memory_, groups_, written_groups_, target);
+    args->more_groups = group_memory_;
   }
   // One block without work still takes the decision and counts the step.
   const int64_t blocks = tables_.chunk_count > 0 ? tables_.chunk_count : 1;
@@ -105,10 +134,10 @@ void Step::launch(const StepRequest& request, const External& external, const Ta
 }
 
 void Step::run(const Plan& plan, const StepRequest& request, const External& external, const Target& target) {
-  grads_.clear();
-  for (const Entry& entry : plan.entries) {
+  for (size_t i = 0; i < grads_.size(); ++i) {
+    const Entry& entry = plan.entries[i];
     const bool wide = entry.grad_type != entry.type;
-    grads_.push_back(entry.grad == nullptr ? 0 : reinterpret_cast<GradAddress>(entry.grad) | (wide ? 1u : 0u));
+    grads_[i] = entry.grad == nullptr ? 0 : reinterpret_cast<GradAddress>(entry.grad) | (wide ? 1u : 0u);
   }
   for (size_t i = 0; i < groups_.size(); ++i) {
     const Group& group = plan.groups[i];

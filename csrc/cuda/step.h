@@ -19,11 +19,13 @@ class Step {
  public:
   explicit Step(const Plan& plan);
 
-  // What the caller copies to the device once, and how much more memory it lends for as long as the plan lives.
-  const std::vector<TensorRecord>& tensor_records() const { return tensor_records_; }
-  const std::vector<ChunkRecord>& chunk_records() const { return chunk_records_; }
+  // Bytes of device memory that the caller lends: for what stays as it is for as long as the plan lives, which is
+  // written at once, ...
+  size_t table_size() const;
+  void set_tables(void* memory, const Target& target);
+  // ... and for what steps write. It may be exchanged between steps.
   size_t scratch_size() const;
-  void set_memory(void* tensors, void* chunks, void* scratch);
+  void set_scratch(void* memory);
 
   void run(const Plan& plan, const StepRequest& request, const External& external, const Target& target);
 
@@ -35,8 +37,8 @@ class Step {
   std::vector<ChunkRecord> chunk_records_;
   std::vector<GradAddress> grads_;  // of this step
   std::vector<GroupRecord> groups_;
-  std::vector<GradAddress> copied_grads_;  // what the device has, where it needs a copy
-  std::vector<GroupRecord> copied_groups_;
+  std::vector<GradAddress> written_grads_;  // what the scratch memory has, where the argument has no room
+  std::vector<GroupRecord> written_groups_;
   Tables tables_{};
   GradAddress* grad_memory_ = nullptr;
   GroupRecord* group_memory_ = nullptr;

@@ -2,6 +2,7 @@
 // what may change in every step. Pointers to device memory throughout.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../dtype.h"
@@ -53,8 +54,8 @@ struct Tables {
   double* partial_squares;  // one for each chunk
 };
 
-// kGrads addresses and kGroups groups travel in the argument itself, so that nothing is copied to the device; models
-// with more use the arrays behind the pointers.
+// kGrads addresses and kGroups groups travel in the argument itself; models with more use the arrays behind the
+// pointers.
 template <int kGrads, int kGroups>
 struct Arguments {
   Tables tables;
@@ -66,19 +67,23 @@ struct Arguments {
   const GroupRecord* more_groups;   // null: `groups`
   GradAddress grads[kGrads];
   GroupRecord groups[kGroups];
-
-  FUSED_TRICKS_INLINE GradAddress grad(int32_t tensor) const {
-    return more_grads != nullptr ? more_grads[tensor] : grads[tensor];
-  }
-  FUSED_TRICKS_INLINE const GroupRecord& group(int32_t index) const {
-    return more_groups != nullptr ? more_groups[index] : groups[index];
-  }
 };
 
 // Three sizes, because the host copies the whole argument in every launch.
 using SmallArguments = Arguments<256, 4>;
 using MediumArguments = Arguments<1024, 16>;
 using LargeArguments = Arguments<3584, 48>;
-static_assert(sizeof(LargeArguments) <= 32764, "the limit of a kernel's arguments since CUDA 12.1");
+
+// Words for device memory that a kernel writes out of its own argument. So nothing is copied from the host: nothing
+// there has to outlive a launch, and a captured graph writes what its kernels read.
+struct WriteArguments {
+  static constexpr size_t kCapacity = 4080;
+  uint64_t* to;
+  int64_t count;
+  uint64_t words[kCapacity];
+};
+
+constexpr size_t kArgumentLimit = 32764;  // bytes, since CUDA 12.1
+static_assert(sizeof(LargeArguments) <= kArgumentLimit && sizeof(WriteArguments) <= kArgumentLimit);
 
 }  // namespace fused_tricks::cuda

@@ -32,19 +32,21 @@ def unavailable_because() -> str | None:
 
 
 class CudaStepper(GpuStepper):
-    """Runs steps over a plan in at most two kernel launches, and never waits for the device."""
+    """Runs steps over a plan in at most two kernel launches, and never waits for the device.
+
+    What has no room in a kernel's argument is written by launches before, where it has changed.
+    """
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         super().__init__(plan, step_state)
         extension = self.extension()
         self._plan = CompiledPlan(extension, plan, step_state, self._first_steps)
         self._step: _extension.CudaStep = extension.CudaStep(self._plan.handle)
-        self._memory = [
-            _to_device(self._step.tensor_records(), self._device),
-            _to_device(self._step.chunk_records(), self._device),
-            torch.empty(max(1, self._step.scratch_size()), dtype=torch.uint8, device=self._device),
-        ]
-        self._step.set_memory(*self._memory)
+        self._tables = self._memory(self._step.table_size())
+        self._scratch = self._memory(self._step.scratch_size())
+        with self._device_guard():
+            self._step.set_tables(self._plan.handle, self._tables)
+        self._step.set_scratch(self._scratch)
 
     @staticmethod
     def extension() -> ModuleType:
@@ -53,6 +55,24 @@ class CudaStepper(GpuStepper):
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
         self._plan.watch(state)
+        with self._device_guard():
+            if self._is_capturing():
+                return self._captured_step(groups, state, request)
+            return self._run(groups, state, request)
+
+    def _captured_step(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest
+    ) -> Outcome:
+        # In memory of its own, or what a replay writes would be taken for what the last step wrote.
+        scratch = torch.empty_like(self._scratch)
+        self._keep(groups, self._tables, scratch)
+        self._step.set_scratch(scratch)
+        try:
+            return self._run(groups, state, request)
+        finally:
+            self._step.set_scratch(self._scratch)
+
+    def _run(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
         outcome = self._step.run(
             self._plan.handle,
             groups,
@@ -65,8 +85,5 @@ class CudaStepper(GpuStepper):
         )
         return OUTCOMES[outcome]
 
-
-def _to_device(records: bytes, device: torch.device) -> Tensor:
-    if not records:
-        return torch.empty(1, dtype=torch.uint8, device=device)
-    return torch.frombuffer(bytearray(records), dtype=torch.uint8).to(device)
+    def _memory(self, size: int) -> Tensor:
+        return torch.empty(max(1, size), dtype=torch.uint8, device=self._device)

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..plan import Entry, Plan
 from ..step_state import StepState
 
+_NO_GUARD = contextlib.nullcontext()
+
 
 class GpuStepper:
-    """Keeps what tells whether an update has written a new master or buffer."""
+    """Keeps what tells whether an update has written a new master or buffer.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured: what is set up once would be set up in every replay.
+    """
 
     answers_late = True
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         self._step_state = step_state
-        self._applied_before = step_state.applied_steps.clone()
         self._device = step_state.block.device
+        if self._is_capturing():
+            raise RuntimeError(
+                "the optimizer must set up its memory, which cannot be captured in a CUDA graph; take a step with "
+                "gradients of the same shapes and strides before the capture"
+            )
+        self._applied_before = step_state.applied_steps.clone()
+        self._entries = plan.entries
         written = torch.zeros((), dtype=torch.int64, device=self._device)
         self._first_steps = [_first_step(entry, step_state, written) for entry in plan.entries]
 
@@ -25,7 +40,22 @@ class GpuStepper:
         # An empty buffer has no block that would note its first update.
         if entry.buffer in self._step_state.first_steps and entry.source.numel() > 0:
             return bool(self._step_state.first_steps[entry.buffer] >= 0)
-        return bool(self._step_state.applied_steps > self._applied_before)
+        return int(self._step_state.applied_steps) > int(self._applied_before)
+
+    def _is_capturing(self) -> bool:
+        """Whether launches on the current stream go into a CUDA graph."""
+        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _keep(self, groups: list[dict[str, Any]], *tables: object) -> None:
+        """Keeps alive what a captured step works on, since its graph may be replayed after the plan is replaced."""
+        rates = [group["lr"] for group in groups]
+        self._step_state.keep(self._entries, self._first_steps, rates, *tables)
+
+    def _device_guard(self) -> contextlib.AbstractContextManager[Any]:
+        """Makes the device current; afterwards the one before is, without a context on it where it has none yet."""
+        if self._device.type != "cuda" or torch.cuda.current_device() == self._device.index:
+            return _NO_GUARD
+        return torch.cuda.device(self._device)
 
     def _on_device(self, scalar: Tensor | None) -> Tensor | None:
         return None if scalar is None else scalar.to(self._device, torch.float32, non_blocking=True)

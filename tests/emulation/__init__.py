@@ -21,14 +21,13 @@ from .build import build
 
 
 class Traffic(NamedTuple):
-    """What the emulated kernels did: bytes by kind, launches, and copies to the device."""
+    """What the emulated kernels did: bytes by kind, and launches."""
 
     element_bytes_read: int
     element_bytes_written: int
     table_bytes_read: int
     table_bytes_written: int
     launches: int
-    copies: int
 
 
 def unusable_because() -> str | None:
@@ -73,8 +72,32 @@ def only_first_blocks(count: int) -> Iterator[None]:
         limit(-1)
 
 
+class Graph:
+    """What `capture` put into it; there is one at a time."""
+
+    is_capturing = False
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """As in a CUDA graph's capture, launches are not run but noted with their arguments."""
+        Graph.is_capturing = True
+        ctypes.CDLL(load().__file__).fused_tricks_capture(True)
+        try:
+            yield
+        finally:
+            ctypes.CDLL(load().__file__).fused_tricks_capture(False)
+            Graph.is_capturing = False
+
+    def replay(self) -> None:
+        """Runs what was captured."""
+        ctypes.CDLL(load().__file__).fused_tricks_replay()
+
+
 class EmulatedCudaStepper(CudaStepper):
     """The CUDA backend on CPU tensors."""
+
+    def _is_capturing(self) -> bool:
+        return Graph.is_capturing
 
     @staticmethod
     def extension() -> ModuleType:

@@ -29,7 +29,6 @@ struct Traffic {
   int64_t table_bytes_read;
   int64_t table_bytes_written;
   int64_t launches;
-  int64_t copies;
 };
 extern Traffic traffic;
 

@@ -2,10 +2,12 @@
 #include "launch.h"
 
 #include <exception>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "kernels.cuh"
 
@@ -59,6 +61,8 @@ void* scheduler_stack = nullptr;
 void (*kernel_body)() = nullptr;
 std::exception_ptr failure;
 int64_t block_limit = -1;
+bool captures = false;
+std::vector<std::function<void()>> graph;  // launches, with their arguments by value
 
 Fiber& current() { return fibers[threadIdx.x]; }
 
@@ -115,6 +119,10 @@ void run_block() {
 
 template <auto kKernel, typename Args>
 void run_grid(const Args& args, int64_t blocks) {
+  if (captures) {
+    graph.emplace_back([args, blocks] { run_grid<kKernel>(args, blocks); });
+    return;
+  }
   static const Args* launched = nullptr;
   launched = &args;
   kernel_body = [] { kKernel(*launched); };
@@ -167,10 +175,7 @@ void launch_update(const Args& args, int64_t blocks, const Target&) {
   run_grid<update_kernel<Args>>(args, blocks);
 }
 
-void copy_to_device(void* device_memory, const void* host, size_t size, const Target&) {
-  traffic.copies += 1;
-  std::memcpy(device_memory, host, size);
-}
+void launch_write(const WriteArguments& args, const Target&) { run_grid<write_kernel>(args, 1); }
 
 template void launch_scan<SmallArguments>(const SmallArguments&, int64_t, const Target&);
 template void launch_scan<MediumArguments>(const MediumArguments&, int64_t, const Target&);
@@ -185,6 +190,15 @@ template void launch_update<LargeArguments>(const LargeArguments&, int64_t, cons
 extern "C" __attribute__((visibility("default"))) void fused_tricks_take_traffic(fused_tricks::cuda::Traffic* counted) {
   *counted = fused_tricks::cuda::traffic;
   fused_tricks::cuda::traffic = {};
+}
+
+// While `captures`, launches are not run but put into a graph, a new one each time; `replay` runs them.
+extern "C" __attribute__((visibility("default"))) void fused_tricks_capture(bool captures) {
+  fused_tricks::cuda::captures = captures;
+  if (captures) fused_tricks::cuda::graph.clear();
+}
+extern "C" __attribute__((visibility("default"))) void fused_tricks_replay() {
+  for (const auto& launch : fused_tricks::cuda::graph) launch();
 }
 
 // Runs only the first `count` blocks of every launch, for tensors too large to be walked; -1 runs all.

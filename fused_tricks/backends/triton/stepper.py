@@ -73,6 +73,8 @@ class TritonStepper(GpuStepper):
             int(request.scans),
             group_argument,
         )
+        if self._is_capturing():
+            self._keep(groups, tables, self._grads, self._groups)
         self._watch.mark_updated()
         return Outcome.APPLIED
 
