@@ -258,7 +258,9 @@ class FusedSGD(Optimizer):
         self.__dict__["state"] = state
 
     def _prepare(self) -> tuple[Stepper, Plan]:
-        named = [(name, p) for name, p, _ in named_parameters(self.param_groups) if p.grad is not None]
+        listed = [(name, param) for name, param, _ in named_parameters(self.param_groups)]
+        # Those without a gradient do not matter, unless there are no others.
+        named = [(name, param) for name, param in listed if param.grad is not None] or listed
         stepper = stepper_class(self._backend, named)
         former = self._plan if self._stepper is not None and self._stepper.answers_late else None
         plan = build_plan(self.param_groups, self.__dict__["state"], self._step_state, former)

@@ -84,12 +84,14 @@ def check_backend(name: str) -> None:
 def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan, StepState], Stepper]:
     """The backend called ``name`` for parameters with names; ``"auto"`` takes the fastest that serves them.
 
+    Where there are no parameters there is nothing to choose, and the reference counts the steps.
+
     Raises:
         RuntimeError: The backend does not serve one of them.
     """
     devices = {param.device for _, param in named}
     wrappers = [(who, type(t)) for who, p in named for t in (p, p.grad) if t is not None and is_wrapper(t)]
-    if name == "auto":
+    if name == "auto" or not named:
         for backend in BACKENDS.values():
             serves = not wrappers and _serves(backend, devices) and backend.unavailable_because() is None
             if backend.device_type is None or serves:
@@ -112,4 +114,4 @@ def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan,
 def _serves(backend: Backend, devices: set[torch.device]) -> bool:
     if backend.device_type is None:
         return True
-    return len(devices) <= 1 and all(device.type == backend.device_type for device in devices)
+    return len(devices) == 1 and all(device.type == backend.device_type for device in devices)

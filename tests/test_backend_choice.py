@@ -1,0 +1,40 @@
+"""Which backend runs the steps, by the devices of the parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from fused_tricks import FusedSGD
+from fused_tricks.backends import BACKENDS, stepper_class
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a GPU."""
+    usable = BACKENDS["cuda"]._replace(unavailable_because=lambda: None)
+    monkeypatch.setitem(BACKENDS, "cuda", usable)
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_auto_takes_no_gpu_backend_for_cpu_parameters_without_gradients() -> None:
+    optimizer = FusedSGD([Parameter(torch.zeros(3))], lr=0.1)
+    optimizer.step()
+    assert type(optimizer._stepper) is stepper_class("auto", [("p", torch.zeros(3))])
+    assert optimizer.stats().applied_steps == 1
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_a_gpu_backend_refuses_cpu_parameters_without_gradients() -> None:
+    optimizer = FusedSGD([Parameter(torch.zeros(3))], lr=0.1, backend="cuda")
+    with pytest.raises(RuntimeError, match="these are on cpu"):
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("with_cuda")
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_an_optimizer_without_parameters_counts_its_steps(name: str) -> None:
+    optimizer = FusedSGD([{"params": []}], lr=0.1, backend=name)
+    optimizer.step()
+    assert optimizer.stats().applied_steps == 1
