@@ -54,7 +54,7 @@ class ReferenceStepper:
         inverse_scale = to_float32(1.0 / scale if scale else math.inf) if request.unscales else 1.0
         if request.max_norm is None:
             return inverse_scale, None
-        squares = sum(float(grad.double().square().sum()) for grad in grads)
+        squares = sum(float(_whole(grad.double().square().sum())) for grad in grads)
         norm = to_float32(math.sqrt(squares) * inverse_scale)
         self._step_state.grad_norm.fill_(norm)
         # Sums and quotients of FP32 numbers, taken in FP64 and rounded, are those of FP32 arithmetic.
@@ -134,3 +134,9 @@ def _update(entry: Entry, group: dict[str, Any], inverse_scale: float | None, cl
 
 def _is_finite(grad: Tensor) -> bool:
     return bool(torch.isfinite(grad).all())
+
+
+def _whole(total: Tensor) -> Tensor:
+    """A reduction over all elements; of a ``DTensor`` it is each rank's own part until it is gathered."""
+    gather = getattr(total, "full_tensor", None)
+    return total if gather is None else gather()
