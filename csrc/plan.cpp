@@ -24,6 +24,7 @@ struct Names {
   PyObject* version = interned("_version");
   PyObject* momentum_buffer = interned("momentum_buffer");
   PyObject* master_param = interned("master_param");
+  PyObject* is_neg = interned("is_neg");
 };
 
 const Names& names() {
@@ -95,6 +96,18 @@ int64_t version_of(PyObject* tensor) {
       py::reinterpret_steal<py::object>(tensor_attribute(tensor, torch_api().version, names().version));
   if (!value) throw py::error_already_set();
   return PyLong_AsLongLong(value.ptr());
+}
+
+// Whether a gradient may have the negative bit, which DLPack does not tell and torch only slowly. It marks the imaginary
+// part of a conjugated tensor: every second element, from the second on, so that a dense one has a single element.
+bool may_be_negative(const dlpack::Tensor& tensor, int64_t count) {
+  return count == 1 && reinterpret_cast<uintptr_t>(tensor.data) / (tensor.dtype.bits / 8) % 2 == 1;
+}
+
+bool is_negative(PyObject* tensor) {
+  const py::object value = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, names().is_neg));
+  if (!value) throw py::error_already_set();
+  return value.ptr() == Py_True;
 }
 
 // Whether a tensor of the state still has the address that the plan holds: its data may have been replaced.
@@ -232,6 +245,7 @@ bool Plan::refresh_entry(Entry& entry) {
   if (!to_dtype(tensor.dtype, entry.grad_type)) return false;
   // A tensor that wraps others has elements and no address.
   if (tensor.data == nullptr && entry.count > 0) return false;
+  if (may_be_negative(tensor, entry.count) && is_negative(grad)) return false;
   const bool wide = entry.grad_type == DType::kFloat32 && entry.has_master;
   if (entry.grad_type != entry.type && !wide) return false;
   if (groups[entry.group].momentum != 0 && !entry.has_buffer) return false;

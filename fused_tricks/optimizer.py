@@ -262,8 +262,7 @@ class FusedSGD(Optimizer):
         # Those without a gradient do not matter, unless there are no others.
         named = [(name, param) for name, param in listed if param.grad is not None] or listed
         stepper = stepper_class(self._backend, named)
-        former = self._plan if self._stepper is not None and self._stepper.answers_late else None
-        plan = build_plan(self.param_groups, self.__dict__["state"], self._step_state, former)
+        plan = build_plan(self.param_groups, self.__dict__["state"], self._step_state, self._plan)
         if named:
             self._step_state.move_to(named[0][1].device)
         return stepper(plan, self._step_state), plan

@@ -25,7 +25,8 @@ class Entry:
     Attributes:
         group: The index of its group.
         param: The parameter as its group lists it.
-        live: Whether it had a gradient when the plan was made. What follows is empty where it had none.
+        live: Whether it can be updated: it had a gradient when the plan was made, or has had one before and is ready
+            for the next. What follows is empty where it cannot.
         source: The tensor whose memory and ``.grad`` the kernels use: the parameter, or a contiguous stand-in where
             the parameter has gaps or its gradient has other strides.
         master: FP32 weights of an FP16 or BF16 parameter, with the strides of ``source``.
@@ -50,7 +51,7 @@ class Entry:
     def own_state(self) -> dict[str, Tensor]:
         """What of it belongs into the optimizer's state."""
         tensors = {MASTER_PARAM: self.master, MOMENTUM_BUFFER: self.buffer}
-        return {key: tensor for key, tensor in tensors.items() if tensor is not None}
+        return {k: t for k, t in tensors.items() if t is not None and t.shape == self.param.shape}
 
     @property
     def is_staged(self) -> bool:
@@ -86,7 +87,7 @@ class Plan:
                 continue
             if entry.master is not None and _identity(entry.param) != entry.identity:
                 return False
-            if grad.shape != source.shape or entry.param.shape != source.shape:
+            if grad.shape != source.shape or not _is_alike(entry.param, source):
                 return False
             source.copy_(entry.param)
             source.grad_dtype = grad.dtype
@@ -135,29 +136,36 @@ def build_plan(
         groups: The optimizer's groups.
         state: The optimizer's state.
         step_state: The optimizer's state on the device.
-        former: A plan whose masters and buffers may be written although the host has not heard of it.
+        former: The plan before, whose new masters and buffers may be written although the host has not heard of it.
 
     Raises:
         RuntimeError: A parameter or gradient cannot be updated. Then nothing is changed at all.
     """
     listed = named_parameters(groups)
+    seen: dict[Tensor, str] = {}
     for name, param, _ in listed:
         if param.grad is not None:
             _check(name, param, param.grad, state.get(param, {}))
+            if param in seen:
+                raise RuntimeError(f"{name} is also {seen[param]}, and would be updated twice; list it once")
+            seen[param] = name
+    devices = {param.device for param in seen}
+    before = {} if former is None else {entry.param: entry for entry in former.entries if entry.live}
     pending = {} if former is None else {entry.param: entry.own_state() for entry in former.new}
+    entries = []
     with torch.no_grad():
-        return Plan(
-            [
-                _entry(
-                    param,
-                    group,
-                    groups[group]["momentum"] != 0,
-                    [state.get(param, {}), pending.get(param, {})],
-                    step_state,
-                )
-                for _, param, group in listed
-            ]
-        )
+        for _, param, group in listed:
+            has_momentum = groups[group]["momentum"] != 0
+            states = [state.get(param, {}), pending.get(param, {})]
+            if param.grad is not None:
+                is_dense = _fits(param.grad, param)
+            elif param.device in devices and _is_ready(before.get(param), param, has_momentum, states):
+                is_dense = not before[param].is_staged
+            else:
+                entries.append(Entry(group, param, live=False, source=param))
+                continue
+            entries.append(_entry(param, group, is_dense, has_momentum, states, step_state))
+    return Plan(entries)
 
 
 def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:
@@ -224,14 +232,31 @@ def _check(name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> Non
             )
 
 
+def _is_ready(former: Entry | None, param: Tensor, has_momentum: bool, states: list[dict[str, Any]]) -> bool:
+    """Whether a parameter without a gradient can stay live, so that gradients that take turns need no new plans."""
+    if former is None or is_wrapper(param) or param.dtype not in _SUPPORTED or param.layout != torch.strided:
+        return False
+    if not former.is_staged and not _fits(param, param):
+        return False
+    needed = [MASTER_PARAM] if param.dtype in LOW_PRECISION else []
+    needed += [MOMENTUM_BUFFER] if has_momentum else []
+    found = [next((s[key] for s in states if s.get(key) is not None), None) for key in needed]
+    return all(value is not None and value.shape == param.shape for value in found)
+
+
+def _is_alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
 def _entry(
-    param: Tensor, group: int, has_momentum: bool, states: list[dict[str, Any]], step_state: StepState
+    param: Tensor,
+    group: int,
+    is_dense: bool,
+    has_momentum: bool,
+    states: list[dict[str, Any]],
+    step_state: StepState,
 ) -> Entry:
-    if param.grad is None:
-        return Entry(group, param, live=False, source=param)
-    source = (
-        param if _fits(param.grad, param) else param.detach().clone(memory_format=torch.contiguous_format)
-    )
+    source = param if is_dense else param.detach().clone(memory_format=torch.contiguous_format)
     entry = Entry(group, param, live=True, source=source, identity=_identity(param), storage=param.detach())
     if param.dtype in LOW_PRECISION:
         entry.master, entry.is_new = _find_state(states, MASTER_PARAM, source, step_state)
@@ -265,9 +290,9 @@ def _identity(param: Tensor) -> tuple[int, int]:
 def _fits(grad: Tensor, param: Tensor) -> bool:
     """Whether both can be walked as two flat arrays that list the same elements in the same order."""
     dense = torch.empty_like(param, device="meta")
-    return (
-        same_strides(param, dense) and same_strides(param, grad) and not grad.is_neg() and not param.is_neg()
-    )
+    if not (same_strides(param, dense) and same_strides(param, grad)):
+        return False
+    return not (grad.is_neg() or param.is_neg() or grad._is_zerotensor())
 
 
 def same_strides(a: Tensor, b: Tensor) -> bool:

@@ -64,6 +64,15 @@ def test_a_parameter_that_gets_gradients_late_is_first_then(backend, device):
     drive(both(backend, device, lr=0.05, momentum=0.9, dampening=0.5), 7, withhold)
 
 
+@pytest.mark.parametrize("options", [{"momentum": 0.9, "dampening": 0.5}, {"weight_decay": 0.1}], ids=str)
+def test_parameters_that_take_turns_at_having_gradients_are_updated_as_in_torch(backend, device, options):
+    def alternate(index: int, _: torch.optim.Optimizer, params: list[Parameter]) -> None:
+        for param in params[index % 2 :: 2]:
+            param.grad = None
+
+    drive(both(backend, device, lr=0.05, **options), 7, alternate)
+
+
 STATE_EDITS: dict[str, Callable[[torch.optim.Optimizer, list[Parameter]], None]] = {
     "zeroed": lambda o, ps: o.state[ps[1]]["momentum_buffer"].zero_(),
     "replaced": lambda o, ps: o.state[ps[1]].update(momentum_buffer=torch.ones_like(ps[1])),

@@ -262,6 +262,18 @@ def test_the_error_names_the_parameter(backend, device, case):
             optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_parameter_listed_twice_is_refused_by_name(backend, device, dtype):
+    param, other = parameters([(3,), (2,)], dtype, device)
+    optimizer = FusedSGD([("embed", param), ("norm", other), ("head", param)], lr=0.1, backend=backend)
+    set_gradients([param, other], [torch.ones(3, dtype=dtype), torch.ones(2, dtype=dtype)])
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="parameter 'head' is also parameter 'embed'.*list it once"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
 def test_training_goes_on_after_a_refused_step_as_if_it_had_not_been(backend, device):
     optimizer, params = in_training(backend, device, torch.float32, loss_scale="dynamic")
     twin, twins = in_training(backend, device, torch.float32, loss_scale="dynamic")

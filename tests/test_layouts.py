@@ -164,6 +164,18 @@ def test_a_gradient_with_the_negative_bit_set_is_negated(backend, device, contig
     assert_same_bits(step_twice(backend, device, negative_view), negated)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_gradient_that_gets_the_negative_bit_after_some_steps_is_negated(backend, device, dtype):
+    param = Parameter(torch.zeros(1, device=device, dtype=dtype))
+    optimizer = FusedSGD([param], lr=1.0, backend=backend)
+    for step in range(4):
+        ones = torch.ones(1, device=device, dtype=dtype)
+        param.grad = torch.complex(ones, ones).conj().imag if step >= 2 else ones
+        assert param.grad.is_neg() is (step >= 2)
+        optimizer.step()
+    assert param.item() == 0.0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_that_change_between_steps_are_noticed(backend, device, dtype):
     """Of the gradient, and of the parameter while its memory stays the same."""

@@ -70,6 +70,49 @@ def test_new_data_of_a_staged_parameter_is_noticed_although_an_address_was_used_
         assert (param == factor).all()
 
 
+def test_a_staged_parameter_whose_data_becomes_low_precision_gets_a_master(backend, device):
+    param = Parameter(torch.zeros(3, 4, device=device))
+    optimizer = FusedSGD([param], lr=2.0**-12, backend=backend)
+    for step in range(5):
+        if step == 2:
+            param.grad = None
+            param.data = param.data.half() + 1
+            param.grad_dtype = torch.float32
+        param.grad = torch.ones(4, 3, device=device).t()
+        optimizer.step()
+    assert param.dtype == torch.float16
+    assert_same_bits(optimizer.state[param]["master_param"], torch.full((3, 4), 1 - 5 * 2.0**-12))
+
+
+@pytest.mark.parametrize("layout", [lambda t: t, lambda t: t.t().contiguous().t()], ids=["dense", "staged"])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_that_take_turns_soon_need_no_new_plan(
+    backend, device, dtype, options, layout, monkeypatch
+):
+    if backend == "reference":
+        pytest.skip("the reference makes a plan for every step")
+    params = [Parameter(torch.zeros(3, 4, device=device, dtype=dtype)) for _ in range(4)]
+    optimizer = FusedSGD(params, lr=0.5, backend=backend, **options)
+    for step in range(8):
+        if step == 4:
+            monkeypatch.setattr(optimizer, "_prepare", lambda: pytest.fail("a new plan was made"))
+        for index, param in enumerate(params):
+            param.grad = layout(torch.ones_like(param)) if index % 2 == step % 2 else None
+        optimizer.step()
+
+
+def test_a_parameter_resized_after_a_skipped_first_step_starts_anew(backend, device):
+    param = Parameter(torch.zeros(6, device=device, dtype=torch.float16))
+    optimizer = FusedSGD([param], lr=1.0, momentum=0.9, loss_scale=1.0, backend=backend)
+    for size, value in ((6, float("inf")), (9, 1.0)):
+        param.grad = None
+        param.data = torch.zeros(size, device=device, dtype=torch.float16)
+        param.grad = torch.full_like(param, value)
+        optimizer.step()
+    assert param.tolist() == [-1.0] * 9
+
+
 def test_a_staged_gradient_may_change_its_dtype(backend, device):
     param = Parameter(torch.zeros(3, 4, device=device, dtype=torch.float16).t()[:, :2])
     optimizer = FusedSGD([param], lr=1.0, max_grad_norm=float("inf"), backend=backend)
