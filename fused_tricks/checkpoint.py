@@ -12,7 +12,8 @@ from torch import Tensor
 from .plan import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
 
 # Written into every group of a state dict; not options of a group.
-SCALE_KEYS = ("applied_steps", "skipped_steps", "loss_scale", "growth_tracker", "hysteresis_tracker")
+COUNTERS = ("applied_steps", "skipped_steps")
+SCALE_KEYS = (*COUNTERS, "loss_scale", "growth_tracker", "hysteresis_tracker")
 
 
 def import_state(

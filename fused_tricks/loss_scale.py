@@ -149,23 +149,23 @@ class DynamicLossScale:
             raise KeyError(f"the state has no {', '.join(missing)}; was it saved from a disabled GradScaler?")
         rules = {rule: state_dict.get(rule, getattr(self, rule)) for rule in _RULES}
         _check_rules(rules)
-        self.restore(
+        saved = (
             state_dict["scale"],
             state_dict["_growth_tracker"],
             state_dict.get("_hysteresis_tracker", rules["hysteresis"]),
         )
+        _check_state(*saved)
         self.__dict__.update(rules)
+        self.restore(*saved)
 
     def restore(self, scale: float, growth_tracker: int, hysteresis_tracker: int) -> None:
-        """Sets the scale and its trackers.
+        """Sets the scale, clamped to ``[min_scale, max_scale]``, and its trackers.
 
         Raises:
             TypeError, ValueError: One is not a number or outside its range. Nothing is changed.
         """
-        check_scale("scale", scale)
-        _check_count("_growth_tracker", growth_tracker, 0)
-        _check_count("_hysteresis_tracker", hysteresis_tracker, 0)
-        self._step_state.scale.fill_(scale)
+        _check_state(scale, growth_tracker, hysteresis_tracker)
+        self._step_state.scale.fill_(min(max(scale, self.min_scale), self.max_scale))
         self._step_state.growth_tracker.fill_(growth_tracker)
         self._step_state.hysteresis_tracker.fill_(hysteresis_tracker)
 
@@ -183,13 +183,27 @@ def check_scale(name: str, value: Any) -> None:
         )
 
 
+def check_count(name: str, value: Any, least: int, most: int) -> None:
+    """Raises unless ``value`` is an ``int`` in ``[least, most]``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}={value} must lie in [{least}, {most}]")
+
+
+def _check_state(scale: Any, growth_tracker: Any, hysteresis_tracker: Any) -> None:
+    check_scale("scale", scale)
+    check_count("_growth_tracker", growth_tracker, 0, _INT32_MAX)
+    check_count("_hysteresis_tracker", hysteresis_tracker, 0, _INT32_MAX)
+
+
 def _check_rules(rules: dict[str, Any]) -> None:
     for name in ("init_scale", "min_scale", "max_scale"):
         check_scale(name, rules[name])
     for name in ("growth_factor", "backoff_factor"):
         _check_number(name, rules[name])
     for name in ("growth_interval", "hysteresis"):
-        _check_count(name, rules[name], 1)
+        check_count(name, rules[name], 1, _INT32_MAX)
     if not 1 < rules["growth_factor"] < math.inf:
         raise ValueError(f"growth_factor={rules['growth_factor']} must be greater than 1 and finite")
     if not 0 < rules["backoff_factor"] < 1:
@@ -201,10 +215,3 @@ def _check_rules(rules: dict[str, Any]) -> None:
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not least <= value <= _INT32_MAX:
-        raise ValueError(f"{name}={value} must lie in [{least}, 2**31 - 1]")

@@ -15,9 +15,9 @@ from torch.optim import optimizer as torch_optimizer
 
 from .backends import Stepper, check_backend, stepper_class
 from .backends.request import Outcome, StepRequest
-from .checkpoint import SCALE_KEYS, import_state
+from .checkpoint import COUNTERS, SCALE_KEYS, import_state
 from .hyper_parameters import check_group, check_numbers
-from .loss_scale import DynamicLossScale, check_scale
+from .loss_scale import DynamicLossScale, check_count, check_scale
 from .plan import Plan, build_plan, named_parameters
 from .step_state import StepState
 
@@ -328,8 +328,10 @@ class FusedSGD(Optimizer):
         ``state`` has ``momentum_buffer`` where there is momentum and ``master_param`` beside FP16 and BF16
         parameters, both FP32 (FP64 beside FP64 parameters), once the parameter was updated. Each group also carries
         ``applied_steps``, ``skipped_steps`` and, with a loss scale, ``loss_scale``, ``growth_tracker`` and
-        ``hysteresis_tracker``: there they survive tools that keep only ``state`` and ``param_groups``.
-        Synchronises.
+        ``hysteresis_tracker``: there they survive tools that keep only ``state`` and ``param_groups``. They do not
+        survive tools that save no other option than ``optimizer.param_groups`` has, as
+        ``torch.distributed.checkpoint`` with ``flatten_optimizer_state_dict=True``: save ``loss_scale.state_dict()``
+        beside it there. Synchronises.
         """
         packed = super().state_dict()
         scale, growth_tracker, hysteresis_tracker, _, applied, skipped, _ = self._step_state.read()
@@ -348,7 +350,8 @@ class FusedSGD(Optimizer):
         """Loads a state of this class or of ``torch.optim.SGD``.
 
         FP32 state stays FP32 beside an FP16 parameter, where ``torch.optim.Optimizer`` would cast it. Tensors are
-        copied. Options that the state lacks, and the scale where it has none, keep their values.
+        copied. Options that the state lacks, and the scale where it has none, keep their values. So does a static
+        ``loss_scale``: only a :class:`DynamicLossScale` takes over a saved scale, within its floor and ceiling.
 
         Raises:
             KeyError, TypeError, ValueError: The state does not fit the optimizer. Nothing is changed then.
@@ -374,19 +377,18 @@ class FusedSGD(Optimizer):
             post_hook(self)
 
     def _restore_progress(self, saved: dict[str, Any]) -> None:
-        steps = [saved.get("applied_steps"), saved.get("skipped_steps", 0)]
-        for value in steps:
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"applied_steps and skipped_steps must be ints, got {value!r}")
+        counters = {key: saved[key] for key in COUNTERS if key in saved}
+        for key, value in counters.items():
+            check_count(key, value, 0, 2**63 - 1)
         if isinstance(self._loss_scale, DynamicLossScale) and "loss_scale" in saved:
             self._loss_scale.restore(
                 saved["loss_scale"],
                 saved.get("growth_tracker", 0),
                 saved.get("hysteresis_tracker", self._loss_scale.hysteresis),
             )
-        if steps[0] is not None:
-            self._step_state.applied_steps.fill_(steps[0])
-            self._step_state.skipped_steps.fill_(steps[1])
+        if "applied_steps" in counters:
+            self._step_state.applied_steps.fill_(counters["applied_steps"])
+            self._step_state.skipped_steps.fill_(counters.get("skipped_steps", 0))
 
     def __getstate__(self) -> dict[str, Any]:
         return {

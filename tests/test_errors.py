@@ -379,6 +379,18 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(backend, 
     assert_unchanged(optimizer, before)
 
 
+@pytest.mark.parametrize("key", ["applied_steps", "skipped_steps"])
+@pytest.mark.parametrize("value", [-1, 2**63, None, True, 1.0], ids=repr)
+def test_a_checkpoint_with_a_counter_out_of_range_is_refused_and_changes_nothing(backend, device, key, value):
+    optimizer, _params = in_training(backend, device, torch.float16, loss_scale="dynamic")
+    checkpoint = deepcopy(optimizer.state_dict())
+    checkpoint["param_groups"][0] |= {"loss_scale": 8.0, "growth_tracker": 5, "lr": 0.7, key: value}
+    before = snapshot(optimizer)
+    with pytest.raises((TypeError, ValueError), match=key):
+        optimizer.load_state_dict(checkpoint)
+    assert_unchanged(optimizer, before)
+
+
 def test_a_refused_group_changes_nothing(backend, device):
     optimizer, params = in_training(backend, device, torch.float32, loss_scale="dynamic")
     before = snapshot(optimizer)

@@ -260,6 +260,19 @@ def test_a_state_dict_of_grad_scaler_is_taken_over(backend, device, attached):
     assert rule.max_scale == 2.0**20
 
 
+@pytest.mark.parametrize(("saved", "expected"), [(65536.0, 8.0), (1.0, 2.0), (4.0, 4.0)])
+def test_a_saved_scale_is_taken_over_within_the_floor_and_the_ceiling(backend, device, saved, expected):
+    rule = DynamicLossScale(init_scale=4.0, min_scale=2.0, max_scale=8.0)
+    optimizer, _ = optimizer_with(rule, backend, device)
+    source, _ = optimizer_with(DynamicLossScale(init_scale=saved), backend, device)
+    optimizer.load_state_dict(source.state_dict())
+    assert optimizer.stats().scale == expected
+    scaler = torch.amp.GradScaler("cpu", saved)
+    other = DynamicLossScale(init_scale=4.0, min_scale=2.0, max_scale=8.0)
+    other.load_state_dict(scaler.state_dict())
+    assert other.get_scale() == expected
+
+
 def test_a_rules_own_state_dict_restores_everything(backend, device):
     options = {
         "init_scale": 64.0,
