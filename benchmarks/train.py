@@ -48,8 +48,16 @@ class Record:
         return [a.device + b.device for a, b in zip(self.passes, self.updates)]
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Reads the command line."""
+def positive(text: str) -> int:
+    """An integer of the command line that is at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
+    """Reads the command line, and loads the images that it names."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train",
         description="Trains with torch.amp and with fused_tricks, side by side.",
@@ -59,13 +67,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--data", metavar="DIR", help="folder of cifar10 or imagefolder; nothing is downloaded"
     )
-    parser.add_argument("--image-size", type=int, default=32, help="images are resized to this many pixels")
-    parser.add_argument("--batch-size", type=int, default=64)
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, default=3)
-    length.add_argument("--steps", type=int, help="train this many steps instead of --epochs")
     parser.add_argument(
-        "--seeds", type=int, default=3, help="repeat with this many initial weights and orders"
+        "--image-size", type=positive, default=32, help="images are resized to this many pixels"
+    )
+    parser.add_argument("--batch-size", type=positive, default=64)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive, default=3)
+    length.add_argument("--steps", type=positive, help="train this many steps instead of --epochs")
+    parser.add_argument(
+        "--seeds", type=positive, default=3, help="repeat with this many initial weights and orders"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -77,7 +87,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--loss-scale", choices=("dynamic", "none"), default="dynamic", help="for all contestants"
     )
     parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    try:
+        images = data.load(options.dataset, options.data, options.image_size)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    count = len(images.train)  # type: ignore[arg-type]
+    if options.batch_size > count:
+        parser.error(f"--batch-size {options.batch_size}: {options.dataset} has only {count} images to train on")
+    return options, images
 
 
 def batches(images: data.Images, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -289,11 +307,10 @@ def picture(result: dict[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Trains, and writes train.json, train.md and train.png."""
-    options = parse(arguments)
+    options, images = parse(arguments)
     device = torch.device(options.device)
     gpu.use(device)
     dtype_name = options.dtype or ("float16" if device.type == "cuda" else "bfloat16")
-    images = data.load(options.dataset, options.data, options.image_size)
     steps = options.steps or options.epochs * (len(images.train) // options.batch_size)  # type: ignore[arg-type]
     recipe = Recipe(
         device=device,

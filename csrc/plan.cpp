@@ -110,6 +110,12 @@ bool is_negative(PyObject* tensor) {
   return value.ptr() == Py_True;
 }
 
+bool has_one_element(const dlpack::Tensor& tensor) {
+  int64_t count = 1;
+  for (int32_t i = 0; i < tensor.ndim; ++i) count *= tensor.shape[i];
+  return count == 1;
+}
+
 // Whether a tensor of the state still has the address that the plan holds: its data may have been replaced.
 bool is_at(PyObject* object, const void* address) {
   dlpack::Tensor tensor;
@@ -277,7 +283,7 @@ void Plan::read_lr(PyObject* dict, Group& group) const {
   DType type;
   const bool readable = reads_lr_ && !PyFloat_Check(lr) && !PyLong_Check(lr) && read_tensor(lr, tensor) &&
                         tensor.device.type == device.type && tensor.device.index == device.index &&
-                        to_dtype(tensor.dtype, type) && size_of(type) >= 4;
+                        has_one_element(tensor) && to_dtype(tensor.dtype, type) && size_of(type) >= 4;
   if (readable) {
     group.lr_pointer = tensor.data;
     group.lr_is_double = type == DType::kFloat64;

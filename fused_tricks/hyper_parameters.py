@@ -14,6 +14,7 @@ _MESSAGES = {
     "dampening": "Invalid dampening value: {}",
     "weight_decay": "Invalid weight_decay value: {}",
 }
+_FLAGS = ("nesterov", "maximize", "bias_decay")
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -28,12 +29,17 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def check_numbers(group: dict[str, Any]) -> None:
-    """Checks the numbers of a group, which a schedule may have changed since it was new.
+    """Checks the options of a group one by one, which a schedule may have changed since it was new.
 
     Raises:
-        TypeError: An option is not a number (or, for lr and weight_decay, a tensor of one element).
+        KeyError: An option is missing.
+        TypeError: An option is not a number (or, for lr and weight_decay, a tensor of one element), or a flag not a
+            bool.
         ValueError: An option is outside its range.
     """
+    missing = [name for name in (*_MESSAGES, *_FLAGS) if name not in group]
+    if missing:
+        raise KeyError(f"a parameter group has no option '{missing[0]}'")
     for name, message in _MESSAGES.items():
         value = group[name]
         if isinstance(value, Tensor) and name in ("lr", "weight_decay"):
@@ -47,3 +53,21 @@ def check_numbers(group: dict[str, Any]) -> None:
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not math.isfinite(value) or (value < 0 and name != "dampening"):
             raise ValueError(message.format(value))
+    for name in _FLAGS:
+        if group[name] not in (False, True):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
+    if group.get("differentiable"):
+        raise ValueError(
+            "differentiable=True is not supported; use torch.optim.SGD to differentiate through steps"
+        )
+
+
+def as_float(value: Any) -> float:
+    """The number as a Python float.
+
+    Raises:
+        TypeError: It is not a number. Text is none, although ``float`` reads it.
+    """
+    if isinstance(value, str | bytes | bytearray):
+        raise TypeError(f"a number is needed, got {type(value).__name__}")
+    return float(value)

@@ -97,6 +97,8 @@ def _kept_modules(model: nn.Module, keep_fp32: Iterable[Keep] | Keep) -> set[nn.
     """The modules that `keep_fp32` asks for and all that they contain."""
     if isinstance(keep_fp32, Keep):
         keep_fp32 = (keep_fp32,)
+    if not isinstance(keep_fp32, Iterable):
+        raise TypeError(f"keep_fp32 takes types, name patterns and modules, got {keep_fp32!r}")
     named = list(model.named_modules(remove_duplicate=False))
     kept: set[nn.Module] = set()
     for keep in keep_fp32:

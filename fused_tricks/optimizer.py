@@ -103,10 +103,6 @@ class FusedSGD(Optimizer):
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
-        if differentiable:
-            raise ValueError(
-                "differentiable=True is not supported; use torch.optim.SGD to differentiate through steps"
-            )
         check_backend(backend)
         _check_max_grad_norm(max_grad_norm)
         loss_scale = _parse_loss_scale(loss_scale)
@@ -124,7 +120,7 @@ class FusedSGD(Optimizer):
                 "maximize": maximize,
                 "bias_decay": bias_decay,
                 "foreach": foreach,
-                "differentiable": False,
+                "differentiable": differentiable,
                 "fused": fused,
             },
         )
@@ -227,12 +223,18 @@ class FusedSGD(Optimizer):
             return closure()
 
     def _update(self, request: StepRequest) -> None:
-        outcome = self._run(request)
-        if outcome is Outcome.STALE:
-            self._stepper, self._plan = self._prepare()
+        try:
             outcome = self._run(request)
             if outcome is Outcome.STALE:
-                raise RuntimeError("parameters, gradients or state changed while the step was being prepared")
+                self._stepper, self._plan = self._prepare()
+                outcome = self._run(request)
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            # A backend fails on an option that is no number, and knows neither its name nor what is allowed.
+            for group in self.param_groups:
+                check_numbers(group)
+            raise
+        if outcome is Outcome.STALE:
+            raise RuntimeError("parameters, gradients or state changed while the step was being prepared")
         if outcome is Outcome.APPLIED and self._stepper is not None and not self._stepper.answers_late:
             self._publish()
 

@@ -89,6 +89,30 @@ def test_training_in_low_precision_starts_from_the_same_weights_and_batch(tmp_pa
     assert our_losses[0] == pytest.approx(torch_losses[0], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "argument --steps: must be at least 1"),
+        (["--epochs", "-1"], "argument --epochs: must be at least 1"),
+        (["--seeds", "0"], "argument --seeds: must be at least 1"),
+        (["--batch-size", "0"], "argument --batch-size: must be at least 1"),
+        (["--steps", "many"], "argument --steps: invalid positive value: 'many'"),
+        (["--batch-size", "2000"], "--batch-size 2000: digits has only 1437 images"),
+        (["--dataset", "cifar10"], "name its folder with --data"),
+        (["--dataset", "cifar10", "--data", "nowhere"], "nowhere holds no folder cifar-10-batches-py"),
+        (["--dataset", "imagefolder", "--data", "nowhere"], "nowhere holds no folders train and val"),
+    ],
+    ids=str,
+)
+def test_training_refuses_a_command_line_that_cannot_be_run(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        train.parse([*TRAIN, *arguments])
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_step_reports_every_contestant(stepped: Path) -> None:
     result = read(stepped, "step")
     names = {FOR_LOOP, FOREACH, FUSED, FUSED_CASTS, FUSED_NEW_CASTS, OURS}

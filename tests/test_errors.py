@@ -132,6 +132,30 @@ def test_differentiable_is_refused(backend, device):
         FusedSGD(parameters([(3,)], device=device), lr=0.1, differentiable=True, backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"differentiable": True}, ValueError, "differentiable=True is not supported"),
+        ({"nesterov": "no"}, TypeError, "nesterov must be True or False, got 'no'"),
+        ({"bias_decay": "no"}, TypeError, "bias_decay must be True or False, got 'no'"),
+        ({"maximize": None}, TypeError, "maximize must be True or False, got None"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("how", ["group", "checkpoint"])
+def test_a_flag_that_means_nothing_is_refused_by_name(how, option, error, message):
+    optimizer = FusedSGD(parameters([(3,)]), lr=0.1, momentum=0.9, backend="reference")
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message):
+        if how == "group":
+            optimizer.add_param_group({"params": parameters([(2,)]), **option})
+        else:
+            checkpoint = deepcopy(optimizer.state_dict())
+            checkpoint["param_groups"][0].update(option, lr=0.7)
+            optimizer.load_state_dict(checkpoint)
+    assert_unchanged(optimizer, before)
+
+
 @pytest.mark.parametrize("flag", ["foreach", "fused"])
 @pytest.mark.parametrize("value", [None, True, False])
 def test_torchs_implementation_flags_are_accepted(backend, device, flag, value):
@@ -260,6 +284,32 @@ def test_the_error_names_the_parameter(backend, device, case):
         spoil(params[-1])
         with pytest.raises(RuntimeError, match=where):
             optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error", "message"),
+    [
+        ("lr", "0.1", TypeError, "lr must be a number, got str"),
+        ("lr", torch.ones(2), ValueError, "Tensor lr must be 1-element"),
+        ("momentum", None, TypeError, "momentum must be a number, got NoneType"),
+        ("dampening", "0", TypeError, "dampening must be a number, got str"),
+        ("weight_decay", "x", TypeError, "weight_decay must be a number, got str"),
+        ("bias_decay", None, KeyError, "a parameter group has no option 'bias_decay'"),
+    ],
+    ids=str,
+)
+def test_an_option_spoilt_between_steps_is_refused_by_name(backend, device, option, value, error, message):
+    optimizer, _params = in_training(backend, device, torch.float16, loss_scale="dynamic")
+    before = snapshot(optimizer)
+    good = optimizer.param_groups[1][option]
+    if error is KeyError:
+        del optimizer.param_groups[1][option]
+    else:
+        optimizer.param_groups[1][option] = value
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    optimizer.param_groups[1][option] = good
+    assert_unchanged(optimizer, before)
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")

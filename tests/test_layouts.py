@@ -145,6 +145,17 @@ def step_twice(backend: str, device: torch.device, make_gradient: Callable[[Tens
     return param
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_gradient_of_zeros_without_memory_is_zero(backend, device, momentum):
+    """What autograd uses for a gradient that is known to be zero."""
+    param = Parameter(torch.zeros(3, device=device))
+    optimizer = FusedSGD([param], lr=1.0, momentum=momentum, backend=backend)
+    for step in range(4):
+        param.grad = (torch._efficientzerotensor if step in (0, 2) else torch.ones)(3, device=device)
+        optimizer.step()
+    assert_same_bits(param, torch.full((3,), -2.75 if momentum else -2.0))
+
+
 def test_an_expanded_gradient_counts_for_every_element(backend, device):
     expanded = step_twice(backend, device, lambda p: p.new_full((1,), 0.3).expand(33))
     dense = step_twice(backend, device, lambda p: torch.full_like(p, 0.3))

@@ -392,6 +392,7 @@ def _complex() -> nn.Module:
             r"keep_fp32: .* not in the model: Linear\(.*3",
         ),
         (Network(), {"keep_fp32": [3]}, TypeError, "keep_fp32 takes .* got 3"),
+        (Network(), {"keep_fp32": 3}, TypeError, "keep_fp32 takes .* got 3"),
         (_tied(), {"keep_fp32": "0"}, ValueError, r"parameter 1\.weight is also in a module kept in FP32"),
         (_complex(), {}, ValueError, r"parameter 0\.phase is complex"),
     ],

@@ -150,18 +150,6 @@ def test_a_first_group_may_be_empty(backend, device):
     assert param.tolist() == [-0.5, -0.5]
 
 
-@pytest.mark.parametrize("value", ["x", None])
-def test_an_option_that_is_no_number_is_refused_before_any_parameter_is_updated(backend, device, value):
-    params = [Parameter(torch.zeros(2, device=device)) for _ in range(2)]
-    optimizer = FusedSGD([{"params": [param]} for param in params], lr=0.5, backend=backend)
-    optimizer.param_groups[1]["lr"] = value
-    for param in params:
-        param.grad = torch.ones_like(param)
-    with pytest.raises((TypeError, ValueError)):
-        optimizer.step()
-    assert [param.tolist() for param in params] == [[0.0, 0.0], [0.0, 0.0]]
-
-
 def test_a_gradient_that_begins_to_wrap_other_tensors_is_not_overlooked(backend, device):
     from torch.testing._internal.two_tensor import TwoTensor
 

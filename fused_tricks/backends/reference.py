@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hyper_parameters import as_float
 from ..plan import Entry, Plan, state_dtype
 from ..step_state import StepState, to_float32
 from .request import Outcome, StepRequest
@@ -104,7 +105,7 @@ def _numbers(group: dict[str, Any]) -> dict[str, Any]:
     """The options as Python numbers; one that is not a number is refused before anything is changed."""
     options = ("lr", "momentum", "dampening", "weight_decay")
     flags = ("nesterov", "maximize", "bias_decay")
-    return {name: float(group[name]) for name in options} | {name: bool(group[name]) for name in flags}
+    return {name: as_float(group[name]) for name in options} | {name: bool(group[name]) for name in flags}
 
 
 def _update(entry: Entry, group: dict[str, Any], inverse_scale: float | None, clip: float | None) -> None:

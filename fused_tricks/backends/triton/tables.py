@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...hyper_parameters import as_float
 from ...plan import Entry, Plan
 from . import groups, records
 from .launch import WORDS, launch, write_source
@@ -123,15 +124,20 @@ def group_numbers(group: dict[str, Any], device: torch.device) -> GroupNumbers:
     """
     lr = group["lr"]
     address = lr_flag = 0
-    if isinstance(lr, Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64):
+    if (
+        isinstance(lr, Tensor)
+        and lr.numel() == 1
+        and lr.device == device
+        and lr.dtype in (torch.float32, torch.float64)
+    ):
         address, lr_flag = lr.data_ptr(), (_LR_IS_DOUBLE if lr.dtype == torch.float64 else 0)
         lr = 0.0
     flags = lr_flag | sum(flag for name, flag in _FLAGS if group[name])
     return (
-        float(lr),
-        float(group["momentum"]),
-        1.0 - float(group["dampening"]),
-        float(group["weight_decay"]),
+        as_float(lr),
+        as_float(group["momentum"]),
+        1.0 - as_float(group["dampening"]),
+        as_float(group["weight_decay"]),
         address,
         flags,
     )
