@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from copy import deepcopy
 from numbers import Real
 from typing import Any
 
@@ -20,6 +21,8 @@ class DynamicLossScale:
     that is not finite the scale is multiplied by ``backoff_factor``; after ``growth_interval`` good steps in a row
     it is multiplied by ``growth_factor`` where the product is finite. Either result is clamped to
     ``[min_scale, max_scale]``. Products are taken in FP64 and rounded to FP32.
+
+    A step in which no parameter has a gradient found nothing that is not finite, and counts as a good one.
 
     An instance serves one :class:`~fused_tricks.FusedSGD`, which decides and updates it inside its step. The
     attributes named as the arguments may be assigned at any time; they are checked then, too. The growth tracker is
@@ -84,6 +87,10 @@ class DynamicLossScale:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_owner": None}
 
+    def __copy__(self) -> DynamicLossScale:
+        # The state belongs to one instance, so that a shallow copy cannot share it.
+        return deepcopy(self)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{rule}={getattr(self, rule)}' for rule in _RULES)})"
 
@@ -98,14 +105,18 @@ class DynamicLossScale:
             self.hysteresis,
         )
 
+    def is_free_for(self, owner: object) -> bool:
+        """Whether it serves no other optimizer that is still alive."""
+        current = self._owner() if self._owner is not None else None
+        return current is None or current is owner
+
     def bind(self, owner: object) -> StepState:
         """Makes ``owner`` the one optimizer that this scale serves, and returns the state that it updates.
 
         Raises:
             ValueError: It serves another optimizer that is still alive.
         """
-        current = self._owner() if self._owner is not None else None
-        if current is not None and current is not owner:
+        if not self.is_free_for(owner):
             raise ValueError(
                 "loss_scale: this DynamicLossScale serves another optimizer; each optimizer updates its scale in "
                 "every step, so give each its own DynamicLossScale"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -404,6 +404,11 @@ class FusedSGD(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._stepper = self._plan = None
+        if "_step_state" in state:
+            # A shallow copy shares parameters and state with the original, but takes steps of its own.
+            self._step_state = copy(self._step_state)
+            if isinstance(self._loss_scale, DynamicLossScale) and not self._loss_scale.is_free_for(self):
+                self._loss_scale = copy(self._loss_scale)
         if isinstance(self._loss_scale, DynamicLossScale):
             self._step_state = self._loss_scale.bind(self)
 

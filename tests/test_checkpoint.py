@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from copy import copy as shallow_copy
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,34 @@ def test_a_copy_of_the_optimizer_trains_on_by_itself(backend, copy, step):
     assert_all_same_bits(run.result(), before, "of the original")
     run.go(step, STEPS)
     assert_all_same_bits(twin.result(), run.result())
+
+
+@pytest.mark.parametrize("scale", [None, 8.0, "dynamic"], ids=str)
+def test_a_shallow_copy_shares_weights_and_momentum_and_has_its_own_scale(backend, device, scale):
+    params = parameters([(5,)], torch.float16, device)
+    optimizer = FusedSGD(params, lr=0.05, momentum=0.9, loss_scale=scale, backend=backend)
+    set_gradients(params, [torch.ones(5).half()])
+    optimizer.step()
+    twin = shallow_copy(optimizer)
+    before = optimizer.stats()
+    assert twin.stats() == before
+    assert twin.param_groups is optimizer.param_groups
+    set_gradients(params, [torch.full((5,), torch.inf).half()])
+    if scale is not None:
+        twin.step()
+        assert twin.stats().skipped_steps == 1
+    set_gradients(params, [torch.ones(5).half()])
+    twin.step()
+    assert optimizer.stats() == before
+    assert_same_bits(twin.state[params[0]]["momentum_buffer"], optimizer.state[params[0]]["momentum_buffer"])
+
+
+def test_a_shallow_copy_of_a_loss_scale_has_its_own_state(backend, device):
+    run = Run(backend)
+    rule = shallow_copy(run.optimizer.loss_scale)
+    run.go(0, 6)
+    assert rule.get_scale() == 64.0
+    FusedSGD(parameters([(5,)], device=device), lr=0.1, loss_scale=rule, backend=backend)
 
 
 def test_a_copy_has_the_same_public_attributes(backend):

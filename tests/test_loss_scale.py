@@ -203,6 +203,13 @@ def test_the_rule_handed_over_is_the_one_in_use(backend, device):
     assert rule.state_dict()["scale"] == 4.0
 
 
+def test_a_step_without_any_gradient_counts_as_a_good_one(backend, device):
+    optimizer, _ = optimizer_with(DynamicLossScale(init_scale=8.0, growth_interval=2), backend, device)
+    for _ in range(2):
+        optimizer.step()
+    assert (optimizer.stats().scale, optimizer.stats().applied_steps) == (16.0, 2)
+
+
 def test_a_static_scale_never_changes(backend, device):
     optimizer, param = optimizer_with(48.0, backend, device)
     for found in (True, False, True, True):
