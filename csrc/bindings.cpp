@@ -28,31 +28,14 @@ using ScaleRuleFields = std::tuple<double, double, double, double, int32_t, int3
 // In the order of fused_tricks/backends/request.py.
 enum Outcome : int { kStale, kSkipped, kApplied };
 
-getter getter_of(const py::handle& type, const char* name) {
-  const py::object descriptor = type.attr(name);
-  if (!Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type)) {
-    throw std::runtime_error(std::string("torch.Tensor.") + name + " is not the attribute that fused_tricks expects");
-  }
-  return reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset->get;
-}
-
-// Torch's types and functions live as long as the process, and so do the references taken here.
 void connect(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
-             uintptr_t torch_parallel_for) {
-  const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
-  auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (api == nullptr) throw py::error_already_set();
-  if (api->version.major != 1 || api->tensor_from_object == nullptr) {
-    throw std::runtime_error("torch offers no DLPack 1.x exchange interface that fused_tricks can use");
+             const py::dict& functions, const py::list& samples) {
+  connect_torch(tensor_type, parameter_type, increment_version, functions, samples);
+  void* parallel_for = nullptr;
+  if (functions.contains("torch_parallel_for")) {
+    parallel_for = reinterpret_cast<void*>(functions["torch_parallel_for"].cast<uintptr_t>());
   }
-  TorchApi& torch = torch_api();
-  torch.exchange = api;
-  torch.increment_version = increment_version.inc_ref().ptr();
-  torch.tensor = reinterpret_cast<PyTypeObject*>(tensor_type.inc_ref().ptr());
-  torch.parameter = reinterpret_cast<PyTypeObject*>(parameter_type.inc_ref().ptr());
-  torch.grad = getter_of(tensor_type, "grad");
-  torch.version = getter_of(tensor_type, "_version");
-  set_parallel_for(reinterpret_cast<void*>(torch_parallel_for));
+  set_parallel_for(parallel_for);
 }
 
 // grad_scale and found_inf are a GradScaler's: numbers on the host, or tensors that the kernels read.
@@ -114,7 +97,7 @@ int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::di
 
 PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   module.def("connect", &connect, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("increment_version"),
-             py::arg("torch_parallel_for"));
+             py::arg("functions"), py::arg("samples"));
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("selected_instruction_set", &cpu::selected_instruction_set);
   module.def("select_instruction_set", &cpu::select_instruction_set, py::arg("name"));

@@ -20,8 +20,6 @@ struct Names {
   PyObject* nesterov = interned("nesterov");
   PyObject* maximize = interned("maximize");
   PyObject* bias_decay = interned("bias_decay");
-  PyObject* grad = interned("grad");
-  PyObject* version = interned("_version");
   PyObject* momentum_buffer = interned("momentum_buffer");
   PyObject* master_param = interned("master_param");
   PyObject* is_neg = interned("is_neg");
@@ -30,39 +28,6 @@ struct Names {
 const Names& names() {
   static const Names all;
   return all;
-}
-
-bool to_dtype(const dlpack::DataType& type, DType& out) {
-  if (type.lanes != 1) return false;
-  if (type.code == dlpack::kBfloat && type.bits == 16) {
-    out = DType::kBFloat16;
-  } else if (type.code == dlpack::kFloat && type.bits == 16) {
-    out = DType::kFloat16;
-  } else if (type.code == dlpack::kFloat && type.bits == 32) {
-    out = DType::kFloat32;
-  } else if (type.code == dlpack::kFloat && type.bits == 64) {
-    out = DType::kFloat64;
-  } else {
-    return false;
-  }
-  return true;
-}
-
-// False, with no Python error left, for a tensor that DLPack does not describe (sparse, quantised, …).
-bool read_tensor(PyObject* object, dlpack::Tensor& out) {
-  if (torch_api().exchange->tensor_from_object(object, &out) == 0) {
-    out.data = static_cast<char*>(out.data) + out.byte_offset;
-    return true;
-  }
-  PyErr_Clear();
-  return false;
-}
-
-dlpack::Tensor require_tensor(const py::handle& object) {
-  dlpack::Tensor tensor;
-  if (torch_api().exchange->tensor_from_object(object.ptr(), &tensor) != 0) throw py::error_already_set();
-  tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  return tensor;
 }
 
 PyObject* item(PyObject* dict, PyObject* key) {
@@ -84,20 +49,6 @@ bool truth(PyObject* dict, PyObject* key) {
   return value != 0;
 }
 
-// An attribute of a tensor, past the lookup where the type is known not to override it.
-PyObject* tensor_attribute(PyObject* tensor, getter direct, PyObject* name) {
-  const PyTypeObject* type = Py_TYPE(tensor);
-  const bool is_plain = type == torch_api().parameter || type == torch_api().tensor;
-  return is_plain ? direct(tensor, nullptr) : PyObject_GetAttr(tensor, name);
-}
-
-int64_t version_of(PyObject* tensor) {
-  const py::object value =
-      py::reinterpret_steal<py::object>(tensor_attribute(tensor, torch_api().version, names().version));
-  if (!value) throw py::error_already_set();
-  return PyLong_AsLongLong(value.ptr());
-}
-
 // Whether a gradient may have the negative bit, which DLPack does not tell and torch only slowly. It marks the imaginary
 // part of a conjugated tensor: every second element, from the second on, so that a dense one has a single element.
 bool may_be_negative(const dlpack::Tensor& tensor, int64_t count) {
@@ -116,12 +67,6 @@ bool has_one_element(const dlpack::Tensor& tensor) {
   return count == 1;
 }
 
-// Whether a tensor of the state still has the address that the plan holds: its data may have been replaced.
-bool is_at(PyObject* object, const void* address) {
-  dlpack::Tensor tensor;
-  return read_tensor(object, tensor) && tensor.data == address;
-}
-
 // What `key` holds in a parameter's state; null when there is nothing.
 PyObject* state_item(PyObject* state, PyObject* key) {
   if (state == nullptr || !PyDict_Check(state)) return nullptr;
@@ -129,20 +74,6 @@ PyObject* state_item(PyObject* state, PyObject* key) {
 }
 
 }  // namespace
-
-TorchApi& torch_api() {
-  static TorchApi api;
-  return api;
-}
-
-void* data_of(const py::handle& tensor) { return tensor.is_none() ? nullptr : require_tensor(tensor).data; }
-
-void* current_stream(const dlpack::Device& device) {
-  void* stream = nullptr;
-  if (device.type == dlpack::kCpu) return stream;
-  if (torch_api().exchange->current_work_stream(device.type, device.index, &stream) != 0) throw py::error_already_set();
-  return stream;
-}
 
 // Strides of dimensions of one element mean nothing, and torch sets them as it likes.
 bool Layout::matches(const dlpack::Tensor& tensor) const {
@@ -232,8 +163,7 @@ bool Plan::state_is_unchanged(const py::dict& optimizer_state) const {
 }
 
 bool Plan::refresh_entry(Entry& entry) {
-  PyObject* grad = tensor_attribute(entry.source, torch_api().grad, names().grad);
-  if (grad == nullptr) throw py::error_already_set();
+  PyObject* grad = grad_of(entry.source);
   if (grad == Py_None) {
     Py_DECREF(grad);
     entry.grad = nullptr;
@@ -333,7 +263,7 @@ void Plan::mark_updated() {
     }
   }
   const py::object done =
-      py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_api().increment_version, updated_.ptr()));
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_api.increment_version, updated_.ptr()));
   if (!done) throw py::error_already_set();
 }
 

@@ -1,34 +1,13 @@
 // What stays the same between steps: the tensors, their sizes and types, and their cut into chunks.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <vector>
 
-#include "dlpack.h"
-#include "dtype.h"
 #include "step_state.h"
+#include "tensors.h"
 
 namespace fused_tricks {
-
-namespace py = pybind11;
-
-// Borrowed from torch once, when the package is imported.
-struct TorchApi {
-  const dlpack::ExchangeApi* exchange = nullptr;
-  PyObject* increment_version = nullptr;
-  PyTypeObject* tensor = nullptr;
-  PyTypeObject* parameter = nullptr;
-  getter grad = nullptr;  // Tensor.grad and Tensor._version, as plain functions for those two types
-  getter version = nullptr;
-};
-TorchApi& torch_api();
-
-// The address of a tensor's first element; null for None and for empty tensors.
-void* data_of(const py::handle& tensor);
-// Torch's current stream of a device.
-void* current_stream(const dlpack::Device& device);
 
 // Size and order of a tensor's elements in memory.
 struct Layout {

@@ -37,7 +37,11 @@ class CudaStep:
 __version__: str
 
 def connect(
-    tensor_type: type, parameter_type: type, increment_version: object, torch_parallel_for: int
+    tensor_type: type,
+    parameter_type: type,
+    increment_version: object,
+    functions: dict[str, int],
+    samples: list[Any],
 ) -> None: ...
 def instruction_sets() -> list[str]: ...
 def selected_instruction_set() -> str: ...

@@ -13,6 +13,24 @@ import torch
 
 _ADVICE = "install a C++ compiler and reinstall fused_tricks"
 
+# As csrc/dtype.h numbers them.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The extension does without any of them, more slowly.
+_STABLE_FUNCTIONS = (
+    "torch_parallel_for",
+    "torch_tensor_from_pyobject",
+    "aoti_torch_delete_tensor_object",
+    "torch_get_mutable_data_ptr",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_layout",
+    "aoti_torch_get_device_type",
+    "aoti_torch_get_device_index",
+    "aoti_torch_device_type_cuda",
+)
+
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -39,7 +57,11 @@ def connect(module: ModuleType) -> None:
         RuntimeError: torch's interfaces are not those that the module was written for.
     """
     module.connect(
-        torch.Tensor, torch.nn.Parameter, torch.autograd.graph.increment_version, _parallel_for_address()
+        torch.Tensor,
+        torch.nn.Parameter,
+        torch.autograd.graph.increment_version,
+        _stable_functions(),
+        [torch.empty(1, dtype=dtype, device="cpu") for dtype in _DTYPES],
     )
 
 
@@ -60,14 +82,18 @@ def missing_because() -> str | None:
     return _load()[1]
 
 
-def _parallel_for_address() -> int:
-    """The address of torch's ``torch_parallel_for``; 0, for one thread, where it cannot be found."""
+def _stable_functions() -> dict[str, int]:
+    """The addresses of those functions of torch's stable C interface that this torch has."""
     assert torch._C.__file__ is not None
     try:
-        function = ctypes.CDLL(torch._C.__file__).torch_parallel_for
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
+        library = ctypes.CDLL(torch._C.__file__)
+    except OSError:
+        return {}
+    return {
+        name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+        for name in _STABLE_FUNCTIONS
+        if hasattr(library, name)
+    }
 
 
 def _why_not_built() -> str | None:

@@ -20,6 +20,7 @@ _CSRC = _ROOT / "csrc"
 _SOURCES = [
     _CSRC / "bindings.cpp",
     _CSRC / "plan.cpp",
+    _CSRC / "tensors.cpp",
     _CSRC / "threads.cpp",
     _CSRC / "cpu" / "dispatch.cpp",
     _CSRC / "cpu" / "step.cpp",

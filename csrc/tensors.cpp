@@ -1,0 +1,223 @@
+#include "tensors.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace fused_tricks {
+
+TorchApi torch_api;
+
+namespace {
+
+// Whether a tensor's type is one of the two that override nothing.
+bool is_plain(PyObject* tensor) {
+  const PyTypeObject* type = Py_TYPE(tensor);
+  return type == torch_api.parameter || type == torch_api.tensor;
+}
+
+bool has_handle(PyObject* tensor) { return torch_api.handle_offset != 0 && is_plain(tensor); }
+
+TensorShim::Handle handle_of(PyObject* tensor) {
+  return reinterpret_cast<const char*>(tensor) + torch_api.handle_offset;
+}
+
+bool read_with_dlpack(PyObject* object, dlpack::Tensor& out) {
+  if (torch_api.exchange->tensor_from_object(object, &out) != 0) return false;
+  out.data = static_cast<char*>(out.data) + out.byte_offset;
+  return true;
+}
+
+dlpack::DataType dlpack_type(DType type) {
+  switch (type) {
+    case DType::kFloat16:
+      return {dlpack::kFloat, 16, 1};
+    case DType::kBFloat16:
+      return {dlpack::kBfloat, 16, 1};
+    case DType::kFloat32:
+      return {dlpack::kFloat, 32, 1};
+    case DType::kFloat64:
+      return {dlpack::kFloat, 64, 1};
+  }
+  return {};
+}
+
+// False for whatever DLPack should say more about.
+bool read_with_shim(TensorShim::Handle tensor, dlpack::Tensor& out) {
+  const TensorShim& shim = torch_api.shim;
+  int32_t layout, dtype, device_type;
+  int64_t dimensions;
+  if (shim.layout(tensor, &layout) != 0 || layout != shim.strided) return false;
+  if (shim.dimensions(tensor, &dimensions) != 0 || shim.shape(tensor, &out.shape) != 0) return false;
+  if (shim.strides(tensor, &out.strides) != 0 || shim.data(tensor, &out.data) != 0) return false;
+  if (shim.dtype(tensor, &dtype) != 0 || shim.device_type(tensor, &device_type) != 0) return false;
+  out.ndim = static_cast<int32_t>(dimensions);
+  size_t type = 0;
+  while (type < 4 && shim.dtypes[type] != dtype) ++type;
+  if (type == 4) return false;
+  out.dtype = dlpack_type(static_cast<DType>(type));
+  if (device_type == shim.cpu) {
+    out.device = {dlpack::kCpu, 0};
+    return true;
+  }
+  out.device.type = dlpack::kCuda;
+  return device_type == shim.cuda && shim.device_index(tensor, &out.device.index) == 0;
+}
+
+getter getter_of(const py::handle& type, const char* name) {
+  const py::object descriptor = type.attr(name);
+  if (!Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type)) {
+    throw std::runtime_error(std::string("torch.Tensor.") + name + " is not the attribute that fused_tricks expects");
+  }
+  return reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset->get;
+}
+
+template <typename Function>
+bool find(const py::dict& functions, const char* name, Function& out) {
+  if (!functions.contains(name)) return false;
+  out = reinterpret_cast<Function>(functions[name].cast<uintptr_t>());
+  return true;
+}
+
+bool find_shim(const py::dict& functions) {
+  TensorShim& shim = torch_api.shim;
+  int32_t (*cuda)() = nullptr;
+  const bool complete =
+      find(functions, "torch_tensor_from_pyobject", shim.from_object) &&
+      find(functions, "aoti_torch_delete_tensor_object", shim.delete_handle) &&
+      find(functions, "torch_get_mutable_data_ptr", shim.data) &&
+      find(functions, "aoti_torch_get_dim", shim.dimensions) && find(functions, "aoti_torch_get_sizes", shim.shape) &&
+      find(functions, "aoti_torch_get_strides", shim.strides) && find(functions, "aoti_torch_get_dtype", shim.dtype) &&
+      find(functions, "aoti_torch_get_layout", shim.layout) &&
+      find(functions, "aoti_torch_get_device_type", shim.device_type) &&
+      find(functions, "aoti_torch_get_device_index", shim.device_index) &&
+      find(functions, "aoti_torch_device_type_cuda", cuda);
+  if (complete) shim.cuda = cuda();
+  return complete;
+}
+
+// Where a tensor's object has the word that a handle of the tensor points to; 0 where that is not in one place.
+size_t offset_of_handle(const py::handle& tensor) {
+  void* handle = nullptr;
+  if (torch_api.shim.from_object(tensor.ptr(), &handle) != 0) return 0;
+  const void* const word = *static_cast<const void**>(handle);
+  torch_api.shim.delete_handle(handle);
+  size_t found = 0;
+  const auto size = static_cast<size_t>(Py_TYPE(tensor.ptr())->tp_basicsize);
+  for (size_t offset = sizeof(PyObject); offset + sizeof(void*) <= size; offset += sizeof(void*)) {
+    if (*reinterpret_cast<const void* const*>(reinterpret_cast<const char*>(tensor.ptr()) + offset) != word) continue;
+    if (found != 0) return 0;
+    found = offset;
+  }
+  return found;
+}
+
+bool same(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  return a.data == b.data && a.ndim == b.ndim && a.shape[0] == b.shape[0] && a.strides[0] == b.strides[0] &&
+         a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits && a.device.type == b.device.type &&
+         a.device.index == b.device.index;
+}
+
+// Reads the samples, of one dimension on the CPU, both ways. Where that is not the same DLPack remains.
+void learn_handles(const py::list& samples) {
+  TensorShim& shim = torch_api.shim;
+  size_t offset = 0;
+  for (size_t i = 0; i < samples.size(); ++i) {
+    const py::object sample = samples[i];
+    const size_t at = is_plain(sample.ptr()) ? offset_of_handle(sample) : 0;
+    if (at == 0 || (offset != 0 && at != offset)) return;
+    offset = at;
+    const auto handle = reinterpret_cast<const char*>(sample.ptr()) + at;
+    if (shim.dtype(handle, &shim.dtypes[i]) != 0 || shim.layout(handle, &shim.strided) != 0) return;
+    if (shim.device_type(handle, &shim.cpu) != 0) return;
+  }
+  for (const py::handle& sample : samples) {
+    dlpack::Tensor expected, read;
+    const auto handle = reinterpret_cast<const char*>(sample.ptr()) + offset;
+    if (!read_with_shim(handle, read)) return;
+    if (!read_with_dlpack(sample.ptr(), expected)) throw py::error_already_set();
+    if (!same(expected, read)) return;
+  }
+  torch_api.handle_offset = offset;
+}
+
+}  // namespace
+
+void connect_torch(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
+                   const py::dict& functions, const py::list& samples) {
+  const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+  auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  if (api->version.major != 1 || api->tensor_from_object == nullptr) {
+    throw std::runtime_error("torch offers no DLPack 1.x exchange interface that fused_tricks can use");
+  }
+  // Torch's types and functions live as long as the process, and so do the references taken here.
+  torch_api.exchange = api;
+  torch_api.increment_version = increment_version.inc_ref().ptr();
+  torch_api.tensor = reinterpret_cast<PyTypeObject*>(tensor_type.inc_ref().ptr());
+  torch_api.parameter = reinterpret_cast<PyTypeObject*>(parameter_type.inc_ref().ptr());
+  torch_api.grad = getter_of(tensor_type, "grad");
+  torch_api.version = getter_of(tensor_type, "_version");
+  if (find_shim(functions)) learn_handles(samples);
+}
+
+bool to_dtype(const dlpack::DataType& type, DType& out) {
+  if (type.lanes != 1) return false;
+  if (type.code == dlpack::kBfloat && type.bits == 16) {
+    out = DType::kBFloat16;
+  } else if (type.code == dlpack::kFloat && type.bits == 16) {
+    out = DType::kFloat16;
+  } else if (type.code == dlpack::kFloat && type.bits == 32) {
+    out = DType::kFloat32;
+  } else if (type.code == dlpack::kFloat && type.bits == 64) {
+    out = DType::kFloat64;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool read_tensor(PyObject* object, dlpack::Tensor& out) {
+  if (has_handle(object) && read_with_shim(handle_of(object), out)) return true;
+  if (read_with_dlpack(object, out)) return true;
+  PyErr_Clear();
+  return false;
+}
+
+dlpack::Tensor require_tensor(const py::handle& object) {
+  dlpack::Tensor tensor;
+  if (!read_with_dlpack(object.ptr(), tensor)) throw py::error_already_set();
+  return tensor;
+}
+
+void* data_of(const py::handle& tensor) { return tensor.is_none() ? nullptr : require_tensor(tensor).data; }
+
+bool is_at(PyObject* tensor, const void* address) {
+  void* data;
+  if (has_handle(tensor) && torch_api.shim.data(handle_of(tensor), &data) == 0) return data == address;
+  dlpack::Tensor read;
+  return read_tensor(tensor, read) && read.data == address;
+}
+
+PyObject* grad_of(PyObject* tensor) {
+  PyObject* grad = is_plain(tensor) ? torch_api.grad(tensor, nullptr) : PyObject_GetAttrString(tensor, "grad");
+  if (grad == nullptr) throw py::error_already_set();
+  return grad;
+}
+
+int64_t version_of(PyObject* tensor) {
+  PyObject* version =
+      is_plain(tensor) ? torch_api.version(tensor, nullptr) : PyObject_GetAttrString(tensor, "_version");
+  if (version == nullptr) throw py::error_already_set();
+  const int64_t number = PyLong_AsLongLong(version);
+  Py_DECREF(version);
+  return number;
+}
+
+void* current_stream(const dlpack::Device& device) {
+  void* stream = nullptr;
+  if (device.type == dlpack::kCpu) return stream;
+  if (torch_api.exchange->current_work_stream(device.type, device.index, &stream) != 0) throw py::error_already_set();
+  return stream;
+}
+
+}  // namespace fused_tricks
