@@ -14,6 +14,16 @@ struct Scalar {
   static void store(float* to, float value) { *to = value; }
   static void store(Half* to, float value) { *to = float_to_half(value); }
   static void store(BFloat16* to, float value) { *to = float_to_bfloat16(value); }
+
+  // A vector of one element has no part.
+  template <typename T>
+  static float load_first(const T* from, int64_t) {
+    return load(from);
+  }
+  template <typename T>
+  static void store_first(T* to, float value, int64_t) {
+    store(to, value);
+  }
 };
 
 }  // namespace
