@@ -51,8 +51,8 @@ bool truth(PyObject* dict, PyObject* key) {
 
 // Whether a gradient may have the negative bit, which DLPack does not tell and torch only slowly. It marks the imaginary
 // part of a conjugated tensor: every second element, from the second on, so that a dense one has a single element.
-bool may_be_negative(const dlpack::Tensor& tensor, int64_t count) {
-  return count == 1 && reinterpret_cast<uintptr_t>(tensor.data) / (tensor.dtype.bits / 8) % 2 == 1;
+bool may_be_negative(const TensorView& tensor, int64_t count) {
+  return count == 1 && reinterpret_cast<uintptr_t>(tensor.data) / static_cast<size_t>(size_of(tensor.type)) % 2 == 1;
 }
 
 bool is_negative(PyObject* tensor) {
@@ -61,9 +61,9 @@ bool is_negative(PyObject* tensor) {
   return value.ptr() == Py_True;
 }
 
-bool has_one_element(const dlpack::Tensor& tensor) {
+bool has_one_element(const TensorView& tensor) {
   int64_t count = 1;
-  for (int32_t i = 0; i < tensor.ndim; ++i) count *= tensor.shape[i];
+  for (int64_t i = 0; i < tensor.dimensions; ++i) count *= tensor.shape[i];
   return count == 1;
 }
 
@@ -76,8 +76,8 @@ PyObject* state_item(PyObject* state, PyObject* key) {
 }  // namespace
 
 // Strides of dimensions of one element mean nothing, and torch sets them as it likes.
-bool Layout::matches(const dlpack::Tensor& tensor) const {
-  if (static_cast<size_t>(tensor.ndim) != shape.size()) return false;
+bool Layout::matches(const TensorView& tensor) const {
+  if (static_cast<size_t>(tensor.dimensions) != shape.size()) return false;
   for (size_t i = 0; i < shape.size(); ++i) {
     if (tensor.shape[i] != shape[i]) return false;
     if (shape[i] > 1 && tensor.strides[i] != strides[i]) return false;
@@ -86,9 +86,8 @@ bool Layout::matches(const dlpack::Tensor& tensor) const {
 }
 
 Plan::Plan(const py::list& specifications, const py::object& step_state, bool reads_lr) : reads_lr_(reads_lr) {
-  const dlpack::Tensor state_tensor = require_tensor(step_state);
-  state = static_cast<StepState*>(state_tensor.data);
-  device = state_tensor.device;
+  state = static_cast<StepState*>(data_of(step_state));
+  device = device_of(step_state);
   for (const py::handle& item : specifications) {
     const auto fields = py::reinterpret_borrow<py::tuple>(item);
     Entry entry;
@@ -98,15 +97,13 @@ Plan::Plan(const py::list& specifications, const py::object& step_state, bool re
     if (!fields[3].is_none()) entry.alias = fields[3].ptr();
     entry.live = fields[4].cast<bool>();
     if (entry.live) {
-      const dlpack::Tensor tensor = require_tensor(fields[2]);
-      if (!to_dtype(tensor.dtype, entry.type)) throw std::invalid_argument("a parameter's dtype is not supported");
+      TensorView tensor;
+      if (!read_tensor(entry.source, tensor)) throw std::invalid_argument("a parameter's dtype is not supported");
+      entry.type = tensor.type;
+      entry.layout.shape.assign(tensor.shape, tensor.shape + tensor.dimensions);
+      entry.layout.strides.assign(tensor.strides, tensor.strides + tensor.dimensions);
       entry.count = 1;
-      entry.dimensions = tensor.ndim;
-      for (int32_t i = 0; i < tensor.ndim; ++i) {
-        entry.layout.shape.push_back(tensor.shape[i]);
-        entry.layout.strides.push_back(tensor.strides[i]);
-        entry.count *= tensor.shape[i];
-      }
+      for (const int64_t size : entry.layout.shape) entry.count *= size;
       entry.param = tensor.data;
       entry.has_master = !fields[5].is_none();
       entry.has_buffer = !fields[6].is_none();
@@ -171,23 +168,21 @@ bool Plan::refresh_entry(Entry& entry) {
   }
   grads_.push_back(grad);
   if (!entry.live) return false;
-  dlpack::Tensor tensor;
-  if (!read_tensor(entry.source, tensor) || tensor.data != entry.param || !entry.layout.matches(tensor)) return false;
-  DType type;
-  if (!to_dtype(tensor.dtype, type) || type != entry.type) return false;
-  const dlpack::Device device = tensor.device;
-  if (!read_tensor(grad, tensor) || !entry.layout.matches(tensor)) return false;
-  if (tensor.device.type != device.type || tensor.device.index != device.index) return false;
-  if (!to_dtype(tensor.dtype, entry.grad_type)) return false;
+  TensorView param, gradient;
+  if (!read_tensor(entry.source, param) || param.data != entry.param || param.type != entry.type) return false;
+  if (!entry.layout.matches(param)) return false;
+  if (!read_tensor(grad, gradient) || !entry.layout.matches(gradient)) return false;
+  if (gradient.device.type != param.device.type || gradient.device.index != param.device.index) return false;
   // A tensor that wraps others has elements and no address.
-  if (tensor.data == nullptr && entry.count > 0) return false;
-  if (may_be_negative(tensor, entry.count) && is_negative(grad)) return false;
-  const bool wide = entry.grad_type == DType::kFloat32 && entry.has_master;
-  if (entry.grad_type != entry.type && !wide) return false;
+  if (gradient.data == nullptr && entry.count > 0) return false;
+  if (may_be_negative(gradient, entry.count) && is_negative(grad)) return false;
+  const bool wide = gradient.type == DType::kFloat32 && entry.has_master;
+  if (gradient.type != entry.type && !wide) return false;
   if (groups[entry.group].momentum != 0 && !entry.has_buffer) return false;
   if (entry.watches_version && version_of(entry.object) != entry.version) return false;
   // An empty tensor may have no address, and there is nothing to update.
-  entry.grad = entry.count == 0 ? nullptr : tensor.data;
+  entry.grad = entry.count == 0 ? nullptr : gradient.data;
+  entry.grad_type = gradient.type;
   return true;
 }
 
@@ -201,7 +196,7 @@ bool Plan::refresh_group(PyObject* dict, size_t& index) {
     if (index == entries.size()) return false;
     Entry& entry = entries[index];
     if (PySequence_Fast_GET_ITEM(params.ptr(), i) != entry.object || entry.group != groups.size() - 1) return false;
-    entry.decays = group.weight_decay != 0 && (group.bias_decay || entry.dimensions > 1);
+    entry.decays = group.weight_decay != 0 && (group.bias_decay || entry.layout.shape.size() > 1);
     if (!refresh_entry(entry)) return false;
   }
   return true;
@@ -209,14 +204,13 @@ bool Plan::refresh_group(PyObject* dict, size_t& index) {
 
 void Plan::read_lr(PyObject* dict, Group& group) const {
   PyObject* lr = item(dict, names().lr);
-  dlpack::Tensor tensor;
-  DType type;
+  TensorView tensor;
   const bool readable = reads_lr_ && !PyFloat_Check(lr) && !PyLong_Check(lr) && read_tensor(lr, tensor) &&
                         tensor.device.type == device.type && tensor.device.index == device.index &&
-                        has_one_element(tensor) && to_dtype(tensor.dtype, type) && size_of(type) >= 4;
+                        has_one_element(tensor) && size_of(tensor.type) >= 4;
   if (readable) {
     group.lr_pointer = tensor.data;
-    group.lr_is_double = type == DType::kFloat64;
+    group.lr_is_double = tensor.type == DType::kFloat64;
   } else {
     group.lr = number(dict, names().lr);
   }

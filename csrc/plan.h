@@ -13,7 +13,7 @@ namespace fused_tricks {
 struct Layout {
   std::vector<int64_t> shape;
   std::vector<int64_t> strides;
-  bool matches(const dlpack::Tensor& tensor) const;
+  bool matches(const TensorView& tensor) const;
 };
 
 // The options of a group in this step.
@@ -39,7 +39,6 @@ struct Entry {
   bool live = false;           // false: it had no gradient when the plan was made, and the fields below are empty
   Layout layout;
   int64_t count = 0;
-  int32_t dimensions = 0;
   DType type = DType::kFloat32;
   void* param = nullptr;
   bool has_master = false;  // of an empty tensor the addresses below are null

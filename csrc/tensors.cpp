@@ -21,40 +21,56 @@ TensorShim::Handle handle_of(PyObject* tensor) {
   return reinterpret_cast<const char*>(tensor) + torch_api.handle_offset;
 }
 
-bool read_with_dlpack(PyObject* object, dlpack::Tensor& out) {
-  if (torch_api.exchange->tensor_from_object(object, &out) != 0) return false;
-  out.data = static_cast<char*>(out.data) + out.byte_offset;
+bool to_dtype(const dlpack::DataType& type, DType& out) {
+  if (type.lanes != 1) return false;
+  if (type.code == dlpack::kBfloat && type.bits == 16) {
+    out = DType::kBFloat16;
+  } else if (type.code == dlpack::kFloat && type.bits == 16) {
+    out = DType::kFloat16;
+  } else if (type.code == dlpack::kFloat && type.bits == 32) {
+    out = DType::kFloat32;
+  } else if (type.code == dlpack::kFloat && type.bits == 64) {
+    out = DType::kFloat64;
+  } else {
+    return false;
+  }
   return true;
 }
 
-dlpack::DataType dlpack_type(DType type) {
-  switch (type) {
-    case DType::kFloat16:
-      return {dlpack::kFloat, 16, 1};
-    case DType::kBFloat16:
-      return {dlpack::kBfloat, 16, 1};
-    case DType::kFloat32:
-      return {dlpack::kFloat, 32, 1};
-    case DType::kFloat64:
-      return {dlpack::kFloat, 64, 1};
+dlpack::Tensor require_dlpack(PyObject* object) {
+  dlpack::Tensor tensor;
+  if (torch_api.exchange->tensor_from_object(object, &tensor) != 0) throw py::error_already_set();
+  tensor.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return tensor;
+}
+
+bool read_with_dlpack(PyObject* object, TensorView& out) {
+  dlpack::Tensor tensor;
+  if (torch_api.exchange->tensor_from_object(object, &tensor) != 0) {
+    PyErr_Clear();
+    return false;
   }
-  return {};
+  out.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  out.dimensions = tensor.ndim;
+  out.shape = tensor.shape;
+  out.strides = tensor.strides;
+  out.device = tensor.device;
+  return to_dtype(tensor.dtype, out.type);
 }
 
 // False for whatever DLPack should say more about.
-bool read_with_shim(TensorShim::Handle tensor, dlpack::Tensor& out) {
+bool read_with_shim(TensorShim::Handle tensor, TensorView& out) {
   const TensorShim& shim = torch_api.shim;
   int32_t layout, dtype, device_type;
-  int64_t dimensions;
   if (shim.layout(tensor, &layout) != 0 || layout != shim.strided) return false;
-  if (shim.dimensions(tensor, &dimensions) != 0 || shim.shape(tensor, &out.shape) != 0) return false;
+  if (shim.dimensions(tensor, &out.dimensions) != 0 || shim.shape(tensor, &out.shape) != 0) return false;
   if (shim.strides(tensor, &out.strides) != 0 || shim.data(tensor, &out.data) != 0) return false;
   if (shim.dtype(tensor, &dtype) != 0 || shim.device_type(tensor, &device_type) != 0) return false;
-  out.ndim = static_cast<int32_t>(dimensions);
   size_t type = 0;
-  while (type < 4 && shim.dtypes[type] != dtype) ++type;
-  if (type == 4) return false;
-  out.dtype = dlpack_type(static_cast<DType>(type));
+  while (shim.dtypes[type] != dtype) {
+    if (++type == kDTypes) return false;
+  }
+  out.type = static_cast<DType>(type);
   if (device_type == shim.cpu) {
     out.device = {dlpack::kCpu, 0};
     return true;
@@ -111,10 +127,9 @@ size_t offset_of_handle(const py::handle& tensor) {
   return found;
 }
 
-bool same(const dlpack::Tensor& a, const dlpack::Tensor& b) {
-  return a.data == b.data && a.ndim == b.ndim && a.shape[0] == b.shape[0] && a.strides[0] == b.strides[0] &&
-         a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits && a.device.type == b.device.type &&
-         a.device.index == b.device.index;
+bool same(const TensorView& a, const TensorView& b) {
+  return a.data == b.data && a.dimensions == b.dimensions && a.shape[0] == b.shape[0] && a.strides[0] == b.strides[0] &&
+         a.type == b.type && a.device.type == b.device.type && a.device.index == b.device.index;
 }
 
 // Reads the samples, of one dimension on the CPU, both ways. Where that is not the same DLPack remains.
@@ -131,11 +146,9 @@ void learn_handles(const py::list& samples) {
     if (shim.device_type(handle, &shim.cpu) != 0) return;
   }
   for (const py::handle& sample : samples) {
-    dlpack::Tensor expected, read;
+    TensorView expected, read;
     const auto handle = reinterpret_cast<const char*>(sample.ptr()) + offset;
-    if (!read_with_shim(handle, read)) return;
-    if (!read_with_dlpack(sample.ptr(), expected)) throw py::error_already_set();
-    if (!same(expected, read)) return;
+    if (!read_with_shim(handle, read) || !read_with_dlpack(sample.ptr(), expected) || !same(expected, read)) return;
   }
   torch_api.handle_offset = offset;
 }
@@ -160,42 +173,19 @@ void connect_torch(const py::object& tensor_type, const py::object& parameter_ty
   if (find_shim(functions)) learn_handles(samples);
 }
 
-bool to_dtype(const dlpack::DataType& type, DType& out) {
-  if (type.lanes != 1) return false;
-  if (type.code == dlpack::kBfloat && type.bits == 16) {
-    out = DType::kBFloat16;
-  } else if (type.code == dlpack::kFloat && type.bits == 16) {
-    out = DType::kFloat16;
-  } else if (type.code == dlpack::kFloat && type.bits == 32) {
-    out = DType::kFloat32;
-  } else if (type.code == dlpack::kFloat && type.bits == 64) {
-    out = DType::kFloat64;
-  } else {
-    return false;
-  }
-  return true;
+bool read_tensor(PyObject* tensor, TensorView& out) {
+  return (has_handle(tensor) && read_with_shim(handle_of(tensor), out)) || read_with_dlpack(tensor, out);
 }
 
-bool read_tensor(PyObject* object, dlpack::Tensor& out) {
-  if (has_handle(object) && read_with_shim(handle_of(object), out)) return true;
-  if (read_with_dlpack(object, out)) return true;
-  PyErr_Clear();
-  return false;
-}
+void* data_of(const py::handle& tensor) { return tensor.is_none() ? nullptr : require_dlpack(tensor.ptr()).data; }
 
-dlpack::Tensor require_tensor(const py::handle& object) {
-  dlpack::Tensor tensor;
-  if (!read_with_dlpack(object.ptr(), tensor)) throw py::error_already_set();
-  return tensor;
-}
-
-void* data_of(const py::handle& tensor) { return tensor.is_none() ? nullptr : require_tensor(tensor).data; }
+dlpack::Device device_of(const py::handle& tensor) { return require_dlpack(tensor.ptr()).device; }
 
 bool is_at(PyObject* tensor, const void* address) {
   void* data;
   if (has_handle(tensor) && torch_api.shim.data(handle_of(tensor), &data) == 0) return data == address;
-  dlpack::Tensor read;
-  return read_tensor(tensor, read) && read.data == address;
+  TensorView view;
+  return read_tensor(tensor, view) && view.data == address;
 }
 
 PyObject* grad_of(PyObject* tensor) {

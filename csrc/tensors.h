@@ -20,14 +20,14 @@ struct TensorShim {
   int32_t (*delete_handle)(void* handle) = nullptr;
   int32_t (*data)(Handle tensor, void** out) = nullptr;
   int32_t (*dimensions)(Handle tensor, int64_t* out) = nullptr;
-  int32_t (*shape)(Handle tensor, int64_t** out) = nullptr;
-  int32_t (*strides)(Handle tensor, int64_t** out) = nullptr;
+  int32_t (*shape)(Handle tensor, const int64_t** out) = nullptr;
+  int32_t (*strides)(Handle tensor, const int64_t** out) = nullptr;
   int32_t (*dtype)(Handle tensor, int32_t* out) = nullptr;
   int32_t (*layout)(Handle tensor, int32_t* out) = nullptr;
   int32_t (*device_type)(Handle tensor, int32_t* out) = nullptr;
   int32_t (*device_index)(Handle tensor, int32_t* out) = nullptr;
   // How torch numbers what DLPack numbers otherwise.
-  int32_t dtypes[4] = {};  // by DType
+  int32_t dtypes[kDTypes] = {};  // by DType
   int32_t strided = 0;
   int32_t cpu = 0;
   int32_t cuda = 0;
@@ -53,15 +53,24 @@ extern TorchApi torch_api;
 void connect_torch(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
                    const py::dict& functions, const py::list& samples);
 
-bool to_dtype(const dlpack::DataType& type, DType& out);
+// What a tensor is. Shape and strides, in elements, are the tensor's own.
+struct TensorView {
+  void* data;
+  int64_t dimensions;
+  const int64_t* shape;
+  const int64_t* strides;
+  DType type;
+  dlpack::Device device;
+};
 
-// False, with no Python error left, for a tensor whose elements are not all in one place (sparse, quantised, …).
-bool read_tensor(PyObject* object, dlpack::Tensor& out);
-dlpack::Tensor require_tensor(const py::handle& object);
+// False, with no Python error left, for a tensor of another dtype, or whose elements are not all in one place (sparse,
+// quantised, …).
+bool read_tensor(PyObject* tensor, TensorView& out);
 
-// The address of a tensor's first element; null for None and for empty tensors.
+// The address of a tensor's first element; null for None and for empty tensors. Reads a tensor of any dtype.
 void* data_of(const py::handle& tensor);
-// Whether that is `address`.
+dlpack::Device device_of(const py::handle& tensor);
+// Whether a tensor's first element is at `address`.
 bool is_at(PyObject* tensor, const void* address);
 
 // `tensor.grad`, a new reference.

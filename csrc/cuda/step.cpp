@@ -63,7 +63,7 @@ Step::Step(const Plan& plan) {
       record.count = entry.count;
       record.group = static_cast<int32_t>(entry.group);
       record.type = entry.type;
-      record.is_matrix = entry.dimensions > 1;
+      record.is_matrix = entry.layout.shape.size() > 1;
     }
     tensor_records_.push_back(record);
     if (groups_.size() <= entry.group) groups_.resize(entry.group + 1);
