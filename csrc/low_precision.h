@@ -8,19 +8,19 @@
 
 namespace fused_tricks {
 
-inline float bits_to_float(uint32_t bits) {
+FUSED_TRICKS_INLINE float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-inline uint32_t float_to_bits(float value) {
+FUSED_TRICKS_INLINE uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-inline float half_to_float(Half half) {
+FUSED_TRICKS_INLINE float half_to_float(Half half) {
   const uint32_t sign = static_cast<uint32_t>(half.bits & 0x8000u) << 16;
   const uint32_t magnitude = half.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {  // infinity, or NaN made quiet as hardware does
@@ -33,9 +33,9 @@ inline float half_to_float(Half half) {
   return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));
 }
 
-inline float bfloat16_to_float(BFloat16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
+FUSED_TRICKS_INLINE float bfloat16_to_float(BFloat16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
 
-inline Half float_to_half(float value) {
+FUSED_TRICKS_INLINE Half float_to_half(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -52,7 +52,7 @@ inline Half float_to_half(float value) {
   return {static_cast<uint16_t>(sign | half)};
 }
 
-inline BFloat16 float_to_bfloat16(float value) {
+FUSED_TRICKS_INLINE BFloat16 float_to_bfloat16(float value) {
   const uint32_t bits = float_to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};

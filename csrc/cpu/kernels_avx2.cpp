@@ -44,25 +44,6 @@ struct Avx2 {
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
   }
-
-  static __m256i first(int64_t count) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  }
-  static FloatVector load_first(const float* from, int64_t count) {
-    return FloatVector(_mm256_maskload_ps(from, first(count)));
-  }
-  static void store_first(float* to, FloatVector value, int64_t count) {
-    _mm256_maskstore_ps(to, first(count), value.lanes);
-  }
-  // There are no masks for elements of 16 bits.
-  template <typename T>
-  static FloatVector load_first(const T* from, int64_t count) {
-    return load_padded<Avx2>(from, count);
-  }
-  template <typename T>
-  static void store_first(T* to, FloatVector value, int64_t count) {
-    store_padded<Avx2>(to, value, count);
-  }
 };
 
 }  // namespace

@@ -27,48 +27,27 @@ struct Avx512 {
   using Float = FloatVector;
   static constexpr int64_t kWidth = 16;
 
-  static Float unpack(const Half*, __m256i packed) { return Float(_mm512_cvtph_ps(packed)); }
-  static Float unpack(const BFloat16*, __m256i packed) {
-    return Float(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16)));
+  static __m256i load_16_bits(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
+  static Float load(const float* from) { return Float(_mm512_loadu_ps(from)); }
+  static Float load(const Half* from) { return Float(_mm512_cvtph_ps(load_16_bits(from))); }
+  static Float load(const BFloat16* from) {
+    return Float(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_16_bits(from)), 16)));
   }
-  static __m256i pack(const Half*, Float value) {
-    return _mm512_cvtps_ph(value.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+
+  static void store(float* to, Float value) { _mm512_storeu_ps(to, value.lanes); }
+  static void store(Half* to, Float value) {
+    const __m256i packed = _mm512_cvtps_ph(value.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
   }
   // Not the processor's own conversion to bfloat16, which flushes subnormal numbers to zero.
-  static __m256i pack(const BFloat16*, Float value) {
+  static void store(BFloat16* to, Float value) {
     const __m512i bits = _mm512_castps_si512(value.lanes);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 is_nan = _mm512_cmp_ps_mask(value.lanes, value.lanes, _CMP_UNORD_Q);
     const __m512i chosen = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
-  }
-
-  static Float load(const float* from) { return Float(_mm512_loadu_ps(from)); }
-  static void store(float* to, Float value) { _mm512_storeu_ps(to, value.lanes); }
-  template <typename T>
-  static Float load(const T* from) {
-    return unpack(from, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  }
-  template <typename T>
-  static void store(T* to, Float value) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), pack(to, value));
-  }
-
-  static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
-  static Float load_first(const float* from, int64_t count) {
-    return Float(_mm512_maskz_loadu_ps(first(count), from));
-  }
-  static void store_first(float* to, Float value, int64_t count) {
-    _mm512_mask_storeu_ps(to, first(count), value.lanes);
-  }
-  template <typename T>
-  static Float load_first(const T* from, int64_t count) {
-    return unpack(from, _mm256_maskz_loadu_epi16(first(count), from));
-  }
-  template <typename T>
-  static void store_first(T* to, Float value, int64_t count) {
-    _mm256_mask_storeu_epi16(to, first(count), pack(to, value));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
   }
 };
 

@@ -1,15 +1,28 @@
 // The CPU kernels over `Simd`: a vector type `Float` of `kWidth` floats, with load and store for each element
-// type, of a whole vector and of its first elements, and the operations of sgd_update.h. Included once by each kernels_*.cpp; everything here is local to that
+// type and the operations of sgd_update.h. Included once by each kernels_*.cpp; everything here is local to that
 // file, or the linker could pick a copy that was compiled for another processor.
 #pragma once
 
 #include <cstring>
 #include <type_traits>
 
+#include "../low_precision.h"
 #include "kernels.h"
 
 namespace fused_tricks::cpu {
 namespace {
+
+// A vector of one element.
+struct Scalar {
+  using Float = float;
+  static constexpr int64_t kWidth = 1;
+  static float load(const float* from) { return *from; }
+  static float load(const Half* from) { return half_to_float(*from); }
+  static float load(const BFloat16* from) { return bfloat16_to_float(*from); }
+  static void store(float* to, float value) { *to = value; }
+  static void store(Half* to, float value) { *to = float_to_half(value); }
+  static void store(BFloat16* to, float value) { *to = float_to_bfloat16(value); }
+};
 
 // An element is not finite when its exponent bits are all ones: adding one to them, with the sign bit cleared,
 // then carries into the sign bit.
@@ -87,46 +100,16 @@ double sum_of_squares(const void* grad, DType type, int64_t count) {
   return 0;
 }
 
-// The first elements of a vector; the others are zero, and not touched in memory.
-template <typename Simd>
-struct First {
-  int64_t count;
-  template <typename T>
-  typename Simd::Float load(const T* from) const {
-    return Simd::load_first(from, count);
-  }
-  template <typename T>
-  void store(T* to, typename Simd::Float value) const {
-    Simd::store_first(to, value, count);
-  }
-};
-
-// For instruction sets that cannot leave memory alone element by element.
-template <typename Simd, typename T>
-typename Simd::Float load_padded(const T* from, int64_t count) {
-  T padded[Simd::kWidth] = {};
-  std::memcpy(padded, from, static_cast<size_t>(count) * sizeof(T));
-  return Simd::load(padded);
-}
-
-template <typename Simd, typename T>
-void store_padded(T* to, typename Simd::Float value, int64_t count) {
-  T padded[Simd::kWidth];
-  Simd::store(padded, value);
-  std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(T));
-}
-
-// `Access` loads and stores: Simd itself, or First<Simd>. `Param` is float where the weight is the parameter itself.
-template <typename Simd, typename Access, typename Param, typename Grad>
-void update_vector(const Access& access, const Grad* grad, float* weight, float* buffer, Param* param,
-                   const Rule<float>& rule) {
+// `Param` is float where the weight is the parameter itself.
+template <typename Simd, typename Param, typename Grad>
+void update_vector(const Grad* grad, float* weight, float* buffer, Param* param, const Rule<float>& rule) {
   using V = typename Simd::Float;
-  V w = access.load(weight);
-  V b = rule.has_momentum && !rule.first ? access.load(buffer) : V(0.0f);
-  sgd_update(rule, access.load(grad), w, b);
-  access.store(weight, w);
-  if (rule.has_momentum) access.store(buffer, b);
-  if constexpr (!std::is_same_v<Param, float>) access.store(param, w);
+  V w = Simd::load(weight);
+  V b = rule.has_momentum && !rule.first ? Simd::load(buffer) : V(0.0f);
+  sgd_update(rule, Simd::load(grad), w, b);
+  Simd::store(weight, w);
+  if (rule.has_momentum) Simd::store(buffer, b);
+  if constexpr (!std::is_same_v<Param, float>) Simd::store(param, w);
 }
 
 template <typename Simd, typename Param, typename Grad>
@@ -139,10 +122,11 @@ void update_span(const Span& span, const Rule<float>& shared_rule) {
   auto* param = static_cast<Param*>(span.param != nullptr ? span.param : span.weight);
   int64_t i = 0;
   for (; i + Simd::kWidth <= span.count; i += Simd::kWidth) {
-    update_vector<Simd>(Simd(), grad + i, weight + i, buffer + i, param + i, rule);
+    update_vector<Simd, Param, Grad>(grad + i, weight + i, buffer + i, param + i, rule);
   }
-  if (i == span.count) return;
-  update_vector<Simd>(First<Simd>{span.count - i}, grad + i, weight + i, buffer + i, param + i, rule);
+  for (; i < span.count; ++i) {
+    update_vector<Scalar, Param, Grad>(grad + i, weight + i, buffer + i, param + i, rule);
+  }
 }
 
 template <typename Simd>
