@@ -94,7 +94,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
         parser.error(str(error))
     count = len(images.train)  # type: ignore[arg-type]
     if options.batch_size > count:
-        parser.error(f"--batch-size {options.batch_size}: {options.dataset} has only {count} images to train on")
+        parser.error(
+            f"--batch-size {options.batch_size}: {options.dataset} has only {count} images to train on"
+        )
     return options, images
 
 

@@ -49,8 +49,9 @@ bool truth(PyObject* dict, PyObject* key) {
   return value != 0;
 }
 
-// Whether a gradient may have the negative bit, which DLPack does not tell and torch only slowly. It marks the imaginary
-// part of a conjugated tensor: every second element, from the second on, so that a dense one has a single element.
+// Whether a gradient may have the negative bit, which DLPack does not tell and torch only slowly. It marks the
+// imaginary part of a conjugated tensor: every second element, from the second on, so that a dense one has a single
+// element.
 bool may_be_negative(const TensorView& tensor, int64_t count) {
   return count == 1 && reinterpret_cast<uintptr_t>(tensor.data) / static_cast<size_t>(size_of(tensor.type)) % 2 == 1;
 }

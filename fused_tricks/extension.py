@@ -102,4 +102,8 @@ def _why_not_built() -> str | None:
     except (OSError, ValueError):
         return None
     reason = info.get("extension_failure")
-    return f"the extension was not built ({reason}); {_ADVICE}" if reason else None
+    if not reason:
+        return None
+    # setup.py was told so: a compiler may well be there.
+    advice = "reinstall fused_tricks without it" if reason.startswith("FUSED_TRICKS_EXTENSION") else _ADVICE
+    return f"the extension was not built ({reason}); {advice}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -38,3 +40,17 @@ def test_an_optimizer_without_parameters_counts_its_steps(name: str) -> None:
     optimizer = FusedSGD([{"params": []}], lr=0.1, backend=name)
     optimizer.step()
     assert optimizer.stats().applied_steps == 1
+
+
+def test_auto_says_once_that_only_the_slow_backend_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, backend in list(BACKENDS.items()):
+        if backend.device_type is not None:
+            unusable = backend._replace(unavailable_because=lambda: "this is a test of warnings")
+            monkeypatch.setitem(BACKENDS, name, unusable)
+    for expected in (1, 0):
+        param = Parameter(torch.zeros(3))
+        param.grad = torch.ones(3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            FusedSGD([param], lr=0.1).step()
+        assert [str(w.message).count("this is a test of warnings") > 0 for w in caught] == [True] * expected

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fused_tricks
+from fused_tricks import extension as extension_module
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(fused_tricks.__file__).parent
@@ -93,3 +94,16 @@ def test_the_requirements_of_a_build_are_the_same_with_and_without_isolation():
     tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["dependency-groups"]["build"] == project["build-system"]["requires"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "advice"),
+    [
+        ("no C++ compiler was found", "install a C++ compiler and reinstall fused_tricks"),
+        ("FUSED_TRICKS_EXTENSION=0 was set", "reinstall fused_tricks without it"),
+    ],
+)
+def test_the_advice_about_a_missing_extension_fits_its_reason(monkeypatch, tmp_path, failure, advice):
+    (tmp_path / "_build_info.json").write_text(json.dumps({"extension_failure": failure}))
+    monkeypatch.setattr(extension_module, "__file__", str(tmp_path / "extension.py"))
+    assert extension_module._why_not_built() == f"the extension was not built ({failure}); {advice}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -92,10 +94,17 @@ def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan,
     devices = {param.device for _, param in named}
     wrappers = [(who, type(t)) for who, p in named for t in (p, p.grad) if t is not None and is_wrapper(t)]
     if name == "auto" or not named:
-        for backend in BACKENDS.values():
-            serves = not wrappers and _serves(backend, devices) and backend.unavailable_because() is None
-            if backend.device_type is None or serves:
+        missing: list[str] = []
+        for backend_name, backend in BACKENDS.items():
+            if backend.device_type is None:
+                if missing:
+                    _warn_of_reference(*missing)
                 return backend.stepper
+            if not wrappers and _serves(backend, devices):
+                reason = backend.unavailable_because()
+                if reason is None:
+                    return backend.stepper
+                missing.append(f"backend={backend_name!r}: {reason}")
     backend = BACKENDS[name]
     if not _serves(backend, devices):
         raise RuntimeError(
@@ -109,6 +118,15 @@ def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan,
             f"backend={name!r} cannot reach; use backend='auto' or 'reference'"
         )
     return backend.stepper
+
+
+@functools.cache
+def _warn_of_reference(*reasons: str) -> None:
+    warnings.warn(
+        "FusedSGD updates these parameters by the slow backend='reference', as the fast one is not usable here: "
+        + "; ".join(reasons),
+        stacklevel=2,
+    )
 
 
 def _serves(backend: Backend, devices: set[torch.device]) -> bool:
