@@ -33,7 +33,9 @@ FUSED_TRICKS_INLINE float half_to_float(Half half) {
   return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));
 }
 
-FUSED_TRICKS_INLINE float bfloat16_to_float(BFloat16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
+FUSED_TRICKS_INLINE float bfloat16_to_float(BFloat16 value) {
+  return bits_to_float(static_cast<uint32_t>(value.bits) << 16);
+}
 
 FUSED_TRICKS_INLINE Half float_to_half(float value) {
   const uint32_t bits = float_to_bits(value);
