@@ -33,12 +33,16 @@ def test_the_optimizer_tests_run_on_the_emulation() -> None:
     assert "emulated_cuda" in backends.NAMES
 
 
-def steady_step(params: list[Parameter], **options: object) -> emulation.Traffic:
+def steady_step(
+    params: list[Parameter], grad_dtype: torch.dtype | None = None, **options: object
+) -> emulation.Traffic:
     """What one step does once buffers and plans exist."""
-    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, weight_decay=1e-4, backend="emulated_cuda", **options)
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4} | options
+    optimizer = FusedSGD(params, backend="emulated_cuda", **options)
     for _ in range(3):
         for param in params:
-            param.grad = torch.ones_like(param)
+            param.grad_dtype = grad_dtype or param.dtype
+            param.grad = torch.ones_like(param, dtype=grad_dtype)
         emulation.take_traffic()
         optimizer.step()
     return emulation.take_traffic()
@@ -61,17 +65,32 @@ def test_a_step_of_fp32_parameters_without_a_scale_moves_20_bytes_an_element() -
     assert traffic.element_bytes_written == 8 * sum(SIZES)
 
 
+def test_a_step_of_fp64_parameters_moves_40_bytes_an_element() -> None:
+    traffic = steady_step(parameters(torch.float64))
+    assert traffic.element_bytes_read == 24 * sum(SIZES)
+    assert traffic.element_bytes_written == 16 * sum(SIZES)
+
+
 def test_a_step_without_momentum_does_not_touch_a_buffer() -> None:
-    params = parameters(torch.float16)
-    optimizer = FusedSGD(params, lr=0.1, backend="emulated_cuda")
-    for _ in range(2):
-        for param in params:
-            param.grad = torch.ones_like(param)
-        emulation.take_traffic()
-        optimizer.step()
-    traffic = emulation.take_traffic()
+    traffic = steady_step(parameters(torch.float16), momentum=0)
     assert traffic.element_bytes_read == 6 * sum(SIZES)
     assert traffic.element_bytes_written == 6 * sum(SIZES)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"),
+    [
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_warps_request_whole_sectors(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    with emulation.counted_sectors():
+        traffic = steady_step(parameters(dtype), grad_dtype, loss_scale="dynamic")
+    assert 32 * traffic.element_sectors_read <= 1.1 * traffic.element_bytes_read
+    assert 32 * traffic.element_sectors_written <= 1.1 * traffic.element_bytes_written
 
 
 def test_a_skipped_step_reads_the_gradients_once_and_writes_no_element() -> None:
@@ -95,9 +114,9 @@ def test_a_step_that_does_not_scan_takes_one_launch() -> None:
     assert steady_step(parameters(torch.float32)).launches == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_tables_and_scalars_cost_at_most_half_a_byte_an_element(dtype: torch.dtype) -> None:
-    traffic = steady_step(parameters(dtype), loss_scale="dynamic", max_grad_norm=1.0)
+    traffic = steady_step(parameters(dtype), lr=torch.tensor(0.1), loss_scale="dynamic", max_grad_norm=1.0)
     assert traffic.table_bytes_read <= 0.5 * sum(SIZES)
 
 

@@ -122,7 +122,7 @@ __device__ inline bool scan_span(const T* grad, int count, bool measures, double
     }
   }
   for (int i = done + static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-    const T element = load(grad + i);
+    const T element = load_element(grad + i);
     found = found || !is_finite(element);
     const double value = to_double(element);
     if (measures) squares += value * value;
@@ -404,15 +404,15 @@ __device__ inline void update_span(const BlockWork& work) {
     }
   }
   for (int i = done + static_cast<int>(threadIdx.x); i < work.count; i += kThreads) {
-    float w = load(weight + i);
-    float b = rule.has_momentum && !rule.first ? load(buffer + i) : 0.0f;
-    sgd_update(rule, to_float(load(grad + i)), w, b);
-    store(weight + i, w);
-    if (rule.has_momentum) store(buffer + i, b);
+    float w = load_element(weight + i);
+    float b = rule.has_momentum && !rule.first ? load_element(buffer + i) : 0.0f;
+    sgd_update(rule, to_float(load_element(grad + i)), w, b);
+    store_element(weight + i, w);
+    if (rule.has_momentum) store_element(buffer + i, b);
     if constexpr (sizeof(Param) == 2) {
       Param rounded;
       round_to(rounded, w);
-      store(param + i, rounded);
+      store_element(param + i, rounded);
     }
   }
 }
@@ -423,11 +423,11 @@ __device__ inline void update_double_span(const BlockWork& work) {
   auto* weight = reinterpret_cast<double*>(work.weight);
   auto* buffer = reinterpret_cast<double*>(work.buffer);
   for (int i = static_cast<int>(threadIdx.x); i < work.count; i += kThreads) {
-    double w = load(weight + i);
-    double b = rule.has_momentum && !rule.first ? load(buffer + i) : 0.0;
-    sgd_update(rule, load(grad + i), w, b);
-    store(weight + i, w);
-    if (rule.has_momentum) store(buffer + i, b);
+    double w = load_element(weight + i);
+    double b = rule.has_momentum && !rule.first ? load_element(buffer + i) : 0.0;
+    sgd_update(rule, load_element(grad + i), w, b);
+    store_element(weight + i, w);
+    if (rule.has_momentum) store_element(buffer + i, b);
   }
 }
 

@@ -1,4 +1,5 @@
-// Every access to device memory, and the element types. One place, so that the emulation can count the bytes.
+// Every access to device memory, and the element types. One place, so that the emulation can count what they move:
+// elements (of parameters, masters, buffers and gradients) apart from tables and scalars.
 #pragma once
 
 #include "../dtype.h"
@@ -40,6 +41,17 @@ __device__ inline T load(const T* address) {
 template <typename T>
 __device__ inline void store(T* address, T value) {
   *address = value;
+}
+
+// Of an element by itself, where it cannot be part of a vector.
+template <typename T>
+__device__ inline T load_element(const T* address) {
+  return load(address);
+}
+
+template <typename T>
+__device__ inline void store_element(T* address, T value) {
+  store(address, value);
 }
 
 // Of memory that another block of the same launch has written.

@@ -21,10 +21,12 @@ from .build import build
 
 
 class Traffic(NamedTuple):
-    """What the emulated kernels did: bytes by kind, and launches."""
+    """What the emulated kernels did: bytes by kind, sectors where they are counted, and launches."""
 
     element_bytes_read: int
     element_bytes_written: int
+    element_sectors_read: int
+    element_sectors_written: int
     table_bytes_read: int
     table_bytes_written: int
     launches: int
@@ -58,6 +60,17 @@ def take_traffic() -> Traffic:
     counted = (ctypes.c_int64 * len(Traffic._fields))()
     ctypes.CDLL(load().__file__).fused_tricks_take_traffic(counted)
     return Traffic(*counted)
+
+
+@contextlib.contextmanager
+def counted_sectors() -> Iterator[None]:
+    """Counts the 32-byte sectors that the instructions of warps request, as a GPU's memory does."""
+    count = ctypes.CDLL(load().__file__).fused_tricks_count_sectors
+    count(True)
+    try:
+        yield
+    finally:
+        count(False)
 
 
 @contextlib.contextmanager

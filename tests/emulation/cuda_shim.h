@@ -1,6 +1,7 @@
 // Stands in for the CUDA language, so that csrc/cuda/kernels.cuh compiles as C++ and runs on the CPU: the threads of a
-// block are fibers that take turns at barriers and shuffles, and blocks run one after the other. Every access to
-// global memory is checked for alignment and counted.
+// block are fibers, and blocks run one after the other. What a GPU leaves open is made hard on the kernels: a warp runs
+// to its next barrier before another starts, forwards in one block and backwards in another; blocks come in any order;
+// shared memory holds garbage at first. Every access to global memory is checked for alignment and counted.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@
 
 #define __device__
 #define __global__
-#define __shared__ static
+#define __shared__ extern  // launch.cpp defines all of them
 #define __grid_constant__
 #define __launch_bounds__(threads)
 
@@ -22,21 +23,27 @@ struct Index {
 };
 extern Index threadIdx, blockIdx, gridDim;
 
-// Bytes by what they are: elements of parameters, masters, buffers and gradients, or tables and scalars.
+// Bytes by what they are, and the 32-byte sectors that each warp's instructions request for elements.
 struct Traffic {
   int64_t element_bytes_read;
   int64_t element_bytes_written;
+  int64_t element_sectors_read;
+  int64_t element_sectors_written;
   int64_t table_bytes_read;
   int64_t table_bytes_written;
   int64_t launches;
 };
 extern Traffic traffic;
 
-// Lets every other thread of the block come to the same place.
-void synchronize(const char* what);
 void check_alignment(const void* address, size_t alignment);
 
-inline void __syncthreads() { synchronize("__syncthreads"); }
+struct Instruction {
+  int line;
+  bool is_store;
+};
+void count_element_access(const void* address, size_t size, size_t alignment, Instruction instruction);
+
+void __syncthreads();
 inline void __threadfence() {}
 int __syncthreads_or(int predicate);
 
@@ -63,25 +70,16 @@ inline int atomicOr(int* address, int value) {
 }
 
 template <typename T>
-constexpr bool kIsElement = false;
-template <>
-inline constexpr bool kIsElement<Half> = true;
-template <>
-inline constexpr bool kIsElement<BFloat16> = true;
-template <>
-inline constexpr bool kIsElement<float> = true;
-
-template <typename T>
 T load(const T* address) {
   check_alignment(address, alignof(T));
-  (kIsElement<T> ? traffic.element_bytes_read : traffic.table_bytes_read) += sizeof(T);
+  traffic.table_bytes_read += sizeof(T);
   return *address;
 }
 
 template <typename T>
 void store(T* address, T value) {
   check_alignment(address, alignof(T));
-  (kIsElement<T> ? traffic.element_bytes_written : traffic.table_bytes_written) += sizeof(T);
+  traffic.table_bytes_written += sizeof(T);
   *address = value;
 }
 
@@ -90,35 +88,42 @@ T load_fresh(const T* address) {
   return load(address);
 }
 
-template <typename Vector>
-Vector load_vector(const void* address) {
-  check_alignment(address, 16);
-  traffic.element_bytes_read += sizeof(Vector);
-  Vector value;
+// `line` tells the instructions of a kernel apart.
+template <typename T>
+T load_element(const void* address, int line = __builtin_LINE()) {
+  count_element_access(address, sizeof(T), alignof(T), {line, false});
+  T value;
   std::memcpy(&value, address, sizeof value);
   return value;
 }
-
-template <typename Vector>
-void store_vector(void* address, const Vector& value) {
-  check_alignment(address, 16);
-  traffic.element_bytes_written += sizeof value;
-  std::memcpy(address, &value, sizeof value);
+template <typename T>
+T load_element(const T* address, int line = __builtin_LINE()) {
+  return load_element<T>(static_cast<const void*>(address), line);
 }
 
 template <typename T>
-Words4 load_words(const T* address) {
-  return load_vector<Words4>(address);
+void store_element(T* address, const T& value, int line = __builtin_LINE()) {
+  count_element_access(address, sizeof(T), alignof(T), {line, true});
+  std::memcpy(static_cast<void*>(address), &value, sizeof value);
+}
+
+template <typename T>
+Words4 load_words(const T* address, int line = __builtin_LINE()) {
+  return load_element<Words4>(static_cast<const void*>(address), line);
 }
 template <typename T>
-Words4 load_words_once(const T* address) {
-  return load_vector<Words4>(address);
+Words4 load_words_once(const T* address, int line = __builtin_LINE()) {
+  return load_element<Words4>(static_cast<const void*>(address), line);
 }
-inline Float4 load_once(const float* address) { return load_vector<Float4>(address); }
-inline void store_once(float* address, const Float4& value) { store_vector(address, value); }
+inline Float4 load_once(const float* address, int line = __builtin_LINE()) {
+  return load_element<Float4>(static_cast<const void*>(address), line);
+}
+inline void store_once(float* address, const Float4& value, int line = __builtin_LINE()) {
+  store_element(reinterpret_cast<Float4*>(address), value, line);
+}
 template <typename T>
-void store_words(T* address, const Words4& value) {
-  store_vector(address, value);
+void store_words(T* address, const Words4& value, int line = __builtin_LINE()) {
+  store_element(reinterpret_cast<Words4*>(address), value, line);
 }
 
 inline uint32_t bits_of(float value) { return float_to_bits(value); }

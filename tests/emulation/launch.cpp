@@ -1,11 +1,19 @@
 // The launches of csrc/cuda/launch.h on the CPU, and the fibers behind cuda_shim.h.
 #include "launch.h"
 
+#include <algorithm>
+#include <bitset>
+#include <cstring>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
+#include <numeric>
+#include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -43,17 +51,32 @@ namespace fused_tricks::cuda {
 Index threadIdx{}, blockIdx{}, gridDim{};
 Traffic traffic{};
 
+// The kernels' __shared__ variables.
+BlockWork work;
+double per_warp[kWarps];
+
 namespace {
 
 constexpr size_t kStackSize = 256 * 1024;
+
+constexpr unsigned kWarp = kWarpSize;
+constexpr uintptr_t kSectorSize = 32;
+
+// The n-th access of a thread at one instruction goes with the n-th of the other threads of its warp.
+struct Access {
+  Instruction instruction;
+  uintptr_t sector;
+};
 
 struct Fiber {
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackSize);
   void* stack_pointer = nullptr;
   bool finished = false;
   const char* waits_at = nullptr;
+  bool waits_for_block = false;
   uint64_t sent[2] = {};
   int exchanges = 0;
+  std::vector<Access> accesses;
 };
 
 Fiber fibers[kThreads];
@@ -61,6 +84,8 @@ void* scheduler_stack = nullptr;
 void (*kernel_body)() = nullptr;
 std::exception_ptr failure;
 int64_t block_limit = -1;
+uint64_t blocks_run = 0;
+bool counts_sectors = false;
 bool captures = false;
 std::vector<std::function<void()>> graph;  // launches, with their arguments by value
 
@@ -85,7 +110,9 @@ void prepare(Fiber& fiber) {
 #endif
   fiber.finished = false;
   fiber.waits_at = nullptr;
+  fiber.waits_for_block = false;
   fiber.exchanges = 0;
+  fiber.accesses.clear();
   // As fused_tricks_switch leaves a stack: six registers, then the address to return to, which enters a function with
   // a stack pointer of 8 modulo 16.
   auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackSize) & ~uintptr_t{15});
@@ -95,26 +122,74 @@ void prepare(Fiber& fiber) {
   fiber.stack_pointer = top;
 }
 
-// Every thread runs to its next barrier or shuffle, then all go on; they must all wait at the same one.
-void run_block() {
-  for (Fiber& fiber : fibers) prepare(fiber);
-  for (bool running = true; running;) {
-    running = false;
-    const char* waits_at = nullptr;
-    for (unsigned thread = 0; thread < kThreads; ++thread) {
-      if (fibers[thread].finished) continue;
-      threadIdx.x = thread;
-      fused_tricks_switch(&scheduler_stack, fibers[thread].stack_pointer);
-      if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
-      if (fibers[thread].finished) continue;
-      if (running && waits_at != fibers[thread].waits_at) {
-        throw std::logic_error(std::string("threads of one block wait at ") + waits_at + " and at " +
-                               fibers[thread].waits_at);
-      }
-      waits_at = fibers[thread].waits_at;
-      running = true;
+void resume(unsigned thread) {
+  threadIdx.x = thread;
+  fibers[thread].waits_at = nullptr;
+  fused_tricks_switch(&scheduler_stack, fibers[thread].stack_pointer);
+  if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+}
+
+// Runs the threads [begin, end) to where they wait for each other, which must be the same place for all that have not
+// finished. Null: all have.
+const char* common_place(unsigned begin, unsigned end) {
+  const char* place = nullptr;
+  for (unsigned thread = begin; thread < end; ++thread) {
+    const Fiber& fiber = fibers[thread];
+    if (fiber.finished) continue;
+    if (place != nullptr && place != fiber.waits_at) {
+      throw std::logic_error(std::string("threads of one block wait at ") + place + " and at " + fiber.waits_at);
+    }
+    place = fiber.waits_at;
+  }
+  return place;
+}
+
+// To the next barrier of the block.
+void run_warp(unsigned warp, bool backwards) {
+  const unsigned begin = warp * kWarp, end = begin + kWarp;
+  do {
+    for (unsigned i = 0; i < kWarp; ++i) {
+      const unsigned thread = backwards ? end - 1 - i : begin + i;
+      if (!fibers[thread].finished) resume(thread);
+    }
+  } while (common_place(begin, end) != nullptr && !fibers[begin].waits_for_block);
+}
+
+void count_sectors(unsigned warp) {
+  std::map<std::tuple<int, bool, int>, std::set<uintptr_t>> requests;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    std::map<int, int> occurrences;
+    for (const Access& access : fibers[warp * kWarp + lane].accesses) {
+      const auto& [line, is_store] = access.instruction;
+      requests[{line, is_store, occurrences[line]++}].insert(access.sector);
     }
   }
+  for (const auto& [request, sectors] : requests) {
+    (std::get<bool>(request) ? traffic.element_sectors_written : traffic.element_sectors_read) +=
+        static_cast<int64_t>(sectors.size());
+  }
+}
+
+void spoil_shared_memory() {
+  std::memset(&work, 0xa5, sizeof work);
+  std::memset(per_warp, 0xa5, sizeof per_warp);
+}
+
+void run_block(bool backwards) {
+  spoil_shared_memory();
+  for (Fiber& fiber : fibers) prepare(fiber);
+  do {
+    for (unsigned i = 0; i < kWarps; ++i) run_warp(backwards ? kWarps - 1 - i : i, backwards);
+  } while (common_place(0, kThreads) != nullptr);
+  for (unsigned warp = 0; counts_sectors && warp < kWarps; ++warp) count_sectors(warp);
+}
+
+// In an order that no kernel can rely on, the same in every run.
+std::vector<unsigned> shuffled(unsigned blocks) {
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), std::minstd_rand(blocks));
+  return order;
 }
 
 template <auto kKernel, typename Args>
@@ -130,38 +205,57 @@ void run_grid(const Args& args, int64_t blocks) {
   gridDim.x = static_cast<unsigned>(blocks);
   const bool limited = block_limit >= 0 && block_limit < blocks;
   const auto end = static_cast<unsigned>(limited ? block_limit : blocks);
-  for (blockIdx.x = 0; blockIdx.x < end; ++blockIdx.x) run_block();
+  for (const unsigned block : shuffled(end)) {
+    blockIdx.x = block;
+    // Neither a kernel nor a block of it meets the same direction every time.
+    run_block(std::bitset<64>(blocks_run++).count() % 2 != 0);
+  }
 }
 
-}  // namespace
-
-void synchronize(const char* what) {
-  current().waits_at = what;
+// Lets the other threads of the warp, or of the block, come to the same place.
+void synchronize(const char* place, bool of_block) {
+  current().waits_at = place;
+  current().waits_for_block = of_block;
   yield_to_scheduler();
 }
 
 // Two places take turns: a thread that is ahead has sent its next value before the others have read this one.
-uint64_t exchange(uint64_t bits, int lane_mask) {
+int send(uint64_t bits) {
   const int place = current().exchanges++ % 2;
   current().sent[place] = bits;
-  synchronize("__shfl_xor_sync");
+  return place;
+}
+
+}  // namespace
+
+void __syncthreads() { synchronize("__syncthreads", true); }
+
+int __syncthreads_or(int predicate) {
+  const int place = send(static_cast<uint64_t>(predicate));
+  synchronize("__syncthreads_or", true);
+  return std::any_of(fibers, fibers + kThreads, [place](const Fiber& fiber) { return fiber.sent[place] != 0; });
+}
+
+uint64_t exchange(uint64_t bits, int lane_mask) {
+  const int place = send(bits);
+  synchronize("__shfl_xor_sync", false);
   const Fiber& partner = fibers[threadIdx.x ^ static_cast<unsigned>(lane_mask)];
   if (partner.exchanges < current().exchanges) throw std::logic_error("a shuffle with a thread that takes no part");
   return partner.sent[place];
 }
 
-int __syncthreads_or(int predicate) {
-  const int place = current().exchanges++ % 2;
-  current().sent[place] = static_cast<uint64_t>(predicate);
-  synchronize("__syncthreads_or");
-  int any = 0;
-  for (const Fiber& fiber : fibers) any |= static_cast<int>(fiber.sent[place]);
-  return any;
-}
-
 void check_alignment(const void* address, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
     throw std::logic_error("misaligned access of " + std::to_string(alignment) + " bytes");
+  }
+}
+
+void count_element_access(const void* address, size_t size, size_t alignment, Instruction instruction) {
+  check_alignment(address, alignment);
+  (instruction.is_store ? traffic.element_bytes_written : traffic.element_bytes_read) += static_cast<int64_t>(size);
+  // No element or vector is in two sectors, because they are aligned.
+  if (counts_sectors) {
+    current().accesses.push_back({instruction, reinterpret_cast<uintptr_t>(address) / kSectorSize});
   }
 }
 
@@ -190,6 +284,11 @@ template void launch_update<LargeArguments>(const LargeArguments&, int64_t, cons
 extern "C" __attribute__((visibility("default"))) void fused_tricks_take_traffic(fused_tricks::cuda::Traffic* counted) {
   *counted = fused_tricks::cuda::traffic;
   fused_tricks::cuda::traffic = {};
+}
+
+// Sectors are counted only on demand, since that takes longer than the kernels.
+extern "C" __attribute__((visibility("default"))) void fused_tricks_count_sectors(bool counts) {
+  fused_tricks::cuda::counts_sectors = counts;
 }
 
 // While `captures`, launches are not run but put into a graph, a new one each time; `replay` runs them.
