@@ -68,7 +68,9 @@ class FusedSGD(Optimizer):
             is the paper's "no bias decay" (section 3.1), True the behaviour of ``torch.optim.SGD``.
         loss_scale: None, a positive number (a static scale), ``"dynamic"``, or a :class:`DynamicLossScale`.
         max_grad_norm: Clip gradients to this global L2 norm, as ``torch.nn.utils.clip_grad_norm_``, without writing
-            to them; ``inf`` only measures. The norm is accumulated in FP64 in a fixed order.
+            to them; ``inf`` only measures. Squares are summed in FP64 in an order that each backend fixes: the same
+            backend gives the same bits for the same gradients, and two backends may, rarely, differ in the last bit
+            of the FP32 norm, and so in the bits of what they clip.
         backend: ``"auto"``, or one of the names that ``python -m fused_tricks`` lists.
         foreach: Accepted as ``torch.optim.SGD`` does; chooses nothing.
         fused: Accepted as ``torch.optim.SGD`` does; chooses nothing.
