@@ -3,7 +3,9 @@ from typing import Any
 ScaleRule = tuple[float, float, float, float, int, int]
 
 class Plan:
-    def __init__(self, entries: list[tuple[Any, ...]], step_state: Any, reads_lr: bool) -> None: ...
+    def __init__(
+        self, entries: list[tuple[Any, ...]], step_state: Any, reads_lr: bool, compared: int
+    ) -> None: ...
     def watch_state(self, state: dict[Any, Any]) -> None: ...
     def cpu_step(
         self,
@@ -35,6 +37,7 @@ class CudaStep:
     ) -> int: ...
 
 __version__: str
+CPU_COMPARED: int
 
 def connect(
     tensor_type: type,

@@ -292,7 +292,7 @@ class FusedSGD(Optimizer):
         loss_scale = self._loss_scale
         if found_inf is None:
             rule = loss_scale.rule() if isinstance(loss_scale, DynamicLossScale) else None
-            return StepRequest(loss_scale is not None, None, None, self.max_grad_norm, rule)
+            return StepRequest(loss_scale is not None, None, None, self._max_grad_norm, rule)
         if loss_scale is not None:
             raise RuntimeError(
                 "this FusedSGD scales its own loss (loss_scale is set) and was stepped by a GradScaler; use "

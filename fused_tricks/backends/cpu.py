@@ -22,7 +22,8 @@ class CpuStepper:
     answers_late = False
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
-        self._plan = CompiledPlan(load_extension(), plan, step_state)
+        extension = load_extension()
+        self._plan = CompiledPlan(extension, plan, step_state, compared=extension.CPU_COMPARED)
 
     def is_written(self, entry: Entry) -> bool:
         return entry.param.grad is not None
