@@ -11,9 +11,17 @@ from comparison import assert_all_same_bits, parameters
 from fused_tricks import FusedSGD
 from fused_tricks.backends import availability
 
-pytestmark = pytest.mark.skipif(
-    availability()["cuda"] is not None, reason=f"backend cuda: {availability()['cuda']}"
-)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend for GPUs that is usable here."""
+    reason = availability()[request.param]
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
 
 SHAPES = [(64, 3, 7, 7), (64,), (300, 100), (10,)]
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
@@ -40,18 +48,18 @@ def on_cpu(steps: int, dtype: torch.dtype, **options: object) -> list[Parameter]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_a_gpu_gives_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
+def test_a_gpu_gives_the_bits_of_the_cpu(gpu_backend: str, dtype: torch.dtype) -> None:
     params = parameters(SHAPES, dtype, "cuda")
-    optimizer = FusedSGD(params, backend="cuda", loss_scale="dynamic", **OPTIONS)
+    optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
     for step in range(20):
         set_gradients(params, gradients(step))
         optimizer.step()
     assert_all_same_bits(params, on_cpu(20, dtype, loss_scale="dynamic"))
 
 
-def test_steps_do_not_synchronise() -> None:
+def test_steps_do_not_synchronise(gpu_backend: str) -> None:
     params = parameters(SHAPES, torch.float16, "cuda")
-    optimizer = FusedSGD(params, loss_scale="dynamic", max_grad_norm=1.0, **OPTIONS)
+    optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", max_grad_norm=1.0, **OPTIONS)
     set_gradients(params, gradients(0))
     loss = torch.ones((), device="cuda", requires_grad=True)
     torch.cuda.set_sync_debug_mode("error")
@@ -64,9 +72,9 @@ def test_steps_do_not_synchronise() -> None:
     assert optimizer.stats().applied_steps == 5
 
 
-def test_steps_do_not_allocate_once_a_plan_exists() -> None:
+def test_steps_do_not_allocate_once_a_plan_exists(gpu_backend: str) -> None:
     params = parameters(SHAPES, torch.float16, "cuda")
-    optimizer = FusedSGD(params, loss_scale="dynamic", **OPTIONS)
+    optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
     set_gradients(params, gradients(0))
     optimizer.step()
     optimizer.step()
@@ -76,11 +84,11 @@ def test_steps_do_not_allocate_once_a_plan_exists() -> None:
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
-def test_a_captured_step_replays_with_its_scale_and_its_skips() -> None:
+def test_a_captured_step_replays_with_its_scale_and_its_skips(gpu_backend: str) -> None:
     params = parameters(SHAPES, torch.float16, "cuda")
-    optimizer = FusedSGD(params, loss_scale="dynamic", **OPTIONS)
+    optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
     twins = [Parameter(param.detach().clone()) for param in params]
-    other = FusedSGD(twins, loss_scale="dynamic", **OPTIONS)
+    other = FusedSGD(twins, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
     set_gradients(params, gradients(0))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -108,10 +116,10 @@ def test_a_captured_step_replays_with_its_scale_and_its_skips() -> None:
     assert optimizer.stats().skipped_steps == 1
 
 
-def test_a_learning_rate_on_the_device_is_read_in_every_replay() -> None:
+def test_a_learning_rate_on_the_device_is_read_in_every_replay(gpu_backend: str) -> None:
     param = Parameter(torch.zeros(4, device="cuda"))
     rate = torch.tensor(1.0, device="cuda")
-    optimizer = FusedSGD([param], lr=rate)
+    optimizer = FusedSGD([param], lr=rate, backend=gpu_backend)
     param.grad = torch.ones(4, device="cuda")
     optimizer.step()
     graph = torch.cuda.CUDAGraph()
@@ -122,9 +130,9 @@ def test_a_learning_rate_on_the_device_is_read_in_every_replay() -> None:
     assert param.tolist() == [-11.0] * 4
 
 
-def test_a_step_runs_on_the_current_stream() -> None:
+def test_a_step_runs_on_the_current_stream(gpu_backend: str) -> None:
     param = Parameter(torch.zeros(1 << 22, device="cuda"))
-    optimizer = FusedSGD([param], lr=1.0)
+    optimizer = FusedSGD([param], lr=1.0, backend=gpu_backend)
     param.grad = torch.zeros_like(param)
     optimizer.step()
     stream = torch.cuda.Stream()
@@ -137,9 +145,9 @@ def test_a_step_runs_on_the_current_stream() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two GPUs")
-def test_a_step_runs_on_the_device_of_its_parameters_whatever_is_current() -> None:
+def test_a_step_runs_on_the_device_of_its_parameters_whatever_is_current(gpu_backend: str) -> None:
     params = parameters(SHAPES, torch.float16, "cuda:1")
-    optimizer = FusedSGD(params, backend="cuda", loss_scale="dynamic", **OPTIONS)
+    optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
     with torch.cuda.device(0):
         for step in range(3):
             set_gradients(params, gradients(step))
