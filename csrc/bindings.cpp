@@ -2,10 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
 #include "cpu/kernels.h"
 #include "cpu/step.h"
@@ -23,8 +21,6 @@
 namespace fused_tricks {
 namespace {
 
-using ScaleRuleFields = std::tuple<double, double, double, double, int32_t, int32_t>;
-
 // In the order of fused_tricks/backends/request.py.
 enum Outcome : int { kStale, kSkipped, kApplied };
 
@@ -38,33 +34,51 @@ void connect(const py::object& tensor_type, const py::object& parameter_type, co
   set_parallel_for(parallel_for);
 }
 
-// grad_scale and found_inf are a GradScaler's: numbers on the host, or tensors that the kernels read.
-StepRequest request_of(bool unscales, bool external, std::optional<double> max_norm,
-                       const std::optional<ScaleRuleFields>& scale_rule) {
-  StepRequest request{};
-  request.unscales = unscales;
-  request.external = external;
-  request.grad_scale = 1.0f;
-  request.clips = max_norm.has_value();
-  request.max_norm = max_norm.value_or(0.0);
-  request.dynamic = scale_rule.has_value();
-  if (scale_rule) {
-    const auto& [growth, backoff, floor, ceiling, interval, hysteresis] = *scale_rule;
-    request.rule = {growth, backoff, static_cast<float>(floor), static_cast<float>(ceiling), interval, hysteresis};
-  }
-  return request;
+double number(const py::handle& object) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
 }
+
+// A StepRequest of fused_tricks/backends/request.py. What a GradScaler handed over is for a backend to read: the CPU
+// takes numbers, and the kernels for GPUs read tensors.
+struct RequestFields {
+  explicit RequestFields(const py::tuple& fields)
+      : unscales(fields[0]), grad_scale(fields[1]), found_inf(fields[2]), max_norm(fields[3]), scale_rule(fields[4]) {}
+
+  StepRequest request() const {
+    StepRequest request{};
+    request.unscales = unscales.ptr() == Py_True;
+    request.external = !grad_scale.is_none();
+    request.grad_scale = 1.0f;
+    request.clips = !max_norm.is_none();
+    if (request.clips) request.max_norm = number(max_norm);
+    request.dynamic = !scale_rule.is_none();
+    if (request.dynamic) {
+      const auto rule = py::reinterpret_borrow<py::tuple>(scale_rule);
+      request.rule = {number(rule[0]),
+                      number(rule[1]),
+                      static_cast<float>(number(rule[2])),
+                      static_cast<float>(number(rule[3])),
+                      static_cast<int32_t>(number(rule[4])),
+                      static_cast<int32_t>(number(rule[5]))};
+    }
+    return request;
+  }
+
+  py::handle unscales, grad_scale, found_inf, max_norm, scale_rule;
+};
 
 struct ReleaseGradients {
   Plan& plan;
   ~ReleaseGradients() { plan.release_gradients(); }
 };
 
-int cpu_step(Plan& plan, const py::list& groups, const py::dict& state, bool unscales, std::optional<double> grad_scale,
-             bool found_inf, std::optional<double> max_norm, const std::optional<ScaleRuleFields>& scale_rule) {
-  StepRequest request = request_of(unscales, grad_scale.has_value(), max_norm, scale_rule);
-  request.grad_scale = static_cast<float>(grad_scale.value_or(1.0));
-  request.found_inf = found_inf;
+int cpu_step(Plan& plan, const py::list& groups, const py::dict& state, const py::tuple& request_fields) {
+  const RequestFields fields(request_fields);
+  StepRequest request = fields.request();
+  if (request.external) request.grad_scale = static_cast<float>(number(fields.grad_scale));
+  request.found_inf = !fields.found_inf.is_none() && number(fields.found_inf) != 0;
   const ReleaseGradients release{plan};
   if (!plan.refresh(groups, state)) return kStale;
   return cpu::run_step(plan, request) ? kApplied : kSkipped;
@@ -80,14 +94,14 @@ void set_cuda_tables(cuda::Step& step, const Plan& plan, const py::object& memor
 
 void set_cuda_scratch(cuda::Step& step, const py::object& memory) { step.set_scratch(data_of(memory)); }
 
-int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::dict& state, bool unscales,
-              const py::object& grad_scale, const py::object& found_inf, std::optional<double> max_norm,
-              const std::optional<ScaleRuleFields>& scale_rule) {
-  const StepRequest request = request_of(unscales, !grad_scale.is_none(), max_norm, scale_rule);
+int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::dict& state,
+              const py::tuple& request_fields) {
+  const RequestFields fields(request_fields);
+  const StepRequest request = fields.request();
   const ReleaseGradients release{plan};
   if (!plan.refresh(groups, state)) return kStale;
-  const cuda::External external{static_cast<const float*>(data_of(grad_scale)),
-                                static_cast<const float*>(data_of(found_inf))};
+  const cuda::External external{static_cast<const float*>(data_of(fields.grad_scale)),
+                                static_cast<const float*>(data_of(fields.found_inf))};
   step.run(plan, request, external, target_of(plan));
   plan.mark_updated();
   return kApplied;
@@ -105,9 +119,7 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   py::class_<Plan>(module, "Plan", py::module_local())
       .def(py::init<const py::list&, const py::object&, bool, int64_t>(), py::arg("entries"), py::arg("step_state"),
            py::arg("reads_lr"), py::arg("compared"))
-      .def("watch_state", &Plan::watch_state, py::arg("state"))
-      .def("cpu_step", &cpu_step, py::arg("groups"), py::arg("state"), py::arg("unscales"), py::arg("grad_scale"),
-           py::arg("found_inf"), py::arg("max_norm"), py::arg("scale_rule"));
+      .def("cpu_step", &cpu_step, py::arg("groups"), py::arg("state"), py::arg("request"));
 #if defined(FUSED_TRICKS_CUDA)
   py::class_<cuda::Step>(module, "CudaStep", py::module_local())
       .def(py::init<const Plan&>(), py::arg("plan"))
@@ -115,8 +127,7 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
       .def("set_tables", &set_cuda_tables, py::arg("plan"), py::arg("memory"))
       .def("scratch_size", &cuda::Step::scratch_size)
       .def("set_scratch", &set_cuda_scratch, py::arg("memory"))
-      .def("run", &cuda_step, py::arg("plan"), py::arg("groups"), py::arg("state"), py::arg("unscales"),
-           py::arg("grad_scale"), py::arg("found_inf"), py::arg("max_norm"), py::arg("scale_rule"));
+      .def("run", &cuda_step, py::arg("plan"), py::arg("groups"), py::arg("state"), py::arg("request"));
 #endif
 #if defined(FUSED_TRICKS_VERSION)
   module.attr("__version__") = FUSED_TRICKS_VERSION;

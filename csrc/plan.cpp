@@ -127,7 +127,7 @@ Plan::Plan(const py::list& specifications, const py::object& step_state, bool re
 }
 
 void Plan::watch_state(const py::dict& optimizer_state) {
-  watched_.clear();
+  watches_state_ = true;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   while (PyDict_Next(optimizer_state.ptr(), &position, &key, &value)) watched_.emplace_back(key, value);
@@ -220,6 +220,7 @@ void Plan::read_lr(PyObject* dict, Group& group) const {
 }
 
 bool Plan::refresh(const py::list& group_dicts, const py::dict& optimizer_state) {
+  if (!watches_state_) watch_state(optimizer_state);
   if (!state_is_unchanged(optimizer_state)) return false;
   groups.clear();
   size_t index = 0;

@@ -69,18 +69,15 @@ class Plan {
  public:
   // entries: tuples (group index, parameter, source, alias, live, master, buffer, first, watches_version, first_step),
   // one for each parameter of every group in order. step_state: the uint8 tensor behind StepState. reads_lr: whether
-  // the kernels read a learning rate that is a tensor themselves, so that the host need not wait for it. compared: up to
-  // how many elements of a parameter the kernels compare with its master, instead of the version being watched.
+  // the kernels read a learning rate that is a tensor themselves, so that the host need not wait for it. compared: up
+  // to how many elements of a parameter the kernels compare with its master, instead of the version being watched.
   Plan(const py::list& entries, const py::object& step_state, bool reads_lr, int64_t compared);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
   ~Plan() { release_gradients(); }
 
-  // Remembers what Optimizer.state holds now; `refresh` notices when it changes.
-  void watch_state(const py::dict& state);
-
-  // Reads groups and gradients for this step. False: something that the plan holds has changed, and nothing was
-  // touched; make a new plan.
+  // Reads groups and gradients for this step. False: something that the plan holds has changed, Optimizer.state since
+  // the first step included, and nothing was touched; make a new plan.
   bool refresh(const py::list& group_dicts, const py::dict& state);
 
   // Lets go of the gradients that `refresh` read.
@@ -100,12 +97,14 @@ class Plan {
   bool refresh_group(PyObject* dict, size_t& index);
   bool refresh_entry(Entry& entry);
   void read_lr(PyObject* dict, Group& group) const;
+  void watch_state(const py::dict& state);
   bool state_is_unchanged(const py::dict& state) const;
 
   bool reads_lr_;
   py::list updated_;              // aliases of what the last step updated
   std::vector<PyObject*> grads_;  // owned during a step, which runs without the interpreter lock
-  std::vector<std::pair<PyObject*, PyObject*>> watched_;
+  bool watches_state_ = false;
+  std::vector<std::pair<PyObject*, PyObject*>> watched_;  // the items of Optimizer.state
 };
 
 }  // namespace fused_tricks

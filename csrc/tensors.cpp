@@ -170,6 +170,7 @@ void connect_torch(const py::object& tensor_type, const py::object& parameter_ty
   torch_api.parameter = reinterpret_cast<PyTypeObject*>(parameter_type.inc_ref().ptr());
   torch_api.grad = getter_of(tensor_type, "grad");
   torch_api.version = getter_of(tensor_type, "_version");
+  torch_api.handle_offset = 0;
   if (find_shim(functions)) learn_handles(samples);
 }
 

@@ -1,22 +1,12 @@
 from typing import Any
 
-ScaleRule = tuple[float, float, float, float, int, int]
+from .backends.request import StepRequest
 
 class Plan:
     def __init__(
         self, entries: list[tuple[Any, ...]], step_state: Any, reads_lr: bool, compared: int
     ) -> None: ...
-    def watch_state(self, state: dict[Any, Any]) -> None: ...
-    def cpu_step(
-        self,
-        groups: list[dict[str, Any]],
-        state: dict[Any, Any],
-        unscales: bool,
-        grad_scale: float | None,
-        found_inf: bool,
-        max_norm: float | None,
-        scale_rule: ScaleRule | None,
-    ) -> int: ...
+    def cpu_step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int: ...
 
 class CudaStep:
     def __init__(self, plan: Plan) -> None: ...
@@ -25,15 +15,7 @@ class CudaStep:
     def scratch_size(self) -> int: ...
     def set_scratch(self, memory: Any) -> None: ...
     def run(
-        self,
-        plan: Plan,
-        groups: list[dict[str, Any]],
-        state: dict[Any, Any],
-        unscales: bool,
-        grad_scale: Any,
-        found_inf: Any,
-        max_norm: float | None,
-        scale_rule: ScaleRule | None,
+        self, plan: Plan, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest
     ) -> int: ...
 
 __version__: str

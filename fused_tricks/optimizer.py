@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .backends import Stepper, check_backend, stepper_class
 from .backends.request import Outcome, StepRequest
@@ -196,9 +197,9 @@ class FusedSGD(Optimizer):
         return bool(
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
-            or torch._C._autograd._profiler_enabled()
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or _profiler_enabled()
         )
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -300,7 +301,7 @@ class FusedSGD(Optimizer):
             )
         # GradScaler sums the verdicts of its devices, and says 0 where there was no gradient on any.
         verdict = found_inf if isinstance(found_inf, Tensor) else None
-        return StepRequest(grad_scale is not None, grad_scale, verdict, self.max_grad_norm, None)
+        return StepRequest(grad_scale is not None, grad_scale, verdict, self._max_grad_norm, None)
 
     def stats(self) -> StepStats:
         """Scale, counters and the last norm. Synchronises with the device, which ``step`` never does."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from comparison import assert_all_same_bits, assert_same_bits
-from fused_tricks import FusedSGD
+from fused_tricks import FusedSGD, extension
 from fused_tricks.backends import BACKENDS
 
 
@@ -161,3 +161,43 @@ def test_a_gradient_that_begins_to_wrap_other_tensors_is_not_overlooked(backend,
         with pytest.raises(RuntimeError, match="parameter 0 of group 0 .*TwoTensor"):
             optimizer.step()
         assert param.tolist() == [-1.0] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 8, 9, 100])
+@pytest.mark.parametrize("former", [1.0, float("nan")])
+def test_a_master_takes_over_those_elements_of_its_parameter_that_others_wrote(
+    backend, device, dtype, size, former
+):
+    param = Parameter(torch.full((size,), former, device=device, dtype=dtype))
+    optimizer = stepped(backend, param, lr=1e-4, momentum=0.0)
+    expected = optimizer.state[param]["master_param"].clone()
+    with torch.no_grad():
+        param[size // 2] = -2.0
+    expected[size // 2] = -2.0
+    optimizer.step()
+    assert_same_bits(
+        optimizer.state[param]["master_param"], expected.add(torch.ones_like(expected), alpha=-1e-4)
+    )
+
+
+@pytest.mark.parametrize("functions", [(), extension._STABLE_FUNCTIONS], ids=["DLPack", "shim"])
+def test_tensors_are_read_alike_by_every_interface_of_torch(functions, monkeypatch):
+    if extension.missing_because() is not None:
+        pytest.skip(extension.missing_because())
+    module = extension.load_extension()
+    params = [Parameter(torch.ones(3, 4, dtype=dtype)) for dtype in extension._DTYPES]
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(extension, "_STABLE_FUNCTIONS", functions)
+            extension.connect(module)
+        for param in params:
+            optimizer = stepped("cpu", param, momentum=0.0)
+            param.data = torch.zeros(4, 3, dtype=param.dtype).t()
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+            param.grad = torch.ones(3, 4, dtype=param.dtype)
+            optimizer.step()
+            assert (param == -1.0).all()
+    finally:
+        extension.connect(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -69,13 +69,6 @@ class CompiledPlan:
             reads_lr=first_steps is not None,
             compared=compared,
         )
-        self._watches_state = False
-
-    def watch(self, state: dict[Any, Any]) -> None:
-        """Remembers the optimizer's state as it is at the first step."""
-        if not self._watches_state:
-            self.handle.watch_state(state)
-            self._watches_state = True
 
 
 def _owner_of(tensor: Tensor) -> Tensor:

@@ -29,14 +29,4 @@ class CpuStepper:
         return entry.param.grad is not None
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
-        self._plan.watch(state)
-        outcome = self._plan.handle.cpu_step(
-            groups,
-            state,
-            request.unscales,
-            None if request.grad_scale is None else float(request.grad_scale),
-            request.has_found,
-            request.max_norm,
-            request.scale_rule,
-        )
-        return OUTCOMES[outcome]
+        return OUTCOMES[self._plan.handle.cpu_step(groups, state, request)]

@@ -54,7 +54,6 @@ class CudaStepper(GpuStepper):
         return load_extension()
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
-        self._plan.watch(state)
         with self._device_guard():
             if self._is_capturing():
                 return self._captured_step(groups, state, request)
@@ -73,17 +72,11 @@ class CudaStepper(GpuStepper):
             self._step.set_scratch(self._scratch)
 
     def _run(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
-        outcome = self._step.run(
-            self._plan.handle,
-            groups,
-            state,
-            request.unscales,
-            self._on_device(request.grad_scale),
-            self._on_device(request.found_inf),
-            request.max_norm,
-            request.scale_rule,
-        )
-        return OUTCOMES[outcome]
+        if request.found_inf is not None or request.grad_scale is not None:
+            request = request._replace(
+                grad_scale=self._on_device(request.grad_scale), found_inf=self._on_device(request.found_inf)
+            )
+        return OUTCOMES[self._step.run(self._plan.handle, groups, state, request)]
 
     def _memory(self, size: int) -> Tensor:
         return torch.empty(max(1, size), dtype=torch.uint8, device=self._device)
