@@ -74,6 +74,21 @@ struct ReleaseGradients {
   ~ReleaseGradients() { plan.release_gradients(); }
 };
 
+// For kernels that Python launches: the addresses of this step's gradients, and whether one is FP32 beside a 16-bit
+// parameter; None where a new plan is needed.
+py::object gradient_addresses(Plan& plan, const py::list& groups, const py::dict& state) {
+  const ReleaseGradients release{plan};
+  if (!plan.refresh(groups, state)) return py::none();
+  py::list addresses(plan.entries.size());
+  bool has_wide = false;
+  for (size_t i = 0; i < plan.entries.size(); ++i) {
+    const uint64_t address = plan.entries[i].gradient_address();
+    has_wide = has_wide || (address & 1u) != 0;
+    addresses[i] = address;
+  }
+  return py::make_tuple(addresses, has_wide);
+}
+
 int cpu_step(Plan& plan, const py::list& groups, const py::dict& state, const py::tuple& request_fields) {
   const RequestFields fields(request_fields);
   StepRequest request = fields.request();
@@ -112,13 +127,14 @@ int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::di
 PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   module.def("connect", &connect, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("increment_version"),
              py::arg("functions"), py::arg("samples"));
-  module.attr("CPU_COMPARED") = cpu::kCompared;
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("selected_instruction_set", &cpu::selected_instruction_set);
   module.def("select_instruction_set", &cpu::select_instruction_set, py::arg("name"));
   py::class_<Plan>(module, "Plan", py::module_local())
-      .def(py::init<const py::list&, const py::object&, bool, int64_t>(), py::arg("entries"), py::arg("step_state"),
-           py::arg("reads_lr"), py::arg("compared"))
+      .def(py::init<const py::list&, const py::object&, bool>(), py::arg("entries"), py::arg("step_state"),
+           py::arg("reads_lr"))
+      .def("gradient_addresses", &gradient_addresses, py::arg("groups"), py::arg("state"))
+      .def("mark_updated", &Plan::mark_updated)
       .def("cpu_step", &cpu_step, py::arg("groups"), py::arg("state"), py::arg("request"));
 #if defined(FUSED_TRICKS_CUDA)
   py::class_<cuda::Step>(module, "CudaStep", py::module_local())

@@ -47,8 +47,7 @@ struct Entry {
   void* buffer = nullptr;
   bool first = false;             // the buffer was never written
   int64_t* first_step = nullptr;  // on a GPU: where that is noted, so that the host need not know
-  bool watches_version = false;   // a master must notice that its parameter was written by others: by the version,
-  bool compares = false;          // or, where that is cheaper, as the kernels compare the two
+  bool watches_version = false;   // a master must notice that its parameter was written by others
   int64_t version = 0;
   PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and what it must still hold
   PyObject* state_buffer = nullptr;
@@ -57,6 +56,11 @@ struct Entry {
   const void* grad = nullptr;  // of this step; null: no gradient, no update
   DType grad_type = DType::kFloat32;
   bool decays = false;
+
+  // Of the gradient; the lowest bit says that it is FP32 beside a 16-bit parameter. 0: there is none.
+  uint64_t gradient_address() const {
+    return grad == nullptr ? 0 : reinterpret_cast<uint64_t>(grad) | (grad_type != type ? 1u : 0u);
+  }
 };
 
 struct Chunk {
@@ -69,9 +73,8 @@ class Plan {
  public:
   // entries: tuples (group index, parameter, source, alias, live, master, buffer, first, watches_version, first_step),
   // one for each parameter of every group in order. step_state: the uint8 tensor behind StepState. reads_lr: whether
-  // the kernels read a learning rate that is a tensor themselves, so that the host need not wait for it. compared: up
-  // to how many elements of a parameter the kernels compare with its master, instead of the version being watched.
-  Plan(const py::list& entries, const py::object& step_state, bool reads_lr, int64_t compared);
+  // the kernels read a learning rate that is a tensor themselves, so that the host need not wait for it.
+  Plan(const py::list& entries, const py::object& step_state, bool reads_lr);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
   ~Plan() { release_gradients(); }

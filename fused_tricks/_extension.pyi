@@ -3,9 +3,11 @@ from typing import Any
 from .backends.request import StepRequest
 
 class Plan:
-    def __init__(
-        self, entries: list[tuple[Any, ...]], step_state: Any, reads_lr: bool, compared: int
-    ) -> None: ...
+    def __init__(self, entries: list[tuple[Any, ...]], step_state: Any, reads_lr: bool) -> None: ...
+    def gradient_addresses(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any]
+    ) -> tuple[list[int], bool] | None: ...
+    def mark_updated(self) -> None: ...
     def cpu_step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int: ...
 
 class CudaStep:
@@ -19,7 +21,6 @@ class CudaStep:
     ) -> int: ...
 
 __version__: str
-CPU_COMPARED: int
 
 def connect(
     tensor_type: type,

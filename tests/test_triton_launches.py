@@ -43,6 +43,29 @@ def give_gradients(params: list[Parameter]) -> None:
         param.grad = torch.ones_like(param)
 
 
+def test_the_extension_watches_the_plan_where_there_is_one(launches, monkeypatch) -> None:
+    from fused_tricks.backends.triton import stepper
+    from fused_tricks.extension import missing_because
+
+    if missing_because() is not None:
+        pytest.skip(str(missing_because()))
+    monkeypatch.setattr(stepper, "missing_because", lambda: None)
+    params = parameters(2, torch.float16)
+    params[0].grad_dtype = torch.float32
+    optimizer = FusedSGD(params, lr=1.0, momentum=0.5, loss_scale=2.0, backend="triton")
+    for step in range(4):
+        params[0].grad = torch.ones_like(params[0], dtype=torch.float32)
+        params[1].grad = None if step == 2 else torch.ones_like(params[1])
+        if step == 3:
+            with torch.no_grad():
+                params[1].fill_(8.0)
+        optimizer.step()
+    assert type(optimizer._stepper._watch).__name__ == "CompiledWatch"
+    assert params[0].tolist() == [-3.0625, -3.0625]
+    assert params[1].tolist() == [8.0 - 0.875, 8.0 - 0.875]
+    assert params[0]._version == 4
+
+
 @pytest.mark.parametrize("options", [{"loss_scale": "dynamic"}, {"loss_scale": 8.0}, {"max_grad_norm": 1.0}])
 def test_a_steady_step_that_scans_takes_two_launches(launches, options) -> None:
     params = parameters(3, torch.float16)

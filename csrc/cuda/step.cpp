@@ -136,8 +136,7 @@ void Step::launch(const StepRequest& request, const External& external, const Ta
 void Step::run(const Plan& plan, const StepRequest& request, const External& external, const Target& target) {
   for (size_t i = 0; i < grads_.size(); ++i) {
     const Entry& entry = plan.entries[i];
-    const bool wide = entry.grad_type != entry.type;
-    grads_[i] = entry.grad == nullptr ? 0 : reinterpret_cast<GradAddress>(entry.grad) | (wide ? 1u : 0u);
+    grads_[i] = entry.gradient_address();
   }
   for (size_t i = 0; i < groups_.size(); ++i) {
     const Group& group = plan.groups[i];

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -26,7 +26,6 @@ class CompiledPlan:
         plan: The plan.
         step_state: The optimizer's state on the device.
         first_steps: For each entry where the kernels note the first update of its buffer, if they do.
-        compared: Up to how many elements the kernels see by themselves that others wrote to a parameter.
     """
 
     def __init__(
@@ -35,7 +34,6 @@ class CompiledPlan:
         plan: Plan,
         step_state: StepState,
         first_steps: list[Tensor | None] | None = None,
-        compared: int = 0,
     ) -> None:
         aliases = [
             entry.param.detach() if entry.live and not entry.is_staged else None for entry in plan.entries
@@ -67,8 +65,19 @@ class CompiledPlan:
             self._specification,
             step_state.block,
             reads_lr=first_steps is not None,
-            compared=compared,
         )
+
+
+class CompiledWatch(CompiledPlan):
+    """A plan for kernels that Python launches: the extension notices whether it holds, and reads the gradients."""
+
+    def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> tuple[list[int], bool] | None:
+        """As :meth:`fused_tricks.backends.triton.watch.PlanWatch.gradients`."""
+        return self.handle.gradient_addresses(groups, state)
+
+    def mark_updated(self) -> None:
+        """After an update: tells autograd that the parameters changed."""
+        self.handle.mark_updated()
 
 
 def _owner_of(tensor: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ class CpuStepper:
     answers_late = False
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
-        extension = load_extension()
-        self._plan = CompiledPlan(extension, plan, step_state, compared=extension.CPU_COMPARED)
+        self._plan = CompiledPlan(load_extension(), plan, step_state)
 
     def is_written(self, entry: Entry) -> bool:
         return entry.param.grad is not None

@@ -12,7 +12,7 @@ from ..extension import load_extension, missing_because
 from ..plan import Plan
 from ..step_state import StepState
 from .compiled import OUTCOMES, CompiledPlan
-from .gpu import GpuStepper
+from .gpu import GpuStepper, is_capturing
 from .request import Outcome, StepRequest
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class CudaStepper(GpuStepper):
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
         with self._device_guard():
-            if self._is_capturing():
+            if is_capturing(self._device):
                 return self._captured_step(groups, state, request)
             return self._run(groups, state, request)
 

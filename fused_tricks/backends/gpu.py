@@ -14,6 +14,11 @@ from ..step_state import StepState
 _NO_GUARD = contextlib.nullcontext()
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether launches on the device's current stream go into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class GpuStepper:
     """Keeps what tells whether an update has written a new master or buffer.
 
@@ -26,7 +31,7 @@ class GpuStepper:
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         self._step_state = step_state
         self._device = step_state.block.device
-        if self._is_capturing():
+        if is_capturing(self._device):
             raise RuntimeError(
                 "the optimizer must set up its memory, which cannot be captured in a CUDA graph; take a step with "
                 "gradients of the same shapes and strides before the capture"
@@ -41,10 +46,6 @@ class GpuStepper:
         if entry.buffer in self._step_state.first_steps and entry.source.numel() > 0:
             return bool(self._step_state.first_steps[entry.buffer] >= 0)
         return int(self._step_state.applied_steps) > int(self._applied_before)
-
-    def _is_capturing(self) -> bool:
-        """Whether launches on the current stream go into a CUDA graph."""
-        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _keep(self, groups: list[dict[str, Any]], *tables: object) -> None:
         """Keeps alive what a captured step works on, since its graph may be replayed after the plan is replaced."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...hyper_parameters import as_float
 from ...plan import Entry, Plan
+from ..gpu import is_capturing
 from . import groups, records
 from .launch import WORDS, launch, write_source
 
@@ -64,11 +65,6 @@ def _record(entry: Entry, first_step: Tensor | None) -> list[int]:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is launched now becomes part of a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class StepTable:

@@ -1,4 +1,4 @@
-"""Notices that a plan no longer holds. csrc/plan.cpp does the same for the compiled backends.
+"""Notices that a plan no longer holds, where there is no extension; csrc/plan.cpp does the same.
 
 The lists here have an item for each parameter, and are made and compared by functions that are written in C: a loop in
 Python would cost more than all the rest of a step.
@@ -34,11 +34,7 @@ class _State(NamedTuple):
 
 
 class PlanWatch:
-    """Compares groups, parameters, gradients and state with what they were when a plan was made.
-
-    Attributes:
-        has_wide: Some gradient of this step is FP32 beside an FP16 or BF16 parameter.
-    """
+    """Compares groups, parameters, gradients and state with what they were when a plan was made."""
 
     def __init__(self, plan: Plan) -> None:
         entries = plan.entries
@@ -52,13 +48,10 @@ class PlanWatch:
         self._state: _State | None = None
         self._watched = [e.param for e in entries if e.live and e.master is not None and not e.is_staged]
         self._versions = list(map(_version, self._watched))
-        self.has_wide = False
         self._expect([entry.live for entry in entries])
 
-    def watch(self, state: dict[Any, Any]) -> None:
+    def _watch(self, state: dict[Any, Any]) -> None:
         """Remembers the optimizer's state as it is at the first step."""
-        if self._state is not None:
-            return
         live = [(entry, state[entry.param]) for entry in self._entries if entry.live and entry.param in state]
         pairs = [
             (own.get(key), tensor)
@@ -76,12 +69,15 @@ class PlanWatch:
             [tensor.data_ptr() for _, tensor in shared],
         )
 
-    def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> list[int] | None:
-        """Each entry's gradient as an address, 0 where it has none; the lowest bit says FP32 beside a 16-bit parameter.
+    def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> tuple[list[int], bool] | None:
+        """Reads this step's gradients.
 
         Returns:
-            None where the plan no longer holds.
+            Each entry's gradient as an address, 0 where it has none, with the lowest bit set where it is FP32 beside an
+            FP16 or BF16 parameter; and whether there is such a one. None where the plan no longer holds.
         """
+        if self._state is None:
+            self._watch(state)
         if not (self._has_groups(groups) and self._has_state(state)):
             return None
         grads = list(map(_grad, self._sources))
@@ -97,10 +93,12 @@ class PlanWatch:
         except (RuntimeError, NotImplementedError):
             # A layout without addresses: sparse, nested, …
             return None
-        if addresses is None or self._all_have:
-            return addresses
-        remaining = iter(addresses)
-        return [next(remaining) if present else 0 for present in has_grad]
+        if addresses is None:
+            return None
+        if not self._all_have:
+            remaining = iter(addresses)
+            addresses = [next(remaining) if present else 0 for present in has_grad]
+        return addresses, bool(self._wide)
 
     def mark_updated(self) -> None:
         """After an update: tells autograd that the parameters changed."""
@@ -183,7 +181,6 @@ class PlanWatch:
             if not all(_may_be_wide(self._present[index], dtypes[index]) for index in wide):
                 return None
             self._grad_dtypes, self._wide = dtypes, wide
-            self.has_wide = bool(wide)
         addresses = list(map(Tensor.data_ptr, grads))
         for index in self._empty:
             addresses[index] = 0
