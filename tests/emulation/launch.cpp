@@ -76,6 +76,8 @@ struct Fiber {
   bool waits_for_block = false;
   uint64_t sent[2] = {};
   int exchanges = 0;
+  bool voted[2] = {};
+  int votes = 0;
   std::vector<Access> accesses;
 };
 
@@ -112,6 +114,7 @@ void prepare(Fiber& fiber) {
   fiber.waits_at = nullptr;
   fiber.waits_for_block = false;
   fiber.exchanges = 0;
+  fiber.votes = 0;
   fiber.accesses.clear();
   // As fused_tricks_switch leaves a stack: six registers, then the address to return to, which enters a function with
   // a stack pointer of 8 modulo 16.
@@ -219,25 +222,22 @@ void synchronize(const char* place, bool of_block) {
   yield_to_scheduler();
 }
 
-// Two places take turns: a thread that is ahead has sent its next value before the others have read this one.
-int send(uint64_t bits) {
-  const int place = current().exchanges++ % 2;
-  current().sent[place] = bits;
-  return place;
-}
-
 }  // namespace
 
 void __syncthreads() { synchronize("__syncthreads", true); }
 
+// Two places take turns, here and below: a thread that is ahead has left its next value before the others have read
+// this one.
 int __syncthreads_or(int predicate) {
-  const int place = send(static_cast<uint64_t>(predicate));
+  const int place = current().votes++ % 2;
+  current().voted[place] = predicate != 0;
   synchronize("__syncthreads_or", true);
-  return std::any_of(fibers, fibers + kThreads, [place](const Fiber& fiber) { return fiber.sent[place] != 0; });
+  return std::any_of(fibers, fibers + kThreads, [place](const Fiber& fiber) { return fiber.voted[place]; });
 }
 
 uint64_t exchange(uint64_t bits, int lane_mask) {
-  const int place = send(bits);
+  const int place = current().exchanges++ % 2;
+  current().sent[place] = bits;
   synchronize("__shfl_xor_sync", false);
   const Fiber& partner = fibers[threadIdx.x ^ static_cast<unsigned>(lane_mask)];
   if (partner.exchanges < current().exchanges) throw std::logic_error("a shuffle with a thread that takes no part");
