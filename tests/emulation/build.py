@@ -49,13 +49,14 @@ def build(sanitize: bool = False) -> Path:
         sanitize: With AddressSanitizer and UndefinedBehaviorSanitizer, whose runtime must be loaded into Python first.
 
     Raises:
-        RuntimeError: There is no compiler, or it failed; the message has its output.
+        FileNotFoundError: There is no compiler.
+        RuntimeError: It failed; the message has its output.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or [
         shutil.which("g++") or shutil.which("clang++") or ""
     ]
     if not shutil.which(compiler[0]):
-        raise RuntimeError("the emulation of the CUDA kernels needs a C++ compiler")
+        raise FileNotFoundError("the emulation of the CUDA kernels needs a C++ compiler")
     includes = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize else []
     flags = [*_FLAGS, *sanitizers, *includes]
