@@ -246,13 +246,13 @@ void Plan::release_gradients() {
 void Plan::mark_updated() {
   size_t count = 0;
   bool same = true;
-  for (Entry& entry : entries) {
+  for (const Entry& entry : entries) {
     if (entry.grad == nullptr || entry.alias == nullptr) continue;
     same = same && count < updated_.size() && PyList_GET_ITEM(updated_.ptr(), count) == entry.alias;
-    if (entry.watches_version) entry.version += 1;
     ++count;
   }
-  if (!same || count != updated_.size()) {
+  same = same && count == updated_.size();
+  if (!same) {
     updated_ = py::list();
     for (const Entry& entry : entries) {
       if (entry.grad != nullptr && entry.alias != nullptr) updated_.append(py::handle(entry.alias));
@@ -261,6 +261,11 @@ void Plan::mark_updated() {
   const py::object done =
       py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_api.increment_version, updated_.ptr()));
   if (!done) throw py::error_already_set();
+  for (Entry& entry : entries) {
+    if (!entry.watches_version || entry.grad == nullptr || entry.alias == nullptr) continue;
+    if (!same) entry.version_step = version_of(entry.object) - entry.version;
+    entry.version += entry.version_step;
+  }
 }
 
 }  // namespace fused_tricks

@@ -49,6 +49,7 @@ struct Entry {
   int64_t* first_step = nullptr;  // on a GPU: where that is noted, so that the host need not know
   bool watches_version = false;   // a master must notice that its parameter was written by others
   int64_t version = 0;
+  int64_t version_step = 1;   // views of one tensor share its counter, which then grows by more than one in an update
   PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and what it must still hold
   PyObject* state_buffer = nullptr;
   PyObject* state_master = nullptr;

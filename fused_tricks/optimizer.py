@@ -245,7 +245,7 @@ class FusedSGD(Optimizer):
         """Puts new masters and buffers into the state, once they are known to be written."""
         plan, stepper = self._plan, self._stepper
         if plan is not None and plan.new and stepper is not None:
-            plan.publish(self.param_groups, self.__dict__["state"], stepper.is_written)
+            plan.publish(self.param_groups, self.__dict__["state"], stepper.written_state)
 
     @property
     def state(self) -> defaultdict[Any, Any]:

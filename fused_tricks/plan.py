@@ -106,18 +106,39 @@ class Plan:
         self,
         groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Tensor]],
-        is_written: Callable[[Entry], bool],
+        written_state: Callable[[Entry, bool], tuple[dict[str, Tensor], bool]],
     ) -> None:
-        """Moves the new masters and buffers that an update has written into the optimizer's state."""
-        written = [entry for entry in self.new if is_written(entry)]
-        for entry in written:
-            tensors = entry.own_state()
-            if entry.first and groups[entry.group]["momentum"] == 0:
-                # Momentum was switched off before any update was applied.
-                tensors.pop(MOMENTUM_BUFFER, None)
-            state[entry.param].update(tensors)
-        self.new = [entry for entry in self.new if entry not in written]
-        self.is_outdated = self.is_outdated or bool(written)
+        """Moves the new masters and buffers that an update has written into the optimizer's state.
+
+        Args:
+            groups: The optimizer's groups.
+            state: The optimizer's state.
+            written_state: For an entry, and whether its group has momentum: what an update has written of its state,
+                and whether the rest may still be.
+        """
+        unfinished = []
+        for entry in self.new:
+            written, may_follow = written_state(entry, groups[entry.group]["momentum"] != 0)
+            held = state.get(entry.param, {})
+            if any(held.get(key) is not tensor for key, tensor in written.items()):
+                state[entry.param].update(written)
+                self.is_outdated = True
+            if may_follow:
+                unfinished.append(entry)
+            elif not written:
+                self.is_outdated = True
+        self.new = unfinished
+
+
+def applied_state(entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
+    """What a step that was applied has written of a new entry's state, and whether the rest may still be."""
+    if entry.param.grad is None:
+        return {}, True
+    written = entry.own_state()
+    if entry.first and not has_momentum:
+        # Momentum was switched off before any update was applied.
+        written.pop(MOMENTUM_BUFFER, None)
+    return written, False
 
 
 def build_plan(
@@ -309,6 +330,8 @@ def _fitting_state(
     fitting = torch.empty_like(source, dtype=dtype, requires_grad=False).copy_(value)
     if value in step_state.first_steps:
         step_state.first_steps[fitting] = step_state.first_steps.pop(value).to(fitting.device)
+    if value in step_state.applied_before:
+        step_state.applied_before[fitting] = step_state.applied_before.pop(value)
     state[key] = fitting
     return fitting
 

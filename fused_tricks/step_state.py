@@ -36,6 +36,8 @@ class StepState:
         first_steps: For each momentum buffer that a GPU may not have written yet, because the host does not wait to
             hear whether its first step was skipped: a 0-dim INT64 tensor with the number of the update that first
             wrote it, -1 before.
+        applied_before: For each master and buffer, ``applied_steps`` as it was when a GPU's plan made it: more of them
+            now mean that an update may have written it.
     """
 
     def __init__(self, device: torch.device | str = "cpu", scale: float = 1.0, hysteresis: int = 1) -> None:
@@ -46,6 +48,7 @@ class StepState:
     def _start(self, block: Tensor) -> None:
         self._view(block)
         self.first_steps = WeakTensorKeyDictionary()
+        self.applied_before = WeakTensorKeyDictionary()
         self._kept: list[object] = []
 
     def _view(self, block: Tensor) -> None:

@@ -201,3 +201,49 @@ def test_tensors_are_read_alike_by_every_interface_of_torch(functions, monkeypat
             assert (param == -1.0).all()
     finally:
         extension.connect(module)
+
+
+def test_parameters_that_are_views_of_one_tensor_keep_their_plan(backend, device):
+    flat = torch.zeros(40, device=device, dtype=torch.float16)
+    params = [Parameter(flat[begin : begin + 10]) for begin in range(0, 40, 10)]
+    optimizer = FusedSGD(params, lr=0.5, momentum=0.5, backend=backend)
+    plans = []
+    for _ in range(4):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        plans.append(optimizer._plan)
+    if BACKENDS[backend].device_type is not None:
+        assert plans[2] is plans[3]
+    assert_same_bits(flat, torch.full((40,), -3.0625, dtype=torch.float16))
+
+
+def test_a_master_written_after_a_skipped_first_step_is_in_the_state_although_momentum_went_off(
+    backend, device
+):
+    param = Parameter(torch.ones(3, device=device, dtype=torch.float16))
+    optimizer = FusedSGD([param], lr=2.0**-15, momentum=0.9, loss_scale=2.0, backend=backend)
+    param.grad = torch.full_like(param, float("inf"))
+    optimizer.step()
+    optimizer.param_groups[0]["momentum"] = 0.0
+    for _ in range(3):
+        param.grad = torch.full_like(param, 2.0)
+        optimizer.step()
+    (state,) = optimizer.state_dict()["state"].values()
+    assert list(state) == ["master_param"]
+    assert_same_bits(state["master_param"], torch.full((3,), 1 - 3 * 2.0**-15))
+
+
+def test_a_master_written_before_another_parameter_came_is_in_the_state_although_that_step_was_skipped(
+    backend, device
+):
+    params = [Parameter(torch.ones(3, device=device, dtype=torch.float16)) for _ in range(2)]
+    optimizer = FusedSGD(params, lr=2.0**-15, loss_scale=2.0, backend=backend)
+    params[0].grad = torch.full_like(params[0], 2.0)
+    optimizer.step()
+    for param in params:
+        param.grad = torch.full_like(param, float("inf"))
+    optimizer.step()
+    state = optimizer.state_dict()["state"]
+    assert list(state) == [0]
+    assert_same_bits(state[0]["master_param"], torch.full((3,), 1 - 2.0**-15))

@@ -149,3 +149,30 @@ def test_a_captured_step_writes_a_table_of_its_own_in_every_replay(launches, mon
     optimizer.step()
     assert launches == ["update"]
     assert_same_bits(params[0].detach(), torch.full((2,), -3.0))
+
+
+def test_a_table_is_written_anew_after_a_write_that_failed_half_way(monkeypatch) -> None:
+    from fused_tricks.backends.triton import launch, tables
+
+    params = parameters(130)
+    optimizer = FusedSGD(params, lr=1.0, backend="triton")
+    give_gradients(params)
+    optimizer.step()
+    former = [param.grad for param in params]
+    calls = []
+
+    def fail_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("no launch")
+        launch.launch(*args)
+
+    monkeypatch.setattr(tables, "launch", fail_second)
+    give_gradients(params)
+    with pytest.raises(RuntimeError, match="no launch"):
+        optimizer.step()
+    for param, grad in zip(params, former, strict=True):
+        param.grad.fill_(100.0)
+        param.grad = grad
+    optimizer.step()
+    assert all(param.tolist() == [-2.0, -2.0] for param in params)

@@ -25,8 +25,11 @@ class Stepper(Protocol):
 
     answers_late: bool
 
-    def is_written(self, entry: Entry) -> bool:
-        """Whether an update has written a new entry's master and buffer. Synchronises where it answers late."""
+    def written_state(self, entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
+        """What an update has written of a new entry's state, and whether the rest may still be.
+
+        Synchronises where it answers late.
+        """
         ...
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:

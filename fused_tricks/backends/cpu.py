@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..extension import load_extension, missing_because
-from ..plan import Entry, Plan
+from ..plan import Entry, Plan, applied_state
 from ..step_state import StepState
 from .compiled import OUTCOMES, CompiledPlan
 from .request import Outcome, StepRequest
@@ -24,8 +26,8 @@ class CpuStepper:
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         self._plan = CompiledPlan(load_extension(), plan, step_state)
 
-    def is_written(self, entry: Entry) -> bool:
-        return entry.param.grad is not None
+    def written_state(self, entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
+        return applied_state(entry, has_momentum)
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
         return OUTCOMES[self._plan.handle.cpu_step(groups, state, request)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Entry, Plan
+from ..plan import MOMENTUM_BUFFER, Entry, Plan
 from ..step_state import StepState
 
 _NO_GUARD = contextlib.nullcontext()
@@ -36,16 +36,25 @@ class GpuStepper:
                 "the optimizer must set up its memory, which cannot be captured in a CUDA graph; take a step with "
                 "gradients of the same shapes and strides before the capture"
             )
-        self._applied_before = step_state.applied_steps.clone()
         self._entries = plan.entries
         written = torch.zeros((), dtype=torch.int64, device=self._device)
+        applied = step_state.applied_steps.clone()
+        for tensor in (tensor for entry in plan.new for tensor in entry.own_state().values()):
+            step_state.applied_before.setdefault(tensor, applied)
         self._first_steps = [_first_step(entry, step_state, written) for entry in plan.entries]
 
-    def is_written(self, entry: Entry) -> bool:
+    def written_state(self, entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
+        own = entry.own_state()
+        written = {key: tensor for key, tensor in own.items() if self._is_written(key, tensor)}
+        return written, len(written) < len(own)
+
+    def _is_written(self, key: str, tensor: Tensor) -> bool:
+        """Whether an update may have written a master or, exactly, has written a buffer."""
         # An empty buffer has no block that would note its first update.
-        if entry.buffer in self._step_state.first_steps and entry.source.numel() > 0:
-            return bool(self._step_state.first_steps[entry.buffer] >= 0)
-        return int(self._step_state.applied_steps) > int(self._applied_before)
+        if key == MOMENTUM_BUFFER and tensor in self._step_state.first_steps and tensor.numel() > 0:
+            return bool(self._step_state.first_steps[tensor] >= 0)
+        before = self._step_state.applied_before.get(tensor)
+        return before is None or int(self._step_state.applied_steps) > int(before)
 
     def _keep(self, groups: list[dict[str, Any]], *tables: object) -> None:
         """Keeps alive what a captured step works on, since its graph may be replayed after the plan is replaced."""

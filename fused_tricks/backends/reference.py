@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..hyper_parameters import as_float
-from ..plan import Entry, Plan, state_dtype
+from ..plan import Entry, Plan, applied_state, state_dtype
 from ..step_state import StepState, to_float32
 from .request import Outcome, StepRequest
 
@@ -25,8 +25,8 @@ class ReferenceStepper:
         self._step_state = step_state
         self._is_used = False
 
-    def is_written(self, entry: Entry) -> bool:
-        return entry.param.grad is not None
+    def written_state(self, entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
+        return applied_state(entry, has_momentum)
 
     @torch.no_grad()
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:

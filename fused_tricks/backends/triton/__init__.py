@@ -29,6 +29,8 @@ def unavailable_because() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if torch.version.cuda is not None and torch.cuda.get_device_capability() < (7, 0):
+        return "its kernels need a GPU of architecture 7.0 (Volta) or later"
     try:
         import triton
 

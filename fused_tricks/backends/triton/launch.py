@@ -97,6 +97,15 @@ def launch(
             _launcher(device.index, source, constants, blocks)(*args, stream=_stream(device.index))
 
 
+def load(
+    device: torch.device, source: Callable[..., ASTSource], constants: tuple[Any, ...], blocks: int
+) -> None:
+    """Makes ready for a launch, so that nothing but the launch itself can fail then; the arguments are launch()'s."""
+    if not IS_INTERPRETED:
+        with torch.cuda.device(device):
+            _launcher(device.index, source, constants, blocks)
+
+
 def _stream(index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(index)
 

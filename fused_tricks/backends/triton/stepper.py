@@ -12,7 +12,7 @@ from ...step_state import StepState
 from ..compiled import CompiledWatch
 from ..gpu import GpuStepper, is_capturing
 from ..request import Outcome, StepRequest
-from .launch import MAX_GROUPS, launch, scan_source, update_source
+from .launch import MAX_GROUPS, launch, load, scan_source, update_source
 from .records import HAS_WIDE
 from .tables import GROUP_WORDS, PlanTables, StepTable, group_numbers, words_of
 from .watch import PlanWatch
@@ -29,6 +29,7 @@ class TritonStepper(GpuStepper):
         self._tables = PlanTables(plan, self._first_steps, self._device)
         self._grads = StepTable(len(plan.entries), self._device)
         self._groups: StepTable | None = None
+        self._loaded: set[tuple[int, int]] = set()
 
     def _make_watch(self, plan: Plan) -> PlanWatch | CompiledWatch:
         """In C++ where the extension was built, which is several times faster."""
@@ -58,6 +59,10 @@ class TritonStepper(GpuStepper):
             _address(found_inf),
         )
         by_value = len(numbers) <= MAX_GROUPS
+        update_constants = (kinds, len(numbers) if by_value else 0)
+        if update_constants not in self._loaded:
+            load(self._device, update_source, update_constants, programs)
+            self._loaded.add(update_constants)
         group_argument = numbers if by_value else self._group_table(numbers)
         if request.scans:
             clips = request.max_norm is not None
@@ -75,7 +80,7 @@ class TritonStepper(GpuStepper):
         launch(
             self._device,
             update_source,
-            (kinds, len(numbers) if by_value else 0),
+            update_constants,
             programs,
             *common,
             int(request.scans),

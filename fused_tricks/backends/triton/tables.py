@@ -89,6 +89,8 @@ class StepTable:
             self._write(table, words)
             return table.data_ptr()
         if words != self._written:
+            # A write that fails may have written a part.
+            self._written = []
             self._write(self._table, words)
             self._written = words
         return self._table.data_ptr()

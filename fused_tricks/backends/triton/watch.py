@@ -103,14 +103,8 @@ class PlanWatch:
     def mark_updated(self) -> None:
         """After an update: tells autograd that the parameters changed."""
         torch.autograd.graph.increment_version(self._updated)
-        if self._all_have:
-            self._versions = [version + 1 for version in self._versions]
-        else:
-            updated = set(map(id, self._updated))
-            self._versions = [
-                version + (id(param) in updated)
-                for version, param in zip(self._versions, self._watched, strict=True)
-            ]
+        # Not one more than before: views of one tensor share its counter.
+        self._versions = list(map(_version, self._watched))
 
     def _expect(self, has_grad: list[bool]) -> None:
         """What must hold of the entries that have a gradient."""
