@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     )
     parser.add_argument("--batch-size", type=positive, default=64)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive, default=3)
+    length.add_argument("--epochs", type=positive, default=2)
     length.add_argument("--steps", type=positive, help="train this many steps instead of --epochs")
     parser.add_argument(
         "--seeds", type=positive, default=3, help="repeat with this many initial weights and orders"
