@@ -127,12 +127,13 @@ int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::di
 PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   module.def("connect", &connect, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("increment_version"),
              py::arg("functions"), py::arg("samples"));
+  module.attr("CPU_COMPARED") = cpu::kCompared;
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("selected_instruction_set", &cpu::selected_instruction_set);
   module.def("select_instruction_set", &cpu::select_instruction_set, py::arg("name"));
   py::class_<Plan>(module, "Plan", py::module_local())
-      .def(py::init<const py::list&, const py::object&, bool>(), py::arg("entries"), py::arg("step_state"),
-           py::arg("reads_lr"))
+      .def(py::init<const py::list&, const py::object&, bool, int64_t>(), py::arg("entries"), py::arg("step_state"),
+           py::arg("reads_lr"), py::arg("compared"))
       .def("gradient_addresses", &gradient_addresses, py::arg("groups"), py::arg("state"))
       .def("mark_updated", &Plan::mark_updated)
       .def("cpu_step", &cpu_step, py::arg("groups"), py::arg("state"), py::arg("request"));

@@ -86,7 +86,8 @@ bool Layout::matches(const TensorView& tensor) const {
   return true;
 }
 
-Plan::Plan(const py::list& specifications, const py::object& step_state, bool reads_lr) : reads_lr_(reads_lr) {
+Plan::Plan(const py::list& specifications, const py::object& step_state, bool reads_lr, int64_t compared)
+    : reads_lr_(reads_lr) {
   state = static_cast<StepState*>(data_of(step_state));
   device = device_of(step_state);
   for (const py::handle& item : specifications) {
@@ -111,7 +112,8 @@ Plan::Plan(const py::list& specifications, const py::object& step_state, bool re
       entry.master = data_of(fields[5]);
       entry.buffer = data_of(fields[6]);
       entry.first = fields[7].cast<bool>();
-      entry.watches_version = fields[8].cast<bool>();
+      entry.compares = entry.has_master && entry.count <= compared;
+      entry.watches_version = fields[8].cast<bool>() && !entry.compares;
       entry.first_step = static_cast<int64_t*>(data_of(fields[9]));
       if (entry.watches_version) entry.version = version_of(entry.object);
       for (int64_t begin = 0; begin < entry.count; begin += kChunk) {

@@ -47,7 +47,8 @@ struct Entry {
   void* buffer = nullptr;
   bool first = false;             // the buffer was never written
   int64_t* first_step = nullptr;  // on a GPU: where that is noted, so that the host need not know
-  bool watches_version = false;   // a master must notice that its parameter was written by others
+  bool watches_version = false;   // a master must notice that its parameter was written by others: by the version,
+  bool compares = false;          // or, where that is cheaper, as the kernels compare the two
   int64_t version = 0;
   int64_t version_step = 1;   // views of one tensor share its counter, which then grows by more than one in an update
   PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and what it must still hold
@@ -74,8 +75,9 @@ class Plan {
  public:
   // entries: tuples (group index, parameter, source, alias, live, master, buffer, first, watches_version, first_step),
   // one for each parameter of every group in order. step_state: the uint8 tensor behind StepState. reads_lr: whether
-  // the kernels read a learning rate that is a tensor themselves, so that the host need not wait for it.
-  Plan(const py::list& entries, const py::object& step_state, bool reads_lr);
+  // the kernels read a learning rate that is a tensor themselves, so that the host need not wait for it. compared: up
+  // to how many elements of a parameter the kernels compare with its master, instead of the version being watched.
+  Plan(const py::list& entries, const py::object& step_state, bool reads_lr, int64_t compared);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
   ~Plan() { release_gradients(); }

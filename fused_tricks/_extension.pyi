@@ -3,7 +3,9 @@ from typing import Any
 from .backends.request import StepRequest
 
 class Plan:
-    def __init__(self, entries: list[tuple[Any, ...]], step_state: Any, reads_lr: bool) -> None: ...
+    def __init__(
+        self, entries: list[tuple[Any, ...]], step_state: Any, reads_lr: bool, compared: int
+    ) -> None: ...
     def gradient_addresses(
         self, groups: list[dict[str, Any]], state: dict[Any, Any]
     ) -> tuple[list[int], bool] | None: ...
@@ -21,6 +23,7 @@ class CudaStep:
     ) -> int: ...
 
 __version__: str
+CPU_COMPARED: int
 
 def connect(
     tensor_type: type,

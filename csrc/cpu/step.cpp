@@ -58,6 +58,7 @@ Span span_of(const Entry& entry, const Chunk& chunk, bool has_momentum) {
   span.grad_type = entry.grad_type;
   span.param_type = entry.type;
   span.count = chunk.count;
+  span.compares = entry.compares;
   return span;
 }
 

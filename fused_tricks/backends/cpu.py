@@ -24,7 +24,8 @@ class CpuStepper:
     answers_late = False
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
-        self._plan = CompiledPlan(load_extension(), plan, step_state)
+        extension = load_extension()
+        self._plan = CompiledPlan(extension, plan, step_state, compared=extension.CPU_COMPARED)
 
     def written_state(self, entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
         return applied_state(entry, has_momentum)
