@@ -238,8 +238,10 @@ class FusedSGD(Optimizer):
             raise
         if outcome is Outcome.STALE:
             raise RuntimeError("parameters, gradients or state changed while the step was being prepared")
-        if outcome is Outcome.APPLIED and self._stepper is not None and not self._stepper.answers_late:
-            self._publish()
+        if outcome is Outcome.APPLIED and self._plan is not None and self._plan.new:
+            assert self._stepper is not None
+            if not self._stepper.answers_late:
+                self._publish()
 
     def _publish(self) -> None:
         """Puts new masters and buffers into the state, once they are known to be written."""
