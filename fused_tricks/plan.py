@@ -120,13 +120,11 @@ class Plan:
         for entry in self.new:
             written, may_follow = written_state(entry, groups[entry.group]["momentum"] != 0)
             held = state.get(entry.param, {})
-            if any(held.get(key) is not tensor for key, tensor in written.items()):
+            if not may_follow or any(held.get(key) is not tensor for key, tensor in written.items()):
                 state[entry.param].update(written)
                 self.is_outdated = True
             if may_follow:
                 unfinished.append(entry)
-            elif not written:
-                self.is_outdated = True
         self.new = unfinished
 
 
