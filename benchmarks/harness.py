@@ -121,6 +121,7 @@ def interleave(
     rounds: int,
     warmup: int,
     device: torch.device,
+    repeats: int = 1,
     between: Callable[[], object] = lambda: None,
     head_start: bool = False,
 ) -> dict[str, list[Section]]:
@@ -131,6 +132,7 @@ def interleave(
         rounds: how many rounds are timed.
         warmup: how many rounds run before them, untimed.
         device: where the work runs.
+        repeats: how often a contestant runs back to back in its turn, prepared once; a sample is the mean of these.
         between: runs untimed after `prepare` and before `run`, for every contestant; evicts caches, for example.
         head_start: as of `Clock`.
 
@@ -145,11 +147,13 @@ def interleave(
             contestant.prepare()
             between()
             clock.start()
-            contestant.run()
+            for _ in range(repeats):
+                contestant.run()
             clock.mark()
             (section,) = clock.sections()
             if turn >= warmup:
-                samples[contestant.name].append(section)
+                mean = Section(section.host / repeats, section.device / repeats, section.waited)
+                samples[contestant.name].append(mean)
     return samples
 
 

@@ -205,6 +205,18 @@ def test_interleaving_rotates_who_goes_first_and_keeps_a_sample_a_round() -> Non
     assert {name: len(sections) for name, sections in samples.items()} == {"a": 3, "b": 3, "c": 3}
 
 
+def test_interleaving_prepares_once_for_runs_back_to_back() -> None:
+    order: list[str] = []
+    interleave(
+        [Contestant("a", lambda: order.append("run"), lambda: order.append("prepare"))],
+        rounds=1,
+        warmup=1,
+        device=torch.device("cpu"),
+        repeats=2,
+    )
+    assert order == ["prepare", "run", "run"] * 2
+
+
 def test_a_clock_returns_a_section_between_each_two_marks() -> None:
     clock = Clock(torch.device("cpu"))
     for _ in range(2):
