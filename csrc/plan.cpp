@@ -86,10 +86,22 @@ bool Layout::matches(const TensorView& tensor) const {
   return true;
 }
 
-Plan::Plan(const py::list& specifications, const py::object& step_state, bool reads_lr, int64_t compared)
+Plan::Plan(const py::list& specifications, const py::object& step_state, bool reads_lr, int64_t compared,
+           const py::list& rates)
     : reads_lr_(reads_lr) {
   state = static_cast<StepState*>(data_of(step_state));
   device = device_of(step_state);
+  for (const py::handle& item : rates) {
+    AppliedRate rate;
+    if (!item.is_none()) {
+      const auto fields = py::reinterpret_borrow<py::tuple>(item);
+      TensorView factors;
+      if (!read_tensor(fields[2].ptr(), factors)) throw std::invalid_argument("the factors' dtype is not supported");
+      rate = {fields[0].ptr(), fields[1].cast<double>(), static_cast<const double*>(factors.data), factors.shape[0] - 1,
+              fields[3].cast<int64_t>()};
+    }
+    rates_.push_back(rate);
+  }
   for (const py::handle& item : specifications) {
     const auto fields = py::reinterpret_borrow<py::tuple>(item);
     Entry entry;
@@ -205,13 +217,31 @@ bool Plan::refresh_group(PyObject* dict, size_t& index) {
   return true;
 }
 
+void Plan::follow(const AppliedRate& rate, Group& group) const {
+  group.lr = rate.base;
+  if (reads_lr_) {
+    group.lr_pointer = rate.factors;
+    group.lr_last = rate.last;
+    group.lr_origin = rate.origin;
+    group.lr_is_double = true;
+  } else {
+    group.lr *= rate.factors[factor_due(state->applied_steps, rate.origin, rate.last)];
+  }
+}
+
 void Plan::read_lr(PyObject* dict, Group& group) const {
   PyObject* lr = item(dict, names().lr);
+  const size_t index = groups.size();
+  if (index < rates_.size() && rates_[index].object == lr) {
+    follow(rates_[index], group);
+    return;
+  }
   TensorView tensor;
   const bool readable = reads_lr_ && !PyFloat_Check(lr) && !PyLong_Check(lr) && read_tensor(lr, tensor) &&
                         tensor.device.type == device.type && tensor.device.index == device.index &&
                         has_one_element(tensor) && size_of(tensor.type) >= 4;
   if (readable) {
+    group.lr = 1.0;
     group.lr_pointer = tensor.data;
     group.lr_is_double = tensor.type == DType::kFloat64;
   } else {

@@ -19,7 +19,9 @@ struct Layout {
 // The options of a group in this step.
 struct Group {
   double lr;
-  const void* lr_pointer;  // where the kernel reads the rate itself; null: `lr` has it
+  const void* lr_pointer;  // numbers that the kernel multiplies `lr` with; null: none
+  int64_t lr_last;         // the position of the last of them
+  int64_t lr_origin;       // updates applied before the one that takes the first of them
   bool lr_is_double;
   double momentum;
   double dampening;
@@ -65,6 +67,16 @@ struct Entry {
   }
 };
 
+// A learning rate that follows the updates applied: `object`, where a group has it, stands for `base` times the factor
+// that is due. A null object: the group has none.
+struct AppliedRate {
+  PyObject* object = nullptr;
+  double base = 0;
+  const double* factors = nullptr;
+  int64_t last = 0;
+  int64_t origin = 0;
+};
+
 struct Chunk {
   int32_t entry;
   int64_t begin;
@@ -77,7 +89,8 @@ class Plan {
   // one for each parameter of every group in order. step_state: the uint8 tensor behind StepState. reads_lr: whether
   // the kernels read a learning rate that is a tensor themselves, so that the host need not wait for it. compared: up
   // to how many elements of a parameter the kernels compare with its master, instead of the version being watched.
-  Plan(const py::list& entries, const py::object& step_state, bool reads_lr, int64_t compared);
+  // rates: for each group None or a tuple (lr, base, factors, origin), an AppliedRate.
+  Plan(const py::list& entries, const py::object& step_state, bool reads_lr, int64_t compared, const py::list& rates);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
   ~Plan() { release_gradients(); }
@@ -103,10 +116,12 @@ class Plan {
   bool refresh_group(PyObject* dict, size_t& index);
   bool refresh_entry(Entry& entry);
   void read_lr(PyObject* dict, Group& group) const;
+  void follow(const AppliedRate& rate, Group& group) const;
   void watch_state(const py::dict& state);
   bool state_is_unchanged(const py::dict& state) const;
 
   bool reads_lr_;
+  std::vector<AppliedRate> rates_;  // by group
   py::list updated_;              // aliases of what the last step updated
   std::vector<PyObject*> grads_;  // owned during a step, which runs without the interpreter lock
   bool watches_state_ = false;

@@ -72,6 +72,13 @@ FUSED_TRICKS_INLINE void advance_scale(StepState& state, bool found, const Scale
   if (state.scale > rule.max_scale) state.scale = rule.max_scale;
 }
 
+// Which factor of a learning rate is due in the update that follows `applied` others.
+FUSED_TRICKS_INLINE int64_t factor_due(int64_t applied, int64_t origin, int64_t last) {
+  const int64_t position = applied - origin;
+  if (position < 0) return 0;
+  return position < last ? position : last;
+}
+
 // `found`: a gradient element is not finite. `squares`: the sum of all squared elements as they are stored.
 FUSED_TRICKS_INLINE void decide_step(StepState& state, bool found, double squares, const StepRequest& request) {
   found = found || request.found_inf;

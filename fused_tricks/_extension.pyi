@@ -4,7 +4,12 @@ from .backends.request import StepRequest
 
 class Plan:
     def __init__(
-        self, entries: list[tuple[Any, ...]], step_state: Any, reads_lr: bool, compared: int
+        self,
+        entries: list[tuple[Any, ...]],
+        step_state: Any,
+        reads_lr: bool,
+        compared: int,
+        rates: list[tuple[Any, ...] | None],
     ) -> None: ...
     def gradient_addresses(
         self, groups: list[dict[str, Any]], state: dict[Any, Any]

@@ -14,6 +14,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from .applied_rate import applied_rate_of
 from .backends import Stepper, check_backend, stepper_class
 from .backends.request import Outcome, StepRequest
 from .checkpoint import COUNTERS, SCALE_KEYS, import_state
@@ -351,6 +352,9 @@ class FusedSGD(Optimizer):
             }
         for group in packed["param_groups"]:
             group.update(extra)
+            rate = applied_rate_of(group["lr"])
+            if rate is not None:
+                group["lr"] = rate.after(applied)
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

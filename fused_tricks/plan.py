@@ -66,10 +66,12 @@ class Plan:
         entries: All of them.
         staged: Those whose source is a stand-in.
         new: Those whose masters or buffers are not in the optimizer's state yet.
-        is_outdated: The plan itself has changed the optimizer's state since it was made.
+        lrs: The groups' learning rates as they were, tensors that follow the updates applied among them.
+        is_outdated: What the plan was made from has changed in a way that backends do not look for.
     """
 
     entries: list[Entry]
+    lrs: list[Any]
     staged: list[Entry] = field(init=False)
     new: list[Entry] = field(init=False)
     is_outdated: bool = False
@@ -184,7 +186,7 @@ def build_plan(
                 entries.append(Entry(group, param, live=False, source=param))
                 continue
             entries.append(_entry(param, group, is_dense, has_momentum, states, step_state))
-    return Plan(entries)
+    return Plan(entries, [group["lr"] for group in groups])
 
 
 def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:

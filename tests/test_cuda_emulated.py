@@ -251,6 +251,6 @@ def run_one_update(param: Tensor, master: Tensor, buffer: Tensor, grad: Tensor, 
         "maximize": False,
         "bias_decay": False,
     }
-    stepper = emulation.EmulatedCudaStepper(Plan([entry]), StepState())
+    stepper = emulation.EmulatedCudaStepper(Plan([entry], [group["lr"]]), StepState())
     with emulation.only_first_blocks(blocks):
         stepper.step([group], {}, StepRequest(False, None, None, None, None))

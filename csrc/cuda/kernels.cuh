@@ -214,10 +214,12 @@ __device__ inline void fill_rule(Rule<T>& rule, const GroupRecord& group, double
   rule.nesterov = group.nesterov;
 }
 
-__device__ inline double learning_rate(const GroupRecord& group) {
+// Of the update that follows `applied` others.
+__device__ inline double learning_rate(const GroupRecord& group, int64_t applied) {
   if (group.lr_pointer == nullptr) return group.lr;
-  if (group.lr_is_double) return load(static_cast<const double*>(group.lr_pointer));
-  return static_cast<double>(load(static_cast<const float*>(group.lr_pointer)));
+  const int64_t due = factor_due(applied, group.lr_origin, group.lr_last);
+  if (group.lr_is_double) return mul(group.lr, load(static_cast<const double*>(group.lr_pointer) + due));
+  return mul(group.lr, static_cast<double>(load(static_cast<const float*>(group.lr_pointer) + due)));
 }
 
 // Whether this update is the first to write the tensor's buffer. The block of the first chunk notes its number; the
@@ -239,16 +241,17 @@ __device__ inline void prepare_update(const Args& args, const StepState& state, 
       args.more_groups != nullptr ? load(&args.more_groups[tensor.group]) : args.groups[tensor.group];
   const bool decays = group.weight_decay != 0 && (group.bias_decay || tensor.is_matrix);
   const bool first = group.momentum != 0 && is_first(tensor, chunk, state.applied_steps);
+  const double lr = learning_rate(group, state.applied_steps - 1);
   const int64_t state_size = tensor.type == DType::kFloat64 ? 8 : 4;
   work.param = static_cast<char*>(tensor.param) + chunk.begin * size_of(tensor.type);
   work.weight = tensor.master == nullptr ? work.param : static_cast<char*>(tensor.master) + chunk.begin * state_size;
   work.buffer = static_cast<char*>(tensor.buffer) + chunk.begin * state_size;
   if (tensor.type == DType::kFloat64) {
-    fill_rule(work.double_rule, group, learning_rate(group), state, args.request);
+    fill_rule(work.double_rule, group, lr, state, args.request);
     work.double_rule.decays = decays;
     work.double_rule.first = first;
   } else {
-    fill_rule(work.rule, group, learning_rate(group), state, args.request);
+    fill_rule(work.rule, group, lr, state, args.request);
     work.rule.decays = decays;
     work.rule.first = first;
   }

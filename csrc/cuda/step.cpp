@@ -142,6 +142,8 @@ void Step::run(const Plan& plan, const StepRequest& request, const External& ext
     const Group& group = plan.groups[i];
     auto record = zeroed<GroupRecord>();
     record.lr_pointer = group.lr_pointer;
+    record.lr_last = group.lr_last;
+    record.lr_origin = group.lr_origin;
     record.lr = group.lr;
     record.momentum = group.momentum;
     record.dampening = group.dampening;

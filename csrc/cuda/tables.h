@@ -31,7 +31,9 @@ struct ChunkRecord {
 };
 
 struct GroupRecord {
-  const void* lr_pointer;  // FP32 or FP64 tensor of one element; null: `lr` holds the number
+  const void* lr_pointer;  // FP32 or FP64 numbers that `lr` is multiplied with; null: none
+  int64_t lr_last;         // the position of the last of them
+  int64_t lr_origin;       // updates applied before the one that takes the first of them
   double lr;
   double momentum;
   double dampening;

@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from ..applied_rate import applied_rate_of
 from ..plan import Plan
 from ..step_state import StepState
 from .request import Outcome
@@ -63,11 +65,13 @@ class CompiledPlan:
                 plan.entries, aliases, first_steps or [None] * len(plan.entries), strict=True
             )
         ]
+        self._rates = [_specified(lr, step_state.block.device) for lr in plan.lrs]
         self.handle: _extension.Plan = extension.Plan(
             self._specification,
             step_state.block,
             reads_lr=first_steps is not None,
             compared=compared,
+            rates=self._rates,
         )
 
 
@@ -81,6 +85,12 @@ class CompiledWatch(CompiledPlan):
     def mark_updated(self) -> None:
         """After an update: tells autograd that the parameters changed."""
         self.handle.mark_updated()
+
+
+def _specified(lr: Any, device: torch.device) -> tuple[Tensor, float, Tensor, int] | None:
+    """What the extension must know of a learning rate that follows the updates applied."""
+    rate = applied_rate_of(lr)
+    return None if rate is None else (lr, rate.base, rate.factors.on(device), rate.origin)
 
 
 def _owner_of(tensor: Tensor) -> Tensor:

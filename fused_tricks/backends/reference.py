@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..applied_rate import applied_rate_of
 from ..hyper_parameters import as_float
 from ..plan import Entry, Plan, applied_state, state_dtype
 from ..step_state import StepState, to_float32
@@ -45,7 +46,8 @@ class ReferenceStepper:
         return Outcome.APPLIED
 
     def _active(self, groups: list[dict[str, Any]]) -> Iterator[tuple[Entry, dict[str, Any]]]:
-        listed = [numbers for group in groups for numbers in [_numbers(group)] * len(group["params"])]
+        applied = int(self._step_state.applied_steps)
+        listed = [numbers for group in groups for numbers in [_numbers(group, applied)] * len(group["params"])]
         for entry, group in zip(self._plan.entries, listed, strict=True):
             if entry.source.grad is not None:
                 yield entry, group
@@ -101,11 +103,13 @@ def _advance_scale(
     return min(max(scale, to_float32(min_scale)), to_float32(max_scale)), growth_tracker, hysteresis_tracker
 
 
-def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+def _numbers(group: dict[str, Any], applied: int) -> dict[str, Any]:
     """The options as Python numbers; one that is not a number is refused before anything is changed."""
     options = ("lr", "momentum", "dampening", "weight_decay")
     flags = ("nesterov", "maximize", "bias_decay")
-    return {name: as_float(group[name]) for name in options} | {name: bool(group[name]) for name in flags}
+    numbers = {name: as_float(group[name]) for name in options} | {name: bool(group[name]) for name in flags}
+    rate = applied_rate_of(group["lr"])
+    return numbers if rate is None else numbers | {"lr": rate.after(applied)}
 
 
 def _update(entry: Entry, group: dict[str, Any], inverse_scale: float | None, clip: float | None) -> None:

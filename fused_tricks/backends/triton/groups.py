@@ -6,15 +6,18 @@ import triton.language as tl
 from .decision import float64
 from .records import pointer_to, table_item
 
-# Where an option lies in a group: lr, momentum, 1 - dampening and weight_decay in FP64, then the address of an lr that
-# is read there (0: none), and flags.
+# Where an option lies in a group: lr, momentum, 1 - dampening and weight_decay in FP64; then the address of numbers that
+# lr is multiplied with (0: none), the position of the last of them, how many updates were applied before the one that
+# takes the first of them, and flags.
 LR = tl.constexpr(0)
 MOMENTUM = tl.constexpr(1)
 GRADIENT_WEIGHT = tl.constexpr(2)
 WEIGHT_DECAY = tl.constexpr(3)
 LR_ADDRESS = tl.constexpr(4)
-FLAGS = tl.constexpr(5)
-GROUP_WORDS = tl.constexpr(6)
+LR_LAST = tl.constexpr(5)
+LR_ORIGIN = tl.constexpr(6)
+FLAGS = tl.constexpr(7)
+GROUP_WORDS = tl.constexpr(8)
 # Flags.
 NESTEROV = tl.constexpr(1)
 MAXIMIZE = tl.constexpr(2)
@@ -47,12 +50,15 @@ def word_of(groups, index, option: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def learning_rate_of(groups, index, flags, GROUPS: tl.constexpr):
+def learning_rate_of(groups, index, flags, applied, GROUPS: tl.constexpr):
+    """Of the update that follows ``applied`` others."""
     rate = option_of(groups, index, LR, GROUPS)
     address = word_of(groups, index, LR_ADDRESS, GROUPS)
     if address != 0:
+        due = tl.maximum(applied - word_of(groups, index, LR_ORIGIN, GROUPS), 0)
+        due = tl.minimum(due, word_of(groups, index, LR_LAST, GROUPS))
         if (flags & LR_IS_DOUBLE) != 0:
-            rate = tl.load(pointer_to(address, tl.float64))
+            rate *= tl.load(pointer_to(address, tl.float64) + due)
         else:
-            rate = tl.load(pointer_to(address, tl.float32)).to(tl.float64)
+            rate *= tl.load(pointer_to(address, tl.float32) + due).to(tl.float64)
     return rate

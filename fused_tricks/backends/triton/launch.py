@@ -25,7 +25,7 @@ MAX_GROUPS = 8
 # Words that one launch of write_kernel writes.
 WORDS = 128
 
-_GROUP = ("fp64", "fp64", "fp64", "fp64", "i64", "i32")
+_GROUP = ("fp64", "fp64", "fp64", "fp64", "i64", "i64", "i64", "i32")
 _SCALE_RULE = ("fp64", "fp64", "fp64", "fp64", "i32", "i32")
 _REQUEST = {"state": "i64", "unscales": "i32", "grad_scale": "i64", "found_inf": "i64"}
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...applied_rate import applied_rate_of
 from ...hyper_parameters import as_float
 from ...plan import Entry, Plan
 from ..gpu import is_capturing
@@ -109,7 +110,7 @@ _FLAGS = (
 )
 _LR_IS_DOUBLE: int = groups.LR_IS_DOUBLE.value
 
-GroupNumbers = tuple[float, float, float, float, int, int]
+GroupNumbers = tuple[float, float, float, float, int, int, int, int]
 GROUP_WORDS: int = groups.GROUP_WORDS.value
 
 
@@ -117,19 +118,24 @@ def group_numbers(group: dict[str, Any], device: torch.device) -> GroupNumbers:
     """The options of a group as the update kernel takes them.
 
     Returns:
-        lr, momentum, 1 - dampening, weight_decay, the address of an lr that the kernel reads itself (0: none), and
-        flags.
+        lr, momentum, 1 - dampening, weight_decay; the address of numbers that the kernel multiplies lr with (0: none),
+        the position of the last, how many updates come before the first; and flags.
     """
     lr = group["lr"]
-    address = lr_flag = 0
-    if (
+    address = last = origin = lr_flag = 0
+    rate = applied_rate_of(lr)
+    if rate is not None:
+        factors = rate.factors.on(device)
+        address, last, origin, lr_flag = factors.data_ptr(), len(factors) - 1, rate.origin, _LR_IS_DOUBLE
+        lr = rate.base
+    elif (
         isinstance(lr, Tensor)
         and lr.numel() == 1
         and lr.device == device
         and lr.dtype in (torch.float32, torch.float64)
     ):
         address, lr_flag = lr.data_ptr(), (_LR_IS_DOUBLE if lr.dtype == torch.float64 else 0)
-        lr = 0.0
+        lr = 1.0
     flags = lr_flag | sum(flag for name, flag in _FLAGS if group[name])
     return (
         as_float(lr),
@@ -137,10 +143,12 @@ def group_numbers(group: dict[str, Any], device: torch.device) -> GroupNumbers:
         1.0 - as_float(group["dampening"]),
         as_float(group["weight_decay"]),
         address,
+        last,
+        origin,
         flags,
     )
 
 
 def words_of(numbers: Sequence[GroupNumbers]) -> list[int]:
     """The same for a table, where FP64 is its bit pattern."""
-    return [word for group in numbers for word in struct.unpack("=6q", struct.pack("=4d2q", *group))]
+    return [word for group in numbers for word in struct.unpack("=8q", struct.pack("=4d4q", *group))]

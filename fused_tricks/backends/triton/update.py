@@ -177,7 +177,7 @@ def update_kernel(
             flags = word_of(groups, group, FLAGS, GROUPS)
             momentum = option_of(groups, group, MOMENTUM, GROUPS)
             weight_decay = option_of(groups, group, WEIGHT_DECAY, GROUPS)
-            minus_lr = -learning_rate_of(groups, group, flags, GROUPS)
+            minus_lr = -learning_rate_of(groups, group, flags, number - 1, GROUPS)
             gradient_weight = option_of(groups, group, GRADIENT_WEIGHT, GROUPS)
             signed_clip = tl.where((flags & MAXIMIZE) != 0, -clip, clip)
             decays = (weight_decay != 0) & (((flags & BIAS_DECAY) != 0) | ((traits & 4) != 0))
