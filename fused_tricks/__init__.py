@@ -4,6 +4,7 @@ from .learning_rate import global_batch_size, scale_lr
 from .loss_scale import DynamicLossScale
 from .low_precision import cast_model, norm_layers
 from .optimizer import FusedSGD, StepStats
+from .schedule import WarmupCosineLR
 
 __version__ = "0.1.0"
 
@@ -11,6 +12,7 @@ __all__ = [
     "DynamicLossScale",
     "FusedSGD",
     "StepStats",
+    "WarmupCosineLR",
     "cast_model",
     "global_batch_size",
     "norm_layers",

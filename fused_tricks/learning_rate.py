@@ -1,9 +1,8 @@
 """The linear scaling rule: a learning rate that grows with the global batch."""
 
-import math
-import numbers
-
 import torch.distributed
+
+from .arguments import integer, real
 
 
 def scale_lr(base_lr: float, batch_size: int, base_batch_size: int = 256) -> float:
@@ -29,13 +28,9 @@ def scale_lr(base_lr: float, batch_size: int, base_batch_size: int = 256) -> flo
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1; the rule is
     from "Accurate, Large Minibatch SGD" (arXiv 1706.02677), section 2.1.
     """
-    if isinstance(base_lr, bool) or not isinstance(base_lr, numbers.Real):
-        raise TypeError(f"base_lr must be a real number, got {base_lr!r}")
-    if not (math.isfinite(base_lr) and base_lr >= 0):
-        raise ValueError(f"base_lr must be finite and at least 0, got {base_lr!r}")
-    batch_size = _count("batch_size", batch_size)
-    base_batch_size = _count("base_batch_size", base_batch_size)
-    return float(base_lr) * (batch_size / base_batch_size)
+    batch_size = integer("batch_size", batch_size, least=1)
+    base_batch_size = integer("base_batch_size", base_batch_size, least=1)
+    return real("base_lr", base_lr, least=0) * (batch_size / base_batch_size)
 
 
 def global_batch_size(
@@ -57,15 +52,7 @@ def global_batch_size(
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         world_size = torch.distributed.get_world_size() if distributed else 1
     return (
-        _count("per_device_batch_size", per_device_batch_size)
-        * _count("accumulation_steps", accumulation_steps)
-        * _count("world_size", world_size)
+        integer("per_device_batch_size", per_device_batch_size, least=1)
+        * integer("accumulation_steps", accumulation_steps, least=1)
+        * integer("world_size", world_size, least=1)
     )
-
-
-def _count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
-    return int(value)

@@ -1,0 +1,245 @@
+"""The schedule: warm-up and cosine annealing, with or without restarts, for any torch optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from functools import wraps
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .arguments import integer
+from .warmup_cosine import WarmupCosine
+
+
+class WarmupCosineLR(LRScheduler):
+    """Linear warm-up, then a cosine down to a floor; or cosines that restart. Works with any torch optimizer.
+
+    The learning rate of update ``t`` (0 for the first) is the group's own initial rate times ``factor(t)``::
+
+        t < warmup_steps    warmup_start + (1 - warmup_start) * (t + 1) / warmup_steps
+        then                min_ratio + (1 - min_ratio) * (1 + cos(π u)) / 2
+                            u = (t - warmup_steps) / (total_steps - warmup_steps)
+        t >= total_steps    min_ratio, for ever
+
+    With ``T_0`` there are cycles, of ``T_0``, ``T_0 * T_mult``, ``T_0 * T_mult**2``, … updates after the warm-up. Each
+    length is rounded once, to the nearest integer and to even in a tie, from the exact value. Cycle ``c`` (0 for
+    the first) goes from ``peak_decay**c`` to ``min_ratio`` as the cosine above, with ``u`` running from 0 to 1 over the
+    cycle. A peak that would be below ``min_ratio`` is ``min_ratio``.
+
+    Call :meth:`step` after each ``optimizer.step()``::
+
+        schedule = WarmupCosineLR(optimizer, total_steps=epochs * len(loader), warmup_steps=5 * len(loader))
+
+    The schedule is a closed form of ``t`` and the groups' initial rates, which are kept in the groups as
+    ``"initial_lr"``, as all torch schedulers do:
+
+    - A group keeps its ratio to the others. A tensor ``lr`` is written in place.
+    - A group added by ``optimizer.add_param_group`` is scheduled at once, from the rate it comes with. One that gets
+      into ``param_groups`` in another way is scheduled from the next :meth:`step`.
+    - A resumed run may build and load optimizer and schedule in any order: each load sets the rates of the update
+      that the schedule is at. An optimizer that was loaded before the schedule is built, or had another one before,
+      brings its initial rates with it. To start from others, set ``group["initial_lr"]`` or :attr:`base_lrs`.
+    - :meth:`step` does not warn when ``optimizer.step()`` was not called before. Under a ``GradScaler``, which leaves
+      out steps that overflow, torch's schedulers warn without cause.
+    - In torch's ``SequentialLR`` it can only be the last: it takes the rates as its own whenever it has begun.
+
+    Args:
+        optimizer: The optimizer whose learning rates are set, beginning with the one of update 0.
+        total_steps: Updates in all, with the warm-up. None, only with ``T_0``: restarts without end. A cycle that
+            ``total_steps`` cuts short is not squeezed.
+        warmup_steps: Updates of the warm-up. Update ``warmup_steps - 1`` has the full rate, and so has the first of
+            the cosine.
+        warmup_start: The factor that the warm-up leaves behind, in [0, 1]; the first update is already
+            ``1 / warmup_steps`` of the way above it.
+        min_ratio: The floor, as a factor, in [0, 1].
+        T_0: Updates in the cosine of the first cycle. None: one cosine, no restarts.
+        T_mult: How much longer each cosine is than the one before, at least 1, and any real number.
+        peak_decay: How much lower each peak is than the one before, in [0, 1].
+        warmup_every_cycle: Whether each later cycle has a warm-up as well: ``warmup_steps`` updates from
+            ``warmup_start`` (or its peak, if that is lower) to its peak, before its cosine and in addition to it.
+
+    Attributes:
+        curve: The :class:`~fused_tricks.warmup_cosine.WarmupCosine`, whose ``factor(t)`` is the schedule.
+        last_epoch: ``t`` of the learning rates that are set now. The name is torch's.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is outside its range, or does not go with the others.
+
+    Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), sections 3.1 (warm-up) and 5.1
+    (cosine); restarts from "SGDR" (arXiv 1608.03983).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int | None,
+        warmup_steps: int = 0,
+        *,
+        warmup_start: float = 0.0,
+        min_ratio: float = 0.0,
+        T_0: int | None = None,
+        T_mult: float = 1.0,
+        peak_decay: float = 1.0,
+        warmup_every_cycle: bool = False,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.curve = WarmupCosine(
+            total_steps, warmup_steps, warmup_start, min_ratio, T_0, T_mult, peak_decay, warmup_every_cycle
+        )
+        _separate_default_rate(optimizer)
+        super().__init__(optimizer)
+        self._watch_groups()
+
+    @property
+    def base_lrs(self) -> list[float | Tensor]:
+        """The initial rate of each group. They may be assigned, and count from the next :meth:`step`."""
+        return [_initial_rate(group) for group in self.optimizer.param_groups]
+
+    @base_lrs.setter
+    def base_lrs(self, rates: list[float | Tensor]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"] = rate
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rate of each group at ``last_epoch``, in the type of the group's initial rate."""
+        factor = self.curve.factor(self.last_epoch)
+        return [rate * factor for rate in self.base_lrs]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Sets the learning rates of the next update.
+
+        Args:
+            epoch: The update to go to instead of the next one, 0 for the first.
+
+        Raises:
+            TypeError, ValueError: ``epoch`` is not an integer, or negative.
+        """
+        self._update_lr(epoch)
+        self._step_count += 1
+
+    # torch's SequentialLR enters a schedule here.
+    def _update_lr(self, epoch: int | None = None) -> None:
+        self.last_epoch = self.last_epoch + 1 if epoch is None else integer("epoch", epoch, least=0)
+        self._write_rates()
+
+    @property
+    def _waits(self) -> bool:
+        """Whether a SequentialLR has taken back update 0, until it is this schedule's turn."""
+        return self.last_epoch < 0
+
+    def _write_rates(self) -> None:
+        if self._waits:
+            return
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            _write_rate(group, rate)
+        self._last_lr = self._current_rates()
+
+    def _current_rates(self) -> list[float | Tensor]:
+        return [_copy(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _watch_groups(self) -> None:
+        """Sets the rates of groups that are added or loaded between two calls of ``step``, where torch leaves them."""
+        optimizer = self.optimizer
+        # Weak references, because the optimizer holds these functions: a cycle would keep its tensors past their time.
+        optimizer_ref, schedule_ref = ref(optimizer), ref(self)
+        add = type(optimizer).add_param_group
+        wrapped = vars(optimizer).get("add_param_group")
+
+        @wraps(add)
+        def add_param_group(param_group: dict[str, Any]) -> None:
+            optimizer, schedule = optimizer_ref(), schedule_ref()
+            assert optimizer is not None
+            if wrapped is None:
+                add(optimizer, param_group)
+            else:
+                wrapped(param_group)
+            if schedule is not None:
+                schedule._enter(optimizer.param_groups[-1])
+
+        def after_load(optimizer: Optimizer) -> None:
+            schedule = schedule_ref()
+            if schedule is not None:
+                schedule._write_rates()
+
+        # There is no hook for this one; the base class replaces `step` in the same way.
+        optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
+        optimizer.register_load_state_dict_post_hook(after_load)
+
+    def _enter(self, group: dict[str, Any]) -> None:
+        _separate_default_rate(self.optimizer)
+        if not self._waits:
+            _write_rate(group, _initial_rate(group) * self.curve.factor(self.last_epoch))
+            self._last_lr = self._current_rates()
+
+    def state_dict(self) -> dict[str, Any]:
+        """``last_epoch`` and the arguments; JSON can hold it. The initial rates are in the optimizer's state."""
+        return {"last_epoch": self.last_epoch, **asdict(self.curve)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes to the update that the state is of, and sets its learning rates.
+
+        The arguments stay those that this schedule was built with.
+
+        Warns:
+            UserWarning: The state is of a schedule with other arguments.
+
+        Raises:
+            KeyError, TypeError, ValueError: The state has no ``last_epoch``, or one that is no integer or below -1.
+        """
+        if "last_epoch" not in state_dict:
+            raise KeyError(
+                "state_dict has no 'last_epoch'; it must be what a schedule's state_dict() returned"
+            )
+        last_epoch = integer("last_epoch", state_dict["last_epoch"], least=-1)
+        different = [
+            f"{name} was {state_dict[name]!r} and is {value!r}"
+            for name, value in asdict(self.curve).items()
+            if name in state_dict and state_dict[name] != value
+        ]
+        if different:
+            warnings.warn(
+                "the loaded state is of a schedule with other arguments: "
+                + ", ".join(different)
+                + "; this schedule keeps its own",
+                UserWarning,
+                stacklevel=2,
+            )
+        self.last_epoch = last_epoch
+        self._step_count = last_epoch + 1
+        self._write_rates()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The optimizer of a copy has lost what watched it.
+        vars(self).update(state)
+        self._watch_groups()
+
+
+def _initial_rate(group: dict[str, Any]) -> float | Tensor:
+    if "initial_lr" not in group:
+        group["initial_lr"] = _copy(group["lr"])
+    rate: float | Tensor = group["initial_lr"]
+    return rate
+
+
+def _write_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate.reshape(()) if isinstance(rate, Tensor) else rate)
+    else:
+        group["lr"] = rate
+
+
+def _separate_default_rate(optimizer: Optimizer) -> None:
+    """Keeps writes to groups out of the default that later groups get: torch hands the same tensor to all of them."""
+    if isinstance(optimizer.defaults.get("lr"), Tensor):
+        optimizer.defaults["lr"] = optimizer.defaults["lr"].clone()
+
+
+def _copy(rate: float | Tensor) -> float | Tensor:
+    return rate.clone() if isinstance(rate, Tensor) else rate
