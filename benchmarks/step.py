@@ -136,9 +136,7 @@ def measure(options: argparse.Namespace) -> Measurement:
     candidates = step_lineup.of_tiny_parameters(TINY_SET, dtype, device, backends)
     entries, out_of_host = step_lineup.assemble(candidates, device)
     contestants = [entry.contestant for entry in entries]
-    host = interleave(
-        contestants, rounds=options.host_rounds, warmup=5, device=device, repeats=HOST_REPEATS
-    )
+    host = interleave(contestants, rounds=options.host_rounds, warmup=5, device=device, repeats=HOST_REPEATS)
     host_alternating = interleave(contestants, rounds=options.host_rounds, warmup=20, device=device)
 
     cast = fused_tricks.cast_model(parameter_sets.build(options.parameters), dtype)

@@ -122,8 +122,8 @@ class Plan {
 
   bool reads_lr_;
   std::vector<AppliedRate> rates_;  // by group
-  py::list updated_;              // aliases of what the last step updated
-  std::vector<PyObject*> grads_;  // owned during a step, which runs without the interpreter lock
+  py::list updated_;                // aliases of what the last step updated
+  std::vector<PyObject*> grads_;    // owned during a step, which runs without the interpreter lock
   bool watches_state_ = false;
   std::vector<std::pair<PyObject*, PyObject*>> watched_;  // the items of Optimizer.state
 };

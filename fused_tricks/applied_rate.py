@@ -20,6 +20,9 @@ class FactorTable:
     def __init__(self, factors: Sequence[float]) -> None:
         self._copies = {torch.device("cpu"): torch.tensor(factors, dtype=torch.float64, device="cpu")}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_copies": {torch.device("cpu"): self.on(torch.device("cpu"))}}
+
     def on(self, device: torch.device) -> Tensor:
         """The factors as a tensor on a device; copied there once."""
         if device not in self._copies:

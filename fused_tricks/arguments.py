@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def integer(name: str, value: Any, least: int) -> int:
+def integer(name: str, value: Any, least: float = -math.inf) -> int:
     """The value as an ``int``.
 
     Raises:

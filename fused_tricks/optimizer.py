@@ -317,6 +317,11 @@ class FusedSGD(Optimizer):
             last_step_skipped=last_skipped,
         )
 
+    def _replan(self) -> None:
+        """Makes the next step begin with a new plan."""
+        if self._plan is not None:
+            self._plan.is_outdated = True
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as ``torch.optim.Optimizer.add_param_group``.
 

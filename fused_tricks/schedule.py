@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .applied_updates import AppliedUpdates
 from .arguments import integer
 from .warmup_cosine import WarmupCosine
 
@@ -48,6 +49,17 @@ class WarmupCosineLR(LRScheduler):
       out steps that overflow, torch's schedulers warn without cause.
     - In torch's ``SequentialLR`` it can only be the last: it takes the rates as its own whenever it has begun.
 
+    With ``count="applied"`` ``t`` is the number of updates that a :class:`~fused_tricks.FusedSGD` has applied since the
+    schedule was built, so that steps which overflow do not move it. They are counted where the parameters live; the
+    factors lie there in a table, from which the update takes the one that is due. So nothing synchronises, and a
+    captured CUDA graph follows the schedule as it is replayed. Then:
+
+    - ``group["lr"]`` is an FP64 tensor of no dimension for others to read: the rate of the next update, as of the last
+      :meth:`step`. A checkpoint of the optimizer has the number.
+    - The count is in the optimizer's state: a resumed run loads both, in any order.
+    - :attr:`last_epoch`, :meth:`get_lr`, :meth:`get_last_lr` and :meth:`state_dict` synchronise.
+    - It can be no part of ``SequentialLR``.
+
     Args:
         optimizer: The optimizer whose learning rates are set, beginning with the one of update 0.
         total_steps: Updates in all, with the warm-up. None, only with ``T_0``: restarts without end. A cycle that
@@ -62,11 +74,11 @@ class WarmupCosineLR(LRScheduler):
         peak_decay: How much lower each peak is than the one before, in [0, 1].
         warmup_every_cycle: Whether each later cycle has a warm-up as well: ``warmup_steps`` updates from
             ``warmup_start`` (or its peak, if that is lower) to its peak, before its cosine and in addition to it.
+        count: What ``t`` counts: ``"calls"`` of :meth:`step`, or updates ``"applied"`` by a ``FusedSGD``, which needs
+            ``total_steps``.
 
     Attributes:
         curve: The :class:`~fused_tricks.warmup_cosine.WarmupCosine`, whose ``factor(t)`` is the schedule.
-        last_epoch: ``t`` of the learning rates that are set now. The name is torch's.
-
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is outside its range, or does not go with the others.
@@ -87,15 +99,34 @@ class WarmupCosineLR(LRScheduler):
         T_mult: float = 1.0,
         peak_decay: float = 1.0,
         warmup_every_cycle: bool = False,
+        count: str = "calls",
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.curve = WarmupCosine(
             total_steps, warmup_steps, warmup_start, min_ratio, T_0, T_mult, peak_decay, warmup_every_cycle
         )
+        if count not in ("calls", "applied"):
+            raise ValueError(f"count must be 'calls' or 'applied', got {count!r}")
+        self._applied = AppliedUpdates(optimizer, self.curve) if count == "applied" else None
         _separate_default_rate(optimizer)
         super().__init__(optimizer)
         self._watch_groups()
+
+    @property
+    def last_epoch(self) -> int:
+        """``t`` of the next update. The name is torch's."""
+        return self._calls if self._applied is None else self._applied.t
+
+    @last_epoch.setter
+    def last_epoch(self, t: int) -> None:
+        self._calls = t
+
+    def _go_to(self, t: int) -> None:
+        if self._applied is None:
+            self._calls = t
+        else:
+            self._applied.go_to(t)
 
     @property
     def base_lrs(self) -> list[float | Tensor]:
@@ -124,17 +155,27 @@ class WarmupCosineLR(LRScheduler):
         self._update_lr(epoch)
         self._step_count += 1
 
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The learning rates that the last :meth:`step` set; with ``count="applied"``, those of the next update."""
+        return super().get_last_lr() if self._applied is None else self.get_lr()
+
     # torch's SequentialLR enters a schedule here.
     def _update_lr(self, epoch: int | None = None) -> None:
-        self.last_epoch = self.last_epoch + 1 if epoch is None else integer("epoch", epoch, least=0)
+        if epoch is not None:
+            self._go_to(integer("epoch", epoch, least=0))
+        elif self._applied is None:
+            self._calls += 1
         self._write_rates()
 
     @property
     def _waits(self) -> bool:
         """Whether a SequentialLR has taken back update 0, until it is this schedule's turn."""
-        return self.last_epoch < 0
+        return self._applied is None and self._calls < 0
 
     def _write_rates(self) -> None:
+        if self._applied is not None:
+            self._applied.write_rates(self.base_lrs)
+            return
         if self._waits:
             return
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
@@ -174,13 +215,22 @@ class WarmupCosineLR(LRScheduler):
 
     def _enter(self, group: dict[str, Any]) -> None:
         _separate_default_rate(self.optimizer)
-        if not self._waits:
+        if self._applied is not None:
+            self._write_rates()
+        elif not self._waits:
             _write_rate(group, _initial_rate(group) * self.curve.factor(self.last_epoch))
             self._last_lr = self._current_rates()
 
     def state_dict(self) -> dict[str, Any]:
-        """``last_epoch`` and the arguments; JSON can hold it. The initial rates are in the optimizer's state."""
-        return {"last_epoch": self.last_epoch, **asdict(self.curve)}
+        """``last_epoch`` and the arguments; JSON can hold it. The initial rates are in the optimizer's state.
+
+        With ``count="applied"`` also ``origin``: how many updates the optimizer had applied before update 0.
+        """
+        state = {"last_epoch": self.last_epoch, **self._arguments()}
+        return state if self._applied is None else {**state, "origin": self._applied.origin}
+
+    def _arguments(self) -> dict[str, Any]:
+        return {**asdict(self.curve), "count": "calls" if self._applied is None else "applied"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes to the update that the state is of, and sets its learning rates.
@@ -191,16 +241,18 @@ class WarmupCosineLR(LRScheduler):
             UserWarning: The state is of a schedule with other arguments.
 
         Raises:
-            KeyError, TypeError, ValueError: The state has no ``last_epoch``, or one that is no integer or below -1.
+            KeyError, TypeError, ValueError: The state has no ``last_epoch``, or one that is no integer or below -1, or
+                an ``origin`` that is none.
         """
         if "last_epoch" not in state_dict:
             raise KeyError(
                 "state_dict has no 'last_epoch'; it must be what a schedule's state_dict() returned"
             )
         last_epoch = integer("last_epoch", state_dict["last_epoch"], least=-1)
+        origin = integer("origin", state_dict["origin"]) if "origin" in state_dict else None
         different = [
             f"{name} was {state_dict[name]!r} and is {value!r}"
-            for name, value in asdict(self.curve).items()
+            for name, value in self._arguments().items()
             if name in state_dict and state_dict[name] != value
         ]
         if different:
@@ -211,7 +263,10 @@ class WarmupCosineLR(LRScheduler):
                 UserWarning,
                 stacklevel=2,
             )
-        self.last_epoch = last_epoch
+        if self._applied is None or origin is None:
+            self._go_to(last_epoch)
+        else:
+            self._applied.origin = origin
         self._step_count = last_epoch + 1
         self._write_rates()
 

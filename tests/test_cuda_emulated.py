@@ -16,7 +16,7 @@ from torch.nn import Parameter
 import backends
 import emulation
 from comparison import assert_same_bits, bits
-from fused_tricks import FusedSGD
+from fused_tricks import FusedSGD, WarmupCosineLR
 from fused_tricks.backends.request import StepRequest
 from fused_tricks.plan import Entry, Plan
 from fused_tricks.step_state import StepState
@@ -112,6 +112,20 @@ def test_a_step_that_scans_takes_two_launches(options: dict[str, object]) -> Non
 
 def test_a_step_that_does_not_scan_takes_one_launch() -> None:
     assert steady_step(parameters(torch.float32)).launches == 1
+
+
+def test_a_schedule_of_applied_updates_costs_no_launch() -> None:
+    params = parameters(torch.float16)
+    optimizer = FusedSGD(params, lr=0.1, loss_scale="dynamic", backend="emulated_cuda")
+    WarmupCosineLR(optimizer, 8, 4, count="applied")
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        emulation.take_traffic()
+        optimizer.step()
+    traffic = emulation.take_traffic()
+    assert traffic.launches == 2
+    assert traffic.table_bytes_read <= 0.5 * sum(SIZES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from comparison import assert_all_same_bits, parameters
-from fused_tricks import FusedSGD
+from fused_tricks import FusedSGD, WarmupCosineLR
 from fused_tricks.backends import availability
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -128,6 +128,38 @@ def test_a_learning_rate_on_the_device_is_read_in_every_replay(gpu_backend: str)
     rate.fill_(10.0)
     graph.replay()
     assert param.tolist() == [-11.0] * 4
+
+
+def test_a_captured_step_follows_its_schedule_as_it_is_replayed(gpu_backend: str) -> None:
+    param = Parameter(torch.zeros(4, device="cuda"))
+    optimizer = FusedSGD([param], lr=1.0, loss_scale="dynamic", backend=gpu_backend)
+    schedule = WarmupCosineLR(optimizer, 8, 4, count="applied")
+    param.grad = torch.full_like(param, -float(optimizer.stats().scale))
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for overflows in (False, True, False):
+        param.grad.fill_(float("inf") if overflows else -optimizer.stats().scale)
+        graph.replay()
+    assert param.tolist() == [0.25 + 0.5 + 0.75] * 4
+    assert schedule.get_last_lr() == [1.0]
+
+
+def test_a_schedule_of_applied_updates_does_not_synchronise(gpu_backend: str) -> None:
+    params = parameters(SHAPES, torch.float16, "cuda")
+    optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
+    schedule = WarmupCosineLR(optimizer, 8, 4, count="applied")
+    set_gradients(params, gradients(0))
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            schedule.step()
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert schedule.last_epoch == 6
 
 
 def test_a_step_runs_on_the_current_stream(gpu_backend: str) -> None:

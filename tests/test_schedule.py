@@ -269,6 +269,7 @@ def test_the_state_is_the_update_and_the_arguments() -> None:
         "T_mult": 1.5,
         "peak_decay": 1.0,
         "warmup_every_cycle": False,
+        "count": "calls",
     }
 
 

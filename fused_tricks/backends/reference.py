@@ -47,7 +47,9 @@ class ReferenceStepper:
 
     def _active(self, groups: list[dict[str, Any]]) -> Iterator[tuple[Entry, dict[str, Any]]]:
         applied = int(self._step_state.applied_steps)
-        listed = [numbers for group in groups for numbers in [_numbers(group, applied)] * len(group["params"])]
+        listed = [
+            numbers for group in groups for numbers in [_numbers(group, applied)] * len(group["params"])
+        ]
         for entry, group in zip(self._plan.entries, listed, strict=True):
             if entry.source.grad is not None:
                 yield entry, group
