@@ -6,9 +6,9 @@ import triton.language as tl
 from .decision import float64
 from .records import pointer_to, table_item
 
-# Where an option lies in a group: lr, momentum, 1 - dampening and weight_decay in FP64; then the address of numbers that
-# lr is multiplied with (0: none), the position of the last of them, how many updates were applied before the one that
-# takes the first of them, and flags.
+# Where an option lies in a group: lr, momentum, 1 - dampening and weight_decay in FP64; then the address of numbers
+# that lr is multiplied with (0: none), the position of the last of them, how many updates were applied before the one
+# that takes the first of them, and flags.
 LR = tl.constexpr(0)
 MOMENTUM = tl.constexpr(1)
 GRADIENT_WEIGHT = tl.constexpr(2)
