@@ -24,14 +24,17 @@ export FUSED_TRICKS_REQUIRE_EXTENSION ?= 1
 TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# Releases of torch that one wheel is tried with.
+TORCHES ?= 2.10.0 2.13.0 2.14.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test bench lint format clean FORCE
+.PHONY: help build test test-torches bench lint format clean FORCE
 
 help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
 	@echo "make test     run the tests; PYTEST_ARGS='-k overflow' chooses some"
+	@echo "make test-torches  one wheel in clean environments with several torches: TORCHES='$(TORCHES)'"
 	@echo "make bench    measure training against torch.amp; BENCH_ARGS=--help lists the options"
 	@echo "make lint     ruff, mypy and clang-format; needs no build"
 	@echo "make format   let ruff and clang-format rewrite the files"
@@ -45,6 +48,20 @@ build: $(STAMPS)/build
 
 test: $(STAMPS)/build $(STAMPS)/test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(IN_VENV) -m pytest -n $(TEST_PROCESSES) -rs $(PYTEST_ARGS)
+
+test-torches: $(TORCHES:%=test-torch-%)
+
+# Outside the checkout's top folder, so that the wheel is what is imported.
+test-torch-%: build/wheel
+	test -x .venv-torch-$*/bin/python || $(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/python -m pip install --quiet "torch==$*" numpy "pytest>=8"
+	.venv-torch-$*/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	cd tests/smoke && ../../.venv-torch-$*/bin/python -m pytest --rootdir . -c /dev/null -p no:cacheprovider
+
+.PHONY: build/wheel
+build/wheel: $(STAMPS)/build
+	rm -rf $@
+	$(IN_VENV) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $@ .
 
 bench: $(STAMPS)/build $(STAMPS)/bench
 	$(IN_VENV) -m benchmarks.train $(BENCH_ARGS)

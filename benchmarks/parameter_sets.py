@@ -6,7 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
-MODELS = ("resnet18", "resnet50", "mobilenet_v3_small", "mobilenet_v3_large", "vit_b_16")
+MODELS = ("resnet18", "resnet50", "resnet152", "mobilenet_v3_small", "mobilenet_v3_large", "vit_b_16")
 
 
 def build(name: str) -> nn.Module:

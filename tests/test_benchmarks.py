@@ -24,6 +24,7 @@ from benchmarks import (
     step,
     step_contestants,
     step_lineup,
+    step_sizes,
     train,
     train_contestants,
 )
@@ -123,6 +124,28 @@ def test_step_reports_every_contestant(stepped: Path) -> None:
     page = (stepped / "step.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in page for name in names)
     assert (stepped / "step.png").read_bytes().startswith(PNG)
+
+
+def test_step_sizes_reports_every_set_and_its_limit(tmp_path: Path) -> None:
+    sets = ["--models", "resnet18", "--tensor-counts", "1", "3", "--element-counts", "100", "1000"]
+    quick = ["--seconds", "0", "--loop-mib", "1", "--device", "cpu", "--output", str(tmp_path)]
+    step_sizes.main([*sets, *quick])
+    result = read(tmp_path, "step_sizes")
+    points = [point for sweep in result["sweeps"].values() for point in sweep]
+    assert [(point["tensors"], point["elements"]) for point in points] == [
+        (62, 11_689_512),
+        (1, 100),
+        (3, 300),
+        (100, 100),
+        (100, 1000),
+    ]
+    for point in points:
+        assert set(point["ms"]) == {FOR_LOOP, FOREACH, FUSED, FUSED_CASTS, FUSED_NEW_CASTS, OURS}
+        assert point["limit_ms"] > 0
+    assert points[1]["bytes"] == 22 * 100
+    page = (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
+    assert all(f"| {point['name']} |" in page for point in points)
+    assert (tmp_path / "step_sizes.png").read_bytes().startswith(PNG)
 
 
 def test_every_result_says_where_and_how_it_was_measured(trained: Path, stepped: Path) -> None:

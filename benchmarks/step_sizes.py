@@ -1,0 +1,276 @@
+"""How the cost of an optimizer step depends on the parameters: well-known networks, many tensors, many elements.
+
+``python -m benchmarks.step_sizes`` times the contestants of ``benchmarks.step`` on each of them, beside the time that
+the bytes of our step take at the bandwidth of a plain copy loop. benchmarks/README.md says how each number is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+import fused_tricks
+from benchmarks import gpu, machine, parameter_sets, report, step_lineup
+from benchmarks.harness import Contestant, Spread, interleave, ratios
+from benchmarks.step_contestants import COPY, OUR_WORK, OURS, cache_eviction, loops
+
+MODELS = ("resnet18", "resnet50", "resnet152", "mobilenet_v3_large", "vit_b_16")
+TENSOR_COUNTS = (1, 10, 100, 1_000, 10_000, 100_000)
+TENSOR_SIZE = 100
+ELEMENT_COUNTS = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8)
+ELEMENT_TENSORS = 100
+
+
+@dataclass(frozen=True)
+class Point:
+    """One set of parameters and what was measured on it.
+
+    Attributes:
+        name: of the set, as `parameter_sets.build` knows it.
+        tensors: how many parameters.
+        elements: how many elements they have together.
+        rounds: how often everybody ran.
+        ms: milliseconds of a step, by contestant.
+        speed: how much longer than ours each takes, round by round.
+        bytes: that our step reads and writes.
+        limit_ms: the time of these bytes at the copy loop's bandwidth.
+        left_out: who could not take part, and why.
+    """
+
+    name: str
+    tensors: int
+    elements: int
+    rounds: int
+    ms: dict[str, Spread]
+    speed: dict[str, Spread]
+    bytes: int
+    limit_ms: float
+    left_out: dict[str, str]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_sizes",
+        description="Times the optimizer step of torch.amp and of fused_tricks on many sets of parameters.",
+    )
+    parser.add_argument("--models", nargs="*", default=list(MODELS), metavar="NAME")
+    parser.add_argument("--tensor-counts", nargs="*", type=int, default=list(TENSOR_COUNTS), metavar="N")
+    parser.add_argument("--element-counts", nargs="*", type=int, default=list(ELEMENT_COUNTS), metavar="N")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timed steps on each set, about")
+    parser.add_argument(
+        "--most-rounds", type=int, default=100, help="on each set; at least 5 run in any case"
+    )
+    parser.add_argument("--loop-mib", type=int, default=256, help="size of each buffer of the copy loop")
+    parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR")
+    return parser.parse_args(arguments)
+
+
+def measure(name: str, options: argparse.Namespace, copy: Contestant, copied: int) -> Point:
+    """Times everybody on one set of parameters.
+
+    Args:
+        name: of the set.
+        options: the command line.
+        copy: the copy loop, which takes its turn.
+        copied: bytes that it reads and writes.
+    """
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    backends, unusable = step_lineup.usable_backends(device)
+    candidates = step_lineup.of_a_model(name, dtype, device, backends)
+    entries, left_out = step_lineup.assemble(candidates, device)
+    contestants = [*(entry.contestant for entry in entries), copy]
+    evict = cache_eviction(device)
+    trial = interleave(contestants, rounds=1, warmup=1, device=device, between=evict)
+    seconds = sum(section.host for (section,) in trial.values())
+    rounds = max(5, min(options.most_rounds, round(options.seconds / seconds)))
+    sections = interleave(contestants, rounds=rounds, warmup=1, device=device, between=evict, head_start=True)
+    times = {who: [section.device for section in found] for who, found in sections.items()}
+
+    parameters = list(fused_tricks.cast_model(parameter_sets.build(name), dtype).parameters())
+    moved = OUR_WORK.traffic(parameters)
+    copy_times = times.pop(COPY)
+    return Point(
+        name,
+        len(parameters),
+        sum(parameter.numel() for parameter in parameters),
+        rounds,
+        {who: Spread.of(s * 1e3 for s in found) for who, found in times.items()},
+        {who: ratios(found, times[OURS]) for who, found in times.items()},
+        moved,
+        Spread.of(copy_times).median * moved / copied * 1e3,
+        {**unusable, **left_out},
+    )
+
+
+def sweeps(options: argparse.Namespace) -> dict[str, list[Point]]:
+    """Measures the sets of each kind: networks, growing numbers of tensors, growing numbers of elements."""
+    device = torch.device(options.device)
+    gpu.use(device)
+    plain_loops, moved = loops(options.loop_mib, device)
+    (copy,) = (loop for loop in plain_loops if loop.name == COPY)
+    names = {
+        "models": options.models,
+        "tensors": [f"synthetic:{count}:{TENSOR_SIZE}" for count in options.tensor_counts],
+        "elements": [
+            f"synthetic:{ELEMENT_TENSORS}:{max(1, count // ELEMENT_TENSORS)}"
+            for count in options.element_counts
+        ],
+    }
+    return {
+        kind: [measure(name, options, copy, moved[COPY]) for name in of_kind]
+        for kind, of_kind in names.items()
+    }
+
+
+def summarise(
+    options: argparse.Namespace, arguments: Sequence[str], found: dict[str, list[Point]]
+) -> dict[str, Any]:
+    """The result as JSON-able values."""
+    device = torch.device(options.device)
+    return {
+        "benchmark": "step_sizes",
+        "machine": machine.describe("benchmarks.step_sizes", arguments, device),
+        "setting": f"{options.dtype} with dynamic loss scaling on {device.type}",
+        "sweeps": {kind: [asdict(point) for point in points] for kind, points in found.items()},
+    }
+
+
+HEADINGS = {
+    "models": "Networks",
+    "tensors": f"More tensors, of {TENSOR_SIZE} elements each",
+    "elements": f"More elements, in {ELEMENT_TENSORS} tensors",
+}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a page: for each kind of set the times, and how they compare with ours."""
+    parts = [
+        "# The optimizer step on many sets of parameters",
+        f"{result['setting']}. Numbers are median (lower – upper quartile) over rounds; ratios are taken within each "
+        "round. *Limit* is the time of the bytes that our step moves at the bandwidth of the plain copy loop.",
+        "![Both sweeps as a picture](step_sizes.png)",
+    ]
+    for kind, points in result["sweeps"].items():
+        if not points:
+            continue
+        names = list(dict.fromkeys(name for point in points for name in point["ms"]))
+        head = [[point["name"], f"{point['tensors']:,}", f"{point['elements']:,}"] for point in points]
+        times = [
+            [*start, *(_text(point["ms"], name, 3) for name in names), f"{point['limit_ms']:,.3f}"]
+            for start, point in zip(head, points)
+        ]
+        others = [name for name in names if name != OURS]
+        shares = [
+            [
+                *start,
+                *(_text(point["speed"], name, 2) for name in others),
+                f"{point['bytes'] / point['elements']:.1f}",
+                f"{point['limit_ms'] / point['ms'][OURS]['median']:.2f}",
+            ]
+            for start, point in zip(head, points)
+        ]
+        columns = ["set", "tensors", "elements"]
+        parts += [
+            f"## {HEADINGS[kind]}",
+            "ms a step:",
+            report.table([*columns, *names, "limit"], times),
+            "Time of the others / ours, our bytes an element, and limit / our time (our share of the copy bandwidth):",
+            report.table([*columns, *others, "bytes", "share"], shares),
+        ]
+    left_out = {
+        name: reason
+        for points in result["sweeps"].values()
+        for point in points
+        for name, reason in point["left_out"].items()
+    }
+    if left_out:
+        parts.append("Not measured:\n\n" + "\n".join(f"- {name}: {why}" for name, why in left_out.items()))
+    return "\n\n".join([*parts, report.machine_note(result["machine"]) + "\n"])
+
+
+def _text(spreads: dict[str, Any], name: str, decimals: int) -> str:
+    return Spread(**spreads[name]).text(decimals) if name in spreads else "–"
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Two panels, both axes logarithmic: time over tensors, and over elements."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    for panel, kind in zip(panels, ("tensors", "elements")):
+        points = result["sweeps"][kind]
+        if points:
+            _draw(panel, kind, points)
+    report.save_figure(
+        figure,
+        path,
+        "How the cost of a step grows",
+        result["setting"] + ". Medians; the band is between the quartiles.",
+        result["machine"],
+    )
+
+
+def _draw(panel: Axes, kind: str, points: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for point in points for name in point["ms"]))
+    ours = [name for name in names if name.startswith(OURS)]
+    for name, colour in zip(names, report.colours(names, ours)):
+        rows = [(point[kind], point["ms"][name]) for point in points if name in point["ms"]]
+        places = [place for place, _ in rows]
+        panel.plot(
+            places,
+            [row["median"] for _, row in rows],
+            marker="o",
+            color=colour,
+            linewidth=2.5 if name in ours else 1.5,
+            label=name,
+            zorder=3 if name in ours else 2,
+        )
+        panel.fill_between(
+            places,
+            [row["lower_quartile"] for _, row in rows],
+            [row["upper_quartile"] for _, row in rows],
+            color=colour,
+            alpha=0.2,
+        )
+    panel.plot(
+        [point[kind] for point in points],
+        [point["limit_ms"] for point in points],
+        color=report.MARK_COLOUR,
+        linestyle="--",
+        label="limit: our bytes at the copy loop's bandwidth",
+    )
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel(kind, color="#555555")
+    panel.set_ylabel("ms a step", color="#555555")
+    panel.set_title(HEADINGS[kind], loc="left", fontsize=11, fontweight="bold")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(color="#E3E3E3", linewidth=0.8)
+    panel.legend(frameon=False, fontsize=9)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures, and writes step_sizes.json, step_sizes.md and step_sizes.png."""
+    options = parse(arguments)
+    result = summarise(options, arguments, sweeps(options))
+    options.output.mkdir(parents=True, exist_ok=True)
+    report.write_json(options.output / "step_sizes.json", result)
+    (options.output / "step_sizes.md").write_text(markdown(result), encoding="utf-8")
+    picture(result, options.output / "step_sizes.png")
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
