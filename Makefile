@@ -56,7 +56,7 @@ test-torch-%: build/wheel
 	test -x .venv-torch-$*/bin/python || $(PYTHON) -m venv .venv-torch-$*
 	.venv-torch-$*/bin/python -m pip install --quiet "torch==$*" numpy "pytest>=8"
 	.venv-torch-$*/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
-	cd tests/smoke && ../../.venv-torch-$*/bin/python -m pytest --rootdir . -c /dev/null -p no:cacheprovider
+	cd tests/smoke && ../../.venv-torch-$*/bin/python -m pytest --confcutdir . -c /dev/null -p no:cacheprovider
 
 .PHONY: build/wheel
 build/wheel: $(STAMPS)/build

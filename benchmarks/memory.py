@@ -59,5 +59,5 @@ def _train_a_little(
     batch = torch.randn(images).to(recipe.device, memory_format=torch.channels_last)
     labels = torch.zeros(images[0], dtype=torch.int64, device=recipe.device)
     for _ in range(STEPS):
-        trainer.forward_backward(batch, labels)
+        trainer.backward(trainer.forward(batch, labels))
         trainer.update()

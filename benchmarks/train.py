@@ -37,7 +37,8 @@ BASELINE = "torch.amp, fused"
 class Record:
     """What one contestant did, over all seeds. One sample a timed step; losses one list a seed, every step."""
 
-    passes: list[Section] = field(default_factory=list)
+    forwards: list[Section] = field(default_factory=list)
+    backwards: list[Section] = field(default_factory=list)
     updates: list[Section] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
@@ -45,7 +46,8 @@ class Record:
 
     @property
     def step_seconds(self) -> list[float]:
-        return [a.device + b.device for a, b in zip(self.passes, self.updates)]
+        steps = zip(self.forwards, self.backwards, self.updates)
+        return [sum(section.device for section in sections) for sections in steps]
 
 
 def positive(text: str) -> int:
@@ -85,6 +87,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     )
     parser.add_argument(
         "--loss-scale", choices=("dynamic", "none"), default="dynamic", help="for all contestants"
+    )
+    parser.add_argument(
+        "--compile",
+        metavar="MODE",
+        help="of torch.compile, for all contestants; reduce-overhead replays CUDA graphs on a GPU",
     )
     parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR")
     options = parser.parse_args(arguments)
@@ -130,8 +137,13 @@ def train(
     recipe: Recipe,
     options: argparse.Namespace,
     steps: int,
-) -> dict[str, Record]:
-    """Trains all contestants for every seed, taking turns step by step in an order that rotates."""
+) -> tuple[dict[str, Record], list[float]]:
+    """Trains all contestants for every seed, taking turns step by step in an order that rotates.
+
+    Returns:
+        What each did, and the seconds in which the batch of each step was loaded, once for all of them.
+    """
+    loading: list[Section] = []
     records = {name: Record() for name in train_contestants.NAMES}
     clock = Clock(recipe.device)
     warmup = min(WARMUP_STEPS, steps - 1)
@@ -145,29 +157,37 @@ def train(
         }
         for record in records.values():
             record.losses.append([])
-        for step, (pixels, labels) in enumerate(batches(images, options.batch_size, steps, seed)):
+        loader = batches(images, options.batch_size, steps, seed)
+        for step in range(steps):
+            clock.start()
+            pixels, labels = next(loader)
             pixels = pixels.to(recipe.device, memory_format=torch.channels_last)
             labels = labels.to(recipe.device)
+            clock.mark()
+            loading += clock.sections()
             turn = step % len(trainers)
             for name in (*train_contestants.NAMES[turn:], *train_contestants.NAMES[:turn]):
                 trainer, record = trainers[name], records[name]
                 for group in trainer.optimizer.param_groups:
                     group["lr"] = recipe.lr * (1 + math.cos(math.pi * step / steps)) / 2
                 clock.start()
-                loss = trainer.forward_backward(pixels, labels)
+                loss = trainer.forward(pixels, labels)
+                clock.mark()
+                trainer.backward(loss)
                 clock.mark()
                 trainer.update()
                 clock.mark()
-                passes, update = clock.sections()
+                forward, backward, update = clock.sections()
                 record.losses[-1].append(loss.item())
                 if step >= warmup:
-                    record.passes.append(passes)
+                    record.forwards.append(forward)
+                    record.backwards.append(backward)
                     record.updates.append(update)
             progress.update()
         for name, trainer in trainers.items():
             records[name].accuracies.append(accuracy(trainer, images, recipe.device))
     progress.close()
-    return records
+    return records, [section.device for section in loading]
 
 
 def measure_memory(
@@ -191,7 +211,8 @@ def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str
         summary[name] = {
             "images_per_second": asdict(Spread.of(batch_size / seconds for seconds in record.step_seconds)),
             "speed_over_baseline": asdict(ratios(records[BASELINE].step_seconds, record.step_seconds)),
-            "pass_ms": asdict(Spread.of(passes.device * 1e3 for passes in record.passes)),
+            "forward_ms": asdict(Spread.of(forward.device * 1e3 for forward in record.forwards)),
+            "backward_ms": asdict(Spread.of(backward.device * 1e3 for backward in record.backwards)),
             "optimizer_ms": asdict(Spread.of(update.device * 1e3 for update in record.updates)),
             "optimizer_host_us": asdict(Spread.of(update.host * 1e6 for update in record.updates)),
             "peak_memory_mib": asdict(Spread.of(peak / 2**20 for peak in record.peaks)),
@@ -209,7 +230,9 @@ def markdown(result: dict[str, Any]) -> str:
         "contestant",
         "images/s",
         f"speed, {BASELINE} = 1",
-        "optimizer ms a step",
+        "forward ms",
+        "backward ms",
+        "optimizer ms",
         "host µs a step",
         "peak memory MiB",
         "test accuracy %",
@@ -219,6 +242,8 @@ def markdown(result: dict[str, Any]) -> str:
             name,
             Spread(**row["images_per_second"]).text(0),
             Spread(**row["speed_over_baseline"]).text(3),
+            Spread(**row["forward_ms"]).text(1),
+            Spread(**row["backward_ms"]).text(1),
             Spread(**row["optimizer_ms"]).text(2),
             Spread(**row["optimizer_host_us"]).text(0),
             Spread(**row["peak_memory_mib"]).text(1),
@@ -235,6 +260,7 @@ def markdown(result: dict[str, Any]) -> str:
             "# Training with torch.amp and with fused_tricks",
             f"{result['setting']}. {explanation}",
             report.table(header, rows),
+            f"Loading a batch, once for all: {Spread(**result['data_ms']).text(1)} ms.",
             "![The table as a picture](train.png)",
             report.machine_note(result["machine"]),
             "benchmarks/README.md says what each column counts.\n",
@@ -272,17 +298,21 @@ def picture(result: dict[str, Any], path: Path) -> None:
         panels["accuracy"].plot(percent, [place] * len(percent), "o", color=colour[place], markersize=8)
         panels["accuracy"].plot(mean, place, "|", color="black", markersize=18, markeredgewidth=1.6)
         panels["accuracy"].text(mean, place - 0.36, f"{mean:.2f}", ha="center", va="center", fontsize=9)
-        pass_ms, optimizer_ms = row["pass_ms"]["median"], row["optimizer_ms"]["median"]
-        panels["time"].barh(place, pass_ms, height=0.68, color=colour[place])
-        panels["time"].barh(place, optimizer_ms, left=pass_ms, height=0.68, color=report.MARK_COLOUR)
+        parts = [row[f"{part}_ms"]["median"] for part in ("forward", "backward", "optimizer")]
+        begins = [0.0, parts[0], parts[0] + parts[1]]
+        panels["time"].barh(place, parts[0], height=0.68, color=colour[place], alpha=0.7)
+        panels["time"].barh(place, parts[1], left=begins[1], height=0.68, color=colour[place])
+        panels["time"].barh(place, parts[2], left=begins[2], height=0.68, color=report.MARK_COLOUR)
         panels["time"].text(
-            (pass_ms + optimizer_ms) * 1.01, place, f"{pass_ms:.1f} + {optimizer_ms:.1f}", va="center"
+            sum(parts) * 1.01, place, " + ".join(f"{part:.1f}" for part in parts), va="center"
         )
     report.dress(panels["accuracy"], "Test accuracy (%)", "dots: seeds · higher")
     panels["accuracy"].margins(x=0.25)
     panels["accuracy"].locator_params(axis="x", nbins=5)
     panels["accuracy"].set_ylim(len(names) - 0.4, -0.7)
-    report.dress(panels["time"], "Time of a step (ms): passes + optimizer (orange)", "lower")
+    report.dress(
+        panels["time"], "Time of a step (ms): forward (light), backward, optimizer (orange)", "lower"
+    )
     panels["time"].margins(x=0.2)
     panels["time"].invert_yaxis()
     for panel in ("speed", "optimizer", "memory", "accuracy", "time"):
@@ -319,9 +349,10 @@ def main(arguments: Sequence[str]) -> None:
         dtype=getattr(torch, dtype_name),
         loss_scaling=options.loss_scale == "dynamic",
         lr=fused_tricks.scale_lr(0.1, batch_size=options.batch_size),
+        compile_mode=options.compile,
     )
     build_model = functools.partial(torchvision.models.get_model, options.model, num_classes=images.classes)
-    records = train(images, build_model, recipe, options, steps)
+    records, loading = train(images, build_model, recipe, options, steps)
     measure_memory(records, build_model, recipe, options)
     result: dict[str, Any] = {
         "benchmark": "train",
@@ -330,7 +361,9 @@ def main(arguments: Sequence[str]) -> None:
             f"{options.model} on {options.dataset} at {options.image_size} × {options.image_size}, batch "
             f"{options.batch_size}, {steps} steps, {options.seeds} seeds, {dtype_name} on {device.type}, "
             f"loss scale {options.loss_scale}"
+            + (f", torch.compile(mode={options.compile!r})" if options.compile else "")
         ),
+        "data_ms": asdict(Spread.of(seconds * 1e3 for seconds in loading)),
         "baseline": BASELINE,
         "contestants": summarise(records, options.batch_size),
     }

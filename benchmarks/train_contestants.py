@@ -31,6 +31,8 @@ class Recipe:
         lr: the learning rate of the first step.
         momentum: of SGD.
         weight_decay: of SGD; applies to every parameter.
+        compile_mode: of ``torch.compile`` for the model; None: it is not compiled. ``"reduce-overhead"`` replays CUDA
+            graphs on a GPU.
     """
 
     device: torch.device
@@ -39,6 +41,7 @@ class Recipe:
     lr: float
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    compile_mode: str | None = None
 
 
 class Trainer(Protocol):
@@ -50,8 +53,11 @@ class Trainer(Protocol):
     def optimizer(self) -> torch.optim.Optimizer:
         """What holds the learning rate."""
 
-    def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Adds the gradients of a batch; returns its mean loss, an FP32 scalar."""
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of a batch, an FP32 scalar."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of the loss."""
 
     def update(self) -> None:
         """Applies the gradients and drops them: all that the optimizer costs in a training step."""
@@ -80,11 +86,12 @@ class TorchAmp:
         dtype = self._recipe.dtype
         return torch.autocast(self._recipe.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._autocast():
-            loss = functional.cross_entropy(self.model(images), labels)
+            return functional.cross_entropy(self.model(images), labels)
+
+    def backward(self, loss: Tensor) -> None:
         self._scaler.scale(loss).backward()
-        return loss.detach()
 
     def update(self) -> None:
         self._scaler.step(self.optimizer)
@@ -110,10 +117,11 @@ class FusedTricks:
             loss_scale="dynamic" if recipe.loss_scaling else None,
         )
 
-    def forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
-        loss = functional.cross_entropy(self.model(images), labels)
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(self.model(images), labels)
+
+    def backward(self, loss: Tensor) -> None:
         self.optimizer.scale(loss).backward()
-        return loss.detach()
 
     def update(self) -> None:
         self.optimizer.step()
@@ -125,6 +133,9 @@ class FusedTricks:
 
 def build(name: str, model: nn.Module, recipe: Recipe) -> Trainer:
     """The contestant of that name (one of `NAMES`), training `model`, which it may change in place."""
-    if name == OURS:
-        return FusedTricks(model, recipe)
-    return TorchAmp(model, recipe, TORCH_FORMS[name])
+    trainer: Trainer = (
+        FusedTricks(model, recipe) if name == OURS else TorchAmp(model, recipe, TORCH_FORMS[name])
+    )
+    if recipe.compile_mode is not None:
+        trainer.model.compile(mode=recipe.compile_mode)
+    return trainer
