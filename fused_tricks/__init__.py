@@ -5,6 +5,7 @@ from .loss_scale import DynamicLossScale
 from .low_precision import cast_model, norm_layers
 from .optimizer import FusedSGD, StepStats
 from .schedule import WarmupCosineLR
+from .weight_decay import decay_groups
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "StepStats",
     "WarmupCosineLR",
     "cast_model",
+    "decay_groups",
     "global_batch_size",
     "norm_layers",
     "scale_lr",
