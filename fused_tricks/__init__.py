@@ -1,5 +1,6 @@
 """Low-precision training by the recipe of "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187)."""
 
+from .full_precision import fp32_state_dict, load_fp32_state_dict
 from .learning_rate import global_batch_size, scale_lr
 from .loss_scale import DynamicLossScale
 from .low_precision import cast_model, norm_layers
@@ -16,7 +17,9 @@ __all__ = [
     "WarmupCosineLR",
     "cast_model",
     "decay_groups",
+    "fp32_state_dict",
     "global_batch_size",
+    "load_fp32_state_dict",
     "norm_layers",
     "scale_lr",
 ]

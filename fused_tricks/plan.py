@@ -284,7 +284,7 @@ def _entry(
         if entry.master is None:
             entry.master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
         else:
-            _adopt_foreign_values(entry.master, param)
+            adopt_foreign_values(entry.master, param)
     if has_momentum:
         entry.buffer, entry.first = _find_state(states, MOMENTUM_BUFFER, source, step_state)
         if entry.buffer is None:
@@ -336,7 +336,8 @@ def _fitting_state(
     return fitting
 
 
-def _adopt_foreign_values(master: Tensor, param: Tensor) -> None:
+def adopt_foreign_values(master: Tensor, param: Tensor) -> None:
+    """A master takes over those of its parameter's elements that are not its rounding: somebody else wrote them."""
     agrees = master.to(param.dtype) == param
     # To look costs a GPU a synchronisation, and the CPU less memory than to write what is there already.
     if param.device.type != "cpu" or not agrees.all():
