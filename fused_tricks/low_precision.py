@@ -65,7 +65,8 @@ def cast_model(
         TypeError: ``model`` is not a module, or ``keep_fp32`` holds something of another kind.
         ValueError: ``dtype`` or ``output_dtype`` is not one of the above; a name pattern or module in
             ``keep_fp32`` is not found in ``model``; a parameter to be cast is complex; a parameter belongs
-            to a kept module and to another one. A refused call leaves the model as it was.
+            to a kept module and to another one; ``model`` is wrapped in ``DistributedDataParallel`` already.
+            A refused call leaves the model as it was.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.2, low-precision
     training; "Mixed Precision Training" (arXiv 1710.03740), section 3.3, for the norm layers in FP32.
@@ -78,13 +79,23 @@ def cast_model(
         isinstance(output_dtype, torch.dtype) and output_dtype.is_floating_point
     ):
         raise ValueError(f"output_dtype must be a floating-point dtype or None, got {output_dtype!r}")
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, which would no longer see the gradients of converted "
+            "parameters; convert the model first, then wrap it"
+        )
     kept = _kept_modules(model, norm_layers(model) if keep_fp32 is None else keep_fp32)
     fp32 = _fp32_tensors(model, kept)
+    converted: dict[int, tuple[Tensor, Tensor]] = {}
 
     def convert(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
+        target = torch.float32 if id(tensor) in fp32 else dtype
+        if not tensor.is_floating_point() or tensor.dtype == target:
             return tensor
-        return tensor.to(torch.float32 if id(tensor) in fp32 else dtype)
+        # Once, so that a buffer which several modules share stays one. Keeping it keeps its id from being reused.
+        if id(tensor) not in converted:
+            converted[id(tensor)] = tensor, tensor.to(target)
+        return converted[id(tensor)][1]
 
     model._apply(convert)
     _remove_casts(model)
@@ -214,7 +225,12 @@ def _cast(value: Any, dtype: torch.dtype, done: dict[int, Tensor]) -> Any:
         items = [_cast(item, dtype, done) for item in value]
         return value._make(items) if hasattr(value, "_make") else type(value)(items)
     if isinstance(value, list):
-        return [_cast(item, dtype, done) for item in value]
+        items = [_cast(item, dtype, done) for item in value]
+        if type(value) is list:
+            return items
+        sequence = copy.copy(value)
+        sequence[:] = items
+        return sequence
     if type(value) in (dict, OrderedDict):  # the copy below would break torch.compile's graph
         return type(value)((key, _cast(item, dtype, done)) for key, item in value.items())
     if isinstance(value, MutableMapping):
@@ -225,6 +241,8 @@ def _cast(value: Any, dtype: torch.dtype, done: dict[int, Tensor]) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         rebuilt: Any = copy.copy(value)
         for field in dataclasses.fields(value):
+            if not hasattr(value, field.name):  # with init=False, and not set yet
+                continue
             object.__setattr__(rebuilt, field.name, _cast(getattr(value, field.name), dtype, done))
         return rebuilt
     return value

@@ -258,6 +258,21 @@ def test_tied_weights_stay_tied() -> None:
     assert model(torch.tensor([1, 2])).dtype == FP32
 
 
+def test_a_buffer_that_modules_share_stays_one() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.LayerNorm(2))
+    for module in model:
+        module.register_buffer("shared", torch.ones(2))
+    model[1].shared = model[0].shared
+    cast_model(model, BF16)
+    assert model[1].shared is model[0].shared
+    assert [module.shared.dtype for module in model] == [BF16, BF16, FP32]
+
+
+def test_a_model_that_is_half_already_becomes_what_an_fp32_one_becomes() -> None:
+    model, fresh = cast_model(Network().half(), BF16), cast_model(Network(), BF16)
+    assert (hook_counts(model), dtypes(model)) == (hook_counts(fresh), dtypes(fresh))
+
+
 def test_casting_twice_is_the_same_as_once() -> None:
     once = cast_model(Network(), BF16)
     twice = cast_model(copy.deepcopy(once), BF16)
@@ -342,23 +357,11 @@ def test_it_compiles_to_one_graph(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_it_exports(strict: bool) -> None:
-    model = cast_model(Network(), BF16).eval()
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_it_exports(training: bool, strict: bool) -> None:
+    model = cast_model(Network(), BF16).train(training)
     exported = torch.export.export(model, (images(),), strict=strict).module()
     torch.testing.assert_close(exported(images()), model(images()))
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-def test_it_trains_wrapped_in_distributed_data_parallel(tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(cast_model(Network(), BF16))
-        output = model(images())
-        output.sum().backward()
-        assert output.dtype == FP32
-        assert all(p.grad.dtype == p.dtype for p in model.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def _tied() -> nn.Module:

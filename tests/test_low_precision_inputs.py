@@ -1,7 +1,7 @@
 """`cast_model`: the casts of what goes into a model and what comes out, within any nesting."""
 
 import dataclasses
-from collections import OrderedDict, defaultdict, namedtuple
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +30,39 @@ class Batch:
     label: Tensor
 
 
+@dataclasses.dataclass
+class Unfinished:
+    image: Tensor
+    label: Tensor = dataclasses.field(init=False)
+
+    def __repr__(self) -> str:
+        return str(vars(self))
+
+
+@dataclasses.dataclass(eq=False)
+class ModelOutput(OrderedDict[str, Any]):
+    """A dict whose items are also its fields, as the outputs of Hugging Face's models; only fields with a value are."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is not None:
+                self[field.name] = getattr(self, field.name)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        super().__setattr__(key, value)
+
+    def __repr__(self) -> str:
+        return f"{list(self.items())} {self.loss} {self.logits}"
+
+
+class Images(list[Tensor]):
+    """A list of a type of its own."""
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -40,6 +73,10 @@ class Batch:
         lambda t: defaultdict(list, a=[t]),
         lambda t: Pair(t, t),
         lambda t: Batch(t, t),
+        lambda t: Unfinished(t),
+        lambda t: ModelOutput(logits=t),
+        lambda t: Images([t]),
+        lambda t: UserDict(a=t),
         lambda t: nn.utils.rnn.pack_sequence([t, t]),
         lambda t: torch.max(t, 0),
     ],
@@ -105,6 +142,7 @@ def test_outputs_are_cast_to_the_chosen_dtype(
         lambda t: OrderedDict(a=t),
         lambda t: Pair(t, t),
         lambda t: Batch(t, t),
+        lambda t: ModelOutput(logits=t),
     ],
 )
 def test_nested_inputs_and_outputs_compile_to_one_graph(make: Callable[[Tensor], Any]) -> None:
