@@ -18,6 +18,7 @@ pytest.importorskip("torchvision", reason="the benchmarks take their networks fr
 pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
 
 from benchmarks import (
+    cast_models,
     data,
     parameter_sets,
     report,
@@ -278,3 +279,12 @@ def test_digits_are_split_without_overlap_and_resized() -> None:
     pixels, label = images.train[0]
     assert pixels.shape == (3, 12, 12) and pixels.dtype == torch.float32 and label.dtype == torch.int64
     assert len(images.train) + len(images.test) == 1797 and images.classes == 10
+
+
+def test_the_table_of_cast_networks_has_a_row_for_each(tmp_path: Path) -> None:
+    names = ["squeezenet1_0", "squeezenet1_1"]
+    cast_models.main(["--models", *names, "--output", str(tmp_path)])
+    lines = (tmp_path / "cast_models.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| squeezenet")]
+    assert [row.split()[1] for row in rows] == names
+    assert all("| 0.7 | 32 × 32 |" in row and row.endswith("| yes |") for row in rows)

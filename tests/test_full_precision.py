@@ -16,7 +16,7 @@ import emulation
 from comparison import assert_same_bits, assert_unchanged, rounding_cases, snapshot, wide_range
 from fused_tricks import FusedSGD, cast_model, fp32_state_dict, load_fp32_state_dict
 
-FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+FP16, BF16 = torch.float16, torch.bfloat16
 both_dtypes = pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)
 
 
