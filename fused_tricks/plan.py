@@ -158,7 +158,7 @@ class Plan:
         if self.is_outdated:
             # Those that need none as well, where others have: torch.distributed.checkpoint misses them otherwise.
             for entry in self.entries:
-                if entry.live:
+                if entry.live and not entry.own_state():
                     state.setdefault(entry.param, {})
 
 
