@@ -142,19 +142,19 @@ def placed_by_hand() -> list[tuple[Parameter, Parameter]]:
     return pairs
 
 
-def step_over_several_meshes() -> None:
+def step_over_several_meshes(backend: str) -> None:
     pairs = placed_by_hand()
     options = {**OPTIONS, "max_grad_norm": 2.0, "loss_scale": 4.0}
     expected = FusedSGD([weight for weight, _ in pairs], backend="reference", **options)
-    optimizer = FusedSGD([placed for _, placed in pairs], **options)
+    optimizer = FusedSGD([placed for _, placed in pairs], backend=backend, **options)
     for _ in range(3):
         expected.step()
         optimizer.step()
         assert_same_training(optimizer, expected)
 
 
-def test_each_parameter_counts_once_whatever_mesh_it_is_placed_on():
-    ranks.run(4, step_over_several_meshes)
+def test_each_parameter_counts_once_whatever_mesh_it_is_placed_on(backend):
+    ranks.run(4, step_over_several_meshes, backend)
 
 
 def overflow_in_each_place() -> None:
