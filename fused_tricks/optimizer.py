@@ -242,10 +242,11 @@ class FusedSGD(Optimizer):
 
     def _update(self, request: StepRequest) -> None:
         try:
-            outcome = self._run(request)
+            placed: dict[Tensor, Tensor] = {}
+            outcome = self._run(request, placed)
             if outcome is Outcome.STALE:
                 self._stepper, self._plan = self._prepare()
-                outcome = self._run(request)
+                outcome = self._run(request, placed)
         except (KeyError, TypeError, ValueError, RuntimeError):
             # A backend fails on an option that is no number, and knows neither its name nor what is allowed.
             for group in self.param_groups:
@@ -303,14 +304,14 @@ class FusedSGD(Optimizer):
 
     _observed_step = Optimizer.profile_hook_step(_step)
 
-    def _run(self, request: StepRequest) -> Outcome:
+    def _run(self, request: StepRequest, placed: dict[Tensor, Tensor]) -> Outcome:
         stepper, plan = self._stepper, self._plan
         if stepper is None or plan is None or plan.is_outdated:
             return Outcome.STALE
         if not plan.staged:
             return stepper.step(self.param_groups, self.__dict__["state"], request)
         with torch.no_grad():
-            if not plan.stage():
+            if not plan.stage(placed):
                 return Outcome.STALE
             outcome = stepper.step(self.param_groups, self.__dict__["state"], request)
             plan.unstage(updated=outcome is Outcome.APPLIED)
@@ -426,8 +427,8 @@ class FusedSGD(Optimizer):
 
     def _note_unwritten(self) -> None:
         """No update was applied yet, and a buffer of zeros is one that was made in advance."""
-        for state in self.__dict__["state"].values():
-            buffer = state.get(MOMENTUM_BUFFER)
+        for _, param, _ in named_parameters(self.param_groups):
+            buffer = self.__dict__["state"].get(param, {}).get(MOMENTUM_BUFFER)
             if buffer is not None and not local_part(buffer).any():
                 self._step_state.unwritten[buffer] = True
 

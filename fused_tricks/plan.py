@@ -92,18 +92,26 @@ class Plan:
         self.staged = [entry for entry in self.entries if entry.is_staged]
         self.new = [entry for entry in self.entries if entry.is_new]
 
-    def stage(self) -> bool:
-        """Gives the stand-ins what the kernels read of them. False: a new plan is needed."""
+    def stage(self, placed: dict[Tensor, Tensor]) -> bool:
+        """Gives the stand-ins what the kernels read of them. False: a new plan is needed.
+
+        Args:
+            placed: Local parts of gradients by their parameters, which are added: to bring a gradient to where its
+                parameter is can take all processes, and must not be done again for a new plan on some of them alone.
+        """
         for entry in self.staged:
             source, grad = entry.source, entry.param.grad
             source.grad = None
             if grad is None:
                 continue
-            if entry.master is not None and _identity(entry.param) != entry.identity:
+            param = local_part(entry.param)
+            if entry.master is not None and _identity(entry.param, param) != entry.identity:
                 return False
-            if is_distributed(grad) != is_distributed(entry.param):
+            if is_distributed(grad) != (param is not entry.param):
                 return False
-            param, grad = local_part(entry.param), local_part(placed_like(grad, entry.param))
+            if entry.param not in placed:
+                placed[entry.param] = local_part(placed_like(grad, entry.param))
+            grad = placed[entry.param]
             if grad.shape != source.shape or not _is_alike(param, source):
                 return False
             if entry.is_copy:
@@ -111,6 +119,8 @@ class Plan:
                 grad = grad.resolve_neg().clone(memory_format=torch.contiguous_format)
             elif param.data_ptr() != source.data_ptr() or param.stride() != source.stride():
                 return False
+            elif not same_strides(grad, source) or grad.is_neg() or grad._is_zerotensor():
+                grad = torch.empty_like(source, dtype=grad.dtype).copy_(grad)
             source.grad_dtype = grad.dtype
             source.grad = grad
         return True
@@ -124,7 +134,7 @@ class Plan:
                     param.copy_(entry.source)
                 if param is not entry.param:
                     torch.autograd.graph.increment_version((entry.param, param))
-                entry.identity = _identity(entry.param)
+                entry.identity = _identity(entry.param, param)
             entry.source.grad = None
 
     def publish(
@@ -213,8 +223,8 @@ def build_plan(
             has_momentum = groups[group]["momentum"] != 0
             states = [state.get(param, {}), pending.get(param, {})]
             if param.grad is not None:
-                grad = placed_like(param.grad, param)
-                is_dense = _fits(local_part(grad), local_part(param))
+                local = local_part(param)
+                is_dense = _fits(param.grad if local is param else local, local)
             elif param.device in devices and _is_ready(before.get(param), param, has_momentum, states):
                 is_dense = not before[param].is_copy
             else:
@@ -327,7 +337,7 @@ def _entry(
     elif local is not param:
         source = local.detach()
     entry = Entry(group, param, live=True, source=source, is_copy=not is_dense, storage=local.detach())
-    entry.identity = _identity(param)
+    entry.identity = _identity(param, local)
     if param.dtype in LOW_PRECISION:
         entry.master, entry.is_new = _find_state(entry, states, MASTER_PARAM, step_state)
         if entry.master is None:
@@ -360,8 +370,7 @@ def _find_state(
     return None, True
 
 
-def _identity(param: Tensor) -> tuple[int, ...]:
-    local = local_part(param)
+def _identity(param: Tensor, local: Tensor) -> tuple[int, ...]:
     address = 0 if is_traceable_wrapper_subclass(local) else local.data_ptr()
     return address, param._version, local._version
 

@@ -20,9 +20,11 @@ def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-@torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
-    """This process's part of a ``DTensor``, which shares its memory; any other tensor itself."""
+    """This process's part of a ``DTensor``, which shares its memory; any other tensor itself.
+
+    To be called under ``torch.no_grad()``, or the part is one for autograd.
+    """
     if is_distributed(tensor):
         local: Any = tensor.to_local()
         # Its communication may not have finished.

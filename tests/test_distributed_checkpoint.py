@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 import ranks
 from comparison import assert_all_same_bits, assert_same_bits
@@ -79,13 +79,13 @@ def assert_same_contents(actual: dict[str, Any], expected: dict[str, Any]) -> No
     assert actual["scale"] == expected["scale"]
 
 
-def cross(saved_in: str, model: Module, optimizer: FusedSGD, options: StateDictOptions) -> None:
+def restore(saved_in: str, model: Module, optimizer: FusedSGD, options: StateDictOptions) -> None:
     """Loads a checkpoint as torch's tutorial does: into what the new objects have."""
     states = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
     }
-    dcp.load(states, checkpoint_id=saved_in)
+    dcp.load(states, checkpoint_id=saved_in, no_dist=not dist.is_initialized())
     set_model_state_dict(model, states["model"])
     set_optimizer_state_dict(model, optimizer, states["optimizer"], options=options)
 
@@ -95,7 +95,7 @@ def save(folder: str, model: Module, optimizer: FusedSGD, options: StateDictOpti
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
     }
-    dcp.save(states, checkpoint_id=folder)
+    dcp.save(states, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 @pytest.mark.parametrize("before", [0, 1, 2])
@@ -175,12 +175,32 @@ def test_a_run_resumes_bit_for_bit_from_any_step(tmp_path, form, step, momentum)
     save(str(tmp_path), model, optimizer, options)
     resumed = Products(torch.float16)
     other = optimizer_of(resumed, **rules)
-    cross(str(tmp_path), resumed, other, options)
+    restore(str(tmp_path), resumed, other, options)
     assert other.stats()[:3] == optimizer.stats()[:3]
     assert other.loss_scale.state_dict() == optimizer.loss_scale.state_dict()
     for of in ((model, optimizer), (resumed, other)):
         train(*of, range(step, 9))
     assert_same_contents(contents(resumed, other), contents(model, optimizer))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_a_state_dict_is_set_in_a_new_optimizer_and_in_the_same(form, momentum):
+    """Without a file between, and with FP32 parameters, which need no state where there is no momentum."""
+    rules = {"momentum": momentum, "dampening": 0.0}
+    models = []
+    for _ in range(2):
+        models.append(Products(torch.float16))
+        models[-1].weights[1] = Parameter(models[-1].weights[1].float())
+    optimizers = [optimizer_of(model, **rules) for model in models]
+    train(models[0], optimizers[0], range(3))
+    saved = get_optimizer_state_dict(models[0], optimizers[0], options=FORMATS[form])
+    models[1].load_state_dict(models[0].state_dict())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        set_optimizer_state_dict(model, optimizer, deepcopy(saved), options=FORMATS[form])
+        train(model, optimizer, range(3, 6))
+    assert_same_contents(contents(models[1], optimizers[1]), contents(models[0], optimizers[0]))
+    assert optimizers[1].stats().applied_steps == 4
 
 
 def train_sharded(folder: str, form: str, steps: range) -> dict[str, Any]:
@@ -189,7 +209,7 @@ def train_sharded(folder: str, form: str, steps: range) -> dict[str, Any]:
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = optimizer_of(model)
     if steps.start:
-        cross(f"{folder}/{steps.start}", model, optimizer, FORMATS[form])
+        restore(f"{folder}/{steps.start}", model, optimizer, FORMATS[form])
     train(model, optimizer, steps)
     save(f"{folder}/{steps.stop}", model, optimizer, FORMATS[form])
     return contents(model, optimizer)

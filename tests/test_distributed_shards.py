@@ -20,7 +20,7 @@ from torch.nn import BatchNorm1d, Linear, Parameter, Sequential
 
 import ranks
 from comparison import assert_all_same_bits, assert_same_bits
-from fused_tricks import DynamicLossScale, FusedSGD, cast_model
+from fused_tricks import DynamicLossScale, FusedSGD, agreement, cast_model
 from fused_tricks import optimizer as optimizer_module
 from products import SHAPES, Products, Shapes, inputs_of, mean_of, with_overflow
 
@@ -327,3 +327,39 @@ def train_a_cast_model() -> None:
 def test_a_cast_model_trains_where_each_norm_layer_is_sharded_by_itself():
     """FSDP2 takes parameters of one dtype in each of its groups."""
     ranks.run(2, train_a_cast_model)
+
+
+def step_with_strides(backend: str) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    weight = torch.arange(24, dtype=torch.float16).view(4, 6)
+    transposed = weight.t().contiguous().t()
+    grads = [torch.full((4, 6), 2.0, dtype=torch.float16), torch.full((6, 4), 3.0, dtype=torch.float16).t()]
+    params = [
+        Parameter(DTensor.from_local(local.clone(memory_format=torch.preserve_format), mesh, [Shard(0)]))
+        for local in (weight, transposed, torch.stack((weight, weight), -1)[..., 0])
+    ]
+    optimizer = FusedSGD(params, lr=1.0, momentum=0.5, max_grad_norm=torch.inf, backend=backend)
+    for step in range(4):
+        for index, param in enumerate(params):
+            param.grad = DTensor.from_local(grads[(index + step) % 2], mesh, [Shard(0)])
+        optimizer.step()
+    for index, param in enumerate(params):
+        buffer = 0.0
+        expected = weight.float()
+        for step in range(4):
+            buffer = 0.5 * buffer + (2.0, 3.0)[(index + step) % 2]
+            expected = expected - buffer
+        assert_same_bits(param.to_local().detach(), expected.half())
+        assert_same_bits(optimizer.state[param]["master_param"].to_local(), expected)
+
+
+def test_local_parts_and_gradients_may_have_any_strides(backend):
+    ranks.run(2, step_with_strides, backend)
+
+
+def test_an_agreement_is_sought_where_the_processes_can_communicate(monkeypatch):
+    """Parameters may be offloaded to the CPU, which NCCL does not reach."""
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    assert agreement._device_within_reach(None, torch.device("cpu")) == torch.device("cuda", 3)
+    assert agreement._device_within_reach(None, torch.device("cuda", 1)) == torch.device("cuda", 1)
