@@ -21,7 +21,7 @@ from benchmarks.report import RESULTS, table
 from fused_tricks.cuda_toolkit import find_toolkit
 
 PATH = RESULTS / "cuda_resources.md"
-_FUNCTION = re.compile(r"(scan|update|write)_kernel.*?Arguments(?:(?:ILi|<)(\d+))?")
+_FUNCTION = re.compile(r"(scan|update|decide|write)_kernel.*?Arguments(?:(?:ILi|<)(\d+))?")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _WIDE = re.compile(r"\b(LD|ST)G?\.E\S*\.128\b")
 
@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
 
     Attributes:
         architecture: As ``sm_90``.
-        name: ``scan`` or ``update`` and how many gradients its argument holds, or ``write``.
+        name: ``scan`` or ``update`` and how many gradients its argument holds, or ``decide`` or ``write``.
         registers: For each thread.
         stack: Bytes of stack and local memory for each thread; spills lie there.
         shared: Bytes of shared memory for each block.

@@ -21,7 +21,13 @@ from triton.compiler import ASTSource
 from benchmarks.cuda_resources import USAGE, cuobjdump
 from benchmarks.report import RESULTS, table
 from fused_tricks.backends.triton import IS_INTERPRETED
-from fused_tricks.backends.triton.launch import compile_for, scan_source, update_source, write_source
+from fused_tricks.backends.triton.launch import (
+    compile_for,
+    decide_source,
+    scan_source,
+    update_source,
+    write_source,
+)
 
 PATH = RESULTS / "triton_resources.md"
 ARCHITECTURES = (80, 90, 100, 120)
@@ -60,10 +66,12 @@ class Kernel(NamedTuple):
 def sources() -> Iterator[tuple[str, ASTSource]]:
     """What is compiled, with names."""
     for kinds, bits in _KINDS.items():
-        yield f"scan ({kinds})", scan_source(bits, False)
-        yield f"scan with norm ({kinds})", scan_source(bits, True)
+        yield f"scan ({kinds})", scan_source(bits, False, 0)
+        yield f"scan with norm ({kinds})", scan_source(bits, True, 0)
+        yield f"scan with norms of two parts ({kinds})", scan_source(bits, True, 2)
         for groups in (0, 1, 8):
             yield f"update ({kinds}), {groups or 'a table of'} groups", update_source(bits, groups)
+    yield "decide", decide_source(True, 2)
     yield "write", write_source()
 
 

@@ -132,8 +132,9 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   module.def("selected_instruction_set", &cpu::selected_instruction_set);
   module.def("select_instruction_set", &cpu::select_instruction_set, py::arg("name"));
   py::class_<Plan>(module, "Plan", py::module_local())
-      .def(py::init<const py::list&, const py::object&, bool, int64_t, const py::list&>(), py::arg("entries"),
-           py::arg("step_state"), py::arg("reads_lr"), py::arg("compared"), py::arg("rates"))
+      .def(py::init<const py::list&, const py::object&, bool, int64_t, const py::list&, const py::object&>(),
+           py::arg("entries"), py::arg("step_state"), py::arg("reads_lr"), py::arg("compared"), py::arg("rates"),
+           py::arg("agreement"))
       .def("gradient_addresses", &gradient_addresses, py::arg("groups"), py::arg("state"))
       .def("mark_updated", &Plan::mark_updated)
       .def("cpu_step", &cpu_step, py::arg("groups"), py::arg("state"), py::arg("request"));

@@ -86,11 +86,19 @@ bool Layout::matches(const TensorView& tensor) const {
   return true;
 }
 
+void Agreement::reach() const { py::handle(object).attr("reach")(); }
+
 Plan::Plan(const py::list& specifications, const py::object& step_state, bool reads_lr, int64_t compared,
-           const py::list& rates)
+           const py::list& rates, const py::object& agreed)
     : reads_lr_(reads_lr) {
   state = static_cast<StepState*>(data_of(step_state));
   device = device_of(step_state);
+  if (!agreed.is_none()) {
+    const py::object verdict = agreed.attr("verdict");
+    agreement.object = agreed.ptr();
+    agreement.verdict = static_cast<double*>(data_of(verdict));
+    agreement.parts = static_cast<int32_t>(py::len(verdict) - 1);
+  }
   for (const py::handle& item : rates) {
     AppliedRate rate;
     if (!item.is_none()) {
@@ -127,6 +135,7 @@ Plan::Plan(const py::list& specifications, const py::object& step_state, bool re
       entry.compares = entry.has_master && entry.count <= compared;
       entry.watches_version = fields[8].cast<bool>() && !entry.compares;
       entry.first_step = static_cast<int64_t*>(data_of(fields[9]));
+      entry.part = fields[10].cast<int32_t>();
       if (entry.watches_version) entry.version = version_of(entry.object);
       for (int64_t begin = 0; begin < entry.count; begin += kChunk) {
         const int64_t count = entry.count - begin < kChunk ? entry.count - begin : kChunk;

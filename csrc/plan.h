@@ -16,6 +16,18 @@ struct Layout {
   bool matches(const TensorView& tensor) const;
 };
 
+// How processes that hold parts of one model decide together: fused_tricks/agreement.py's object, which Plan borrows.
+struct Agreement {
+  PyObject* object = nullptr;  // null: this process decides alone
+  // On the parameters' device: whether a gradient is not finite, then one sum of squares for each of the entries'
+  // parts.
+  double* verdict = nullptr;
+  int32_t parts = 1;
+
+  // Makes the verdict that of all of them. On a GPU that is only launched.
+  void reach() const;
+};
+
 // The options of a group in this step.
 struct Group {
   double lr;
@@ -60,6 +72,7 @@ struct Entry {
   const void* grad = nullptr;  // of this step; null: no gradient, no update
   DType grad_type = DType::kFloat32;
   bool decays = false;
+  int32_t part = 0;  // which of the verdict's sums of squares the gradient belongs to
 
   // Of the gradient; the lowest bit says that it is FP32 beside a 16-bit parameter. 0: there is none.
   uint64_t gradient_address() const {
@@ -85,12 +98,14 @@ struct Chunk {
 
 class Plan {
  public:
-  // entries: tuples (group index, parameter, source, alias, live, master, buffer, first, watches_version, first_step),
-  // one for each parameter of every group in order. step_state: the uint8 tensor behind StepState. reads_lr: whether
-  // the kernels read a learning rate that is a tensor themselves, so that the host need not wait for it. compared: up
-  // to how many elements of a parameter the kernels compare with its master, instead of the version being watched.
-  // rates: for each group None or a tuple (lr, base, factors, origin), an AppliedRate.
-  Plan(const py::list& entries, const py::object& step_state, bool reads_lr, int64_t compared, const py::list& rates);
+  // entries: tuples (group index, parameter, source, alias, live, master, buffer, first, watches_version, first_step,
+  // part), one for each parameter of every group in order. step_state: the uint8 tensor behind StepState. reads_lr:
+  // whether the kernels read a learning rate that is a tensor themselves, so that the host need not wait for it.
+  // compared: up to how many elements of a parameter the kernels compare with its master, instead of the version being
+  // watched. rates: for each group None or a tuple (lr, base, factors, origin), an AppliedRate. agreement: None, or
+  // what decides with other processes.
+  Plan(const py::list& entries, const py::object& step_state, bool reads_lr, int64_t compared, const py::list& rates,
+       const py::object& agreement);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
   ~Plan() { release_gradients(); }
@@ -111,6 +126,7 @@ class Plan {
   int64_t total_count = 0;
   StepState* state = nullptr;
   dlpack::Device device{};
+  Agreement agreement;
 
  private:
   bool refresh_group(PyObject* dict, size_t& index);

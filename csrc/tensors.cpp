@@ -186,7 +186,8 @@ bool is_at(PyObject* tensor, const void* address) {
   void* data;
   if (has_handle(tensor) && torch_api.shim.data(handle_of(tensor), &data) == 0) return data == address;
   TensorView view;
-  return read_tensor(tensor, view) && view.data == address;
+  if (!read_tensor(tensor, view)) return false;
+  return view.data == address || (view.data == nullptr && !is_plain(tensor));
 }
 
 PyObject* grad_of(PyObject* tensor) {

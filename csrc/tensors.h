@@ -70,7 +70,7 @@ bool read_tensor(PyObject* tensor, TensorView& out);
 // The address of a tensor's first element; null for None and for empty tensors. Reads a tensor of any dtype.
 void* data_of(const py::handle& tensor);
 dlpack::Device device_of(const py::handle& tensor);
-// Whether a tensor's first element is at `address`.
+// Whether a tensor's first element is at `address`, or has no address that could be known, as a DTensor's.
 bool is_at(PyObject* tensor, const void* address);
 
 // `tensor.grad`, a new reference.

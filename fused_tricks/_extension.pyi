@@ -1,5 +1,6 @@
 from typing import Any
 
+from .agreement import Agreement
 from .backends.request import StepRequest
 
 class Plan:
@@ -10,6 +11,7 @@ class Plan:
         reads_lr: bool,
         compared: int,
         rates: list[tuple[Any, ...] | None],
+        agreement: Agreement | None,
     ) -> None: ...
     def gradient_addresses(
         self, groups: list[dict[str, Any]], state: dict[Any, Any]

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from itertools import chain
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .plan import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
+from .sharding import distributed_like, local_part, placed_like
 
 # Written into every group of a state dict; not options of a group.
 COUNTERS = ("applied_steps", "skipped_steps")
 SCALE_KEYS = (*COUNTERS, "loss_scale", "growth_tracker", "hysteresis_tracker")
+
+
+def is_asked_for_state() -> bool:
+    """Whether the present step is none of training, but one that is to create the optimizer's state.
+
+    ``torch.distributed.checkpoint`` takes it, with gradients of zero and ``lr=0``, when it finds no state. Only that it
+    takes it sets it apart: a first step of training may look the same, and on one process of several alone.
+    """
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    if module is None:
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not module._init_optim_state.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def import_state(
@@ -61,4 +79,6 @@ def _import_value(name: str, param: Tensor, key: str, value: Any) -> Any:
         raise ValueError(
             f"loaded state dict has a {key} of shape {tuple(value.shape)} for {name} of shape {tuple(param.shape)}"
         )
-    return torch.empty_like(param, dtype=state_dtype(param), requires_grad=False).copy_(value)
+    local = local_part(placed_like(value, param))
+    imported = torch.empty_like(local_part(param), dtype=state_dtype(param), requires_grad=False).copy_(local)
+    return distributed_like(imported, param)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from copy import copy, deepcopy
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +14,19 @@ from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from .agreement import SharedGroup, find_agreement
 from .applied_rate import applied_rate_of
 from .backends import Stepper, check_backend, stepper_class
 from .backends.request import Outcome, StepRequest
-from .checkpoint import COUNTERS, SCALE_KEYS, import_state
+from .checkpoint import COUNTERS, SCALE_KEYS, import_state, is_asked_for_state
 from .hyper_parameters import check_group, check_numbers
 from .loss_scale import DynamicLossScale, check_count, check_scale
-from .plan import Plan, build_plan, named_parameters
+from .plan import MOMENTUM_BUFFER, Plan, build_plan, named_parameters
+from .sharding import local_part
 from .step_state import StepState
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class StepStats(NamedTuple):
@@ -73,6 +78,10 @@ class FusedSGD(Optimizer):
             to them; ``inf`` only measures. Squares are summed in FP64 in an order that each backend fixes: the same
             backend gives the same bits for the same gradients, and two backends may, rarely, differ in the last bit
             of the FP32 norm, and so in the bits of what they clip.
+        partition_group: The processes among which the model's parameters are partitioned, each with an optimizer of its
+            own, as ``ZeroRedundancyOptimizer`` and pipeline stages have them: an overflow in one of them skips the step
+            in all, and they clip by the norm of all their gradients. All of them must then call ``step`` equally often.
+            What is divided as ``DTensor``s needs no group: their meshes say with whom to agree.
         backend: ``"auto"``, or one of the names that ``python -m fused_tricks`` lists.
         foreach: Accepted as ``torch.optim.SGD`` does; chooses nothing.
         fused: Accepted as ``torch.optim.SGD`` does; chooses nothing.
@@ -102,6 +111,7 @@ class FusedSGD(Optimizer):
         bias_decay: bool = False,
         loss_scale: float | str | DynamicLossScale | None = None,
         max_grad_norm: float | None = None,
+        partition_group: ProcessGroup | None = None,
         backend: str = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -111,6 +121,7 @@ class FusedSGD(Optimizer):
         _check_max_grad_norm(max_grad_norm)
         loss_scale = _parse_loss_scale(loss_scale)
         self._backend = backend
+        self._partition = SharedGroup(partition_group)
         self._stepper: Stepper | None = None
         self._plan: Plan | None = None
         super().__init__(
@@ -187,9 +198,15 @@ class FusedSGD(Optimizer):
             RuntimeError: A closure came together with loss scaling, a ``GradScaler`` together with ``loss_scale``,
                 or a parameter or gradient that cannot be updated; the message names it. Nothing is changed then.
         """
-        if self._is_observed():
-            return self._observed_step() if closure is None else self._observed_step(closure)
-        return self._step(closure)
+        try:
+            if self._is_observed():
+                return self._observed_step() if closure is None else self._observed_step(closure)
+            return self._step(closure)
+        except BaseException:
+            # GradScaler removes what it hands over only after a step that returns, and multiplies what it finds.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
 
     # The base class would wrap every step in a profiler range, at several times the cost of the step itself.
     step.hooked = True  # type: ignore[attr-defined]
@@ -204,21 +221,18 @@ class FusedSGD(Optimizer):
         )
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
-        try:
-            request = self._request()
-            loss = None
-            if closure is not None:
-                loss = self._evaluate(closure, request)
+        request = self._request()
+        loss = None
+        if closure is not None:
+            loss = self._evaluate(closure, request)
+        if not self.__dict__["state"] and is_asked_for_state():
+            self._fill_state()
+        else:
             self._update(request)
-            return loss
-        except BaseException:
-            # GradScaler removes what it hands over only after a step that returns.
-            self.__dict__.pop("grad_scale", None)
-            self.__dict__.pop("found_inf", None)
-            raise
+        return loss
 
     def _evaluate(self, closure: Callable[[], Any], request: StepRequest) -> Any:
-        if request.unscales or request.found_inf is not None:
+        if request.unscales or "found_inf" in self.__dict__:
             raise RuntimeError(
                 "a closure cannot be combined with loss scaling: the optimizer cannot tell whether the closure "
                 "scales its loss; call backward() yourself and step() without a closure"
@@ -228,10 +242,11 @@ class FusedSGD(Optimizer):
 
     def _update(self, request: StepRequest) -> None:
         try:
-            outcome = self._run(request)
+            placed: dict[Tensor, Tensor] = {}
+            outcome = self._run(request, placed)
             if outcome is Outcome.STALE:
                 self._stepper, self._plan = self._prepare()
-                outcome = self._run(request)
+                outcome = self._run(request, placed)
         except (KeyError, TypeError, ValueError, RuntimeError):
             # A backend fails on an option that is no number, and knows neither its name nor what is allowed.
             for group in self.param_groups:
@@ -248,7 +263,18 @@ class FusedSGD(Optimizer):
         """Puts new masters and buffers into the state, once they are known to be written."""
         plan, stepper = self._plan, self._stepper
         if plan is not None and plan.new and stepper is not None:
-            plan.publish(self.param_groups, self.__dict__["state"], stepper.written_state)
+            plan.publish(self.param_groups, self.__dict__["state"], self._step_state, stepper.written_state)
+
+    def _fill_state(self) -> None:
+        """Gives the state of every parameter that has a gradient, as it is before the first update."""
+        _, plan = self._prepare()
+        for entry in plan.entries:
+            if entry.live:
+                self.__dict__["state"][entry.param] = entry.own_state()
+                if entry.buffer is not None:
+                    self._step_state.unwritten[entry.own_state()[MOMENTUM_BUFFER]] = True
+        self._stepper = self._plan = None
+        self._note_progress()
 
     @property
     def state(self) -> defaultdict[Any, Any]:
@@ -270,21 +296,22 @@ class FusedSGD(Optimizer):
         # Those without a gradient do not matter, unless there are no others.
         named = [(name, param) for name, param in listed if param.grad is not None] or listed
         stepper = stepper_class(self._backend, named)
-        plan = build_plan(self.param_groups, self.__dict__["state"], self._step_state, self._plan)
-        if named:
-            self._step_state.move_to(named[0][1].device)
+        device = named[0][1].device if named else self._step_state.block.device
+        agreement = find_agreement([param for _, param in listed], self._partition.group, device)
+        plan = build_plan(self.param_groups, self.__dict__["state"], self._step_state, self._plan, agreement)
+        self._step_state.move_to(device)
         return stepper(plan, self._step_state), plan
 
     _observed_step = Optimizer.profile_hook_step(_step)
 
-    def _run(self, request: StepRequest) -> Outcome:
+    def _run(self, request: StepRequest, placed: dict[Tensor, Tensor]) -> Outcome:
         stepper, plan = self._stepper, self._plan
         if stepper is None or plan is None or plan.is_outdated:
             return Outcome.STALE
         if not plan.staged:
             return stepper.step(self.param_groups, self.__dict__["state"], request)
         with torch.no_grad():
-            if not plan.stage():
+            if not plan.stage(placed):
                 return Outcome.STALE
             outcome = stepper.step(self.param_groups, self.__dict__["state"], request)
             plan.unstage(updated=outcome is Outcome.APPLIED)
@@ -341,12 +368,19 @@ class FusedSGD(Optimizer):
         ``state`` has ``momentum_buffer`` where there is momentum and ``master_param`` beside FP16 and BF16
         parameters, both FP32 (FP64 beside FP64 parameters), once the parameter was updated. Each group also carries
         ``applied_steps``, ``skipped_steps`` and, with a loss scale, ``loss_scale``, ``growth_tracker`` and
-        ``hysteresis_tracker``: there they survive tools that keep only ``state`` and ``param_groups``. They do not
-        survive tools that save no other option than ``optimizer.param_groups`` has, as
-        ``torch.distributed.checkpoint`` with ``flatten_optimizer_state_dict=True``: save ``loss_scale.state_dict()``
-        beside it there. Synchronises.
+        ``hysteresis_tracker``: there they survive tools that keep only ``state`` and ``param_groups``. They stay in
+        ``optimizer.param_groups`` as well, without following the steps, for tools that load no option that is not
+        there, as ``torch.distributed.checkpoint`` with ``flatten_optimizer_state_dict=True``. Synchronises.
         """
+        self._note_progress()
         packed = super().state_dict()
+        for group in packed["param_groups"]:
+            rate = applied_rate_of(group["lr"])
+            if rate is not None:
+                group["lr"] = rate.after(group["applied_steps"])
+        return packed
+
+    def _note_progress(self) -> None:
         scale, growth_tracker, hysteresis_tracker, _, applied, skipped, _ = self._step_state.read()
         extra: dict[str, float] = {"applied_steps": applied, "skipped_steps": skipped}
         if self._loss_scale is not None:
@@ -355,12 +389,8 @@ class FusedSGD(Optimizer):
                 "growth_tracker": growth_tracker,
                 "hysteresis_tracker": hysteresis_tracker,
             }
-        for group in packed["param_groups"]:
+        for group in self.param_groups:
             group.update(extra)
-            rate = applied_rate_of(group["lr"])
-            if rate is not None:
-                group["lr"] = rate.after(applied)
-        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of ``torch.optim.SGD``.
@@ -389,8 +419,18 @@ class FusedSGD(Optimizer):
             check_numbers(group)
         self._restore_progress(progress[0] if progress else {})
         self.__setstate__({"state": state, "param_groups": groups})
+        self._note_progress()
+        if progress and progress[0].get("applied_steps") == 0:
+            self._note_unwritten()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _note_unwritten(self) -> None:
+        """No update was applied yet, and a buffer of zeros is one that was made in advance."""
+        for _, param, _ in named_parameters(self.param_groups):
+            buffer = self.__dict__["state"].get(param, {}).get(MOMENTUM_BUFFER)
+            if buffer is not None and not local_part(buffer).any():
+                self._step_state.unwritten[buffer] = True
 
     def _restore_progress(self, saved: dict[str, Any]) -> None:
         counters = {key: saved[key] for key in COUNTERS if key in saved}
@@ -411,6 +451,7 @@ class FusedSGD(Optimizer):
             **super().__getstate__(),
             "_max_grad_norm": self._max_grad_norm,
             "_backend": self._backend,
+            "_partition": self._partition,
             "_loss_scale": self._loss_scale,
             "_step_state": self._step_state,
         }

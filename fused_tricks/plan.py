@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .agreement import Agreement
+from .sharding import distributed_like, is_distributed, local_part, placed_like
 from .step_state import StepState
 
 MOMENTUM_BUFFER = "momentum_buffer"
@@ -27,13 +29,18 @@ class Entry:
         param: The parameter as its group lists it.
         live: Whether it can be updated: it had a gradient when the plan was made, or has had one before and is ready
             for the next. What follows is empty where it cannot.
-        source: The tensor whose memory and ``.grad`` the kernels use: the parameter, or a contiguous stand-in where
-            the parameter has gaps or its gradient has other strides.
+        source: The tensor whose memory and ``.grad`` the kernels use: the parameter, or a stand-in. That is an alias of
+            the part of a ``DTensor`` that is here, or a contiguous copy where the parameter has gaps or its gradient
+            has other strides.
+        is_copy: The stand-in has memory of its own.
+        part: Which part of the model the parameter belongs to, as :class:`~fused_tricks.agreement.Agreement` says.
         master: FP32 weights of an FP16 or BF16 parameter, with the strides of ``source``.
         buffer: Momentum in the type of the arithmetic, with the strides of ``source``.
+        distributed: ``DTensor``s of which ``master`` and ``buffer`` are the parts that are here, where the parameter is
+            one, by their keys in the optimizer's state.
         first: ``buffer`` is not in the optimizer's state yet: no update is known to have written it.
         is_new: ``master`` or ``buffer`` is not in the optimizer's state yet.
-        identity: The parameter's address and version counter when ``master`` was last known to agree with it.
+        identity: The parameter's address and version counters when ``master`` was last known to agree with it.
         storage: Keeps that address from being given to other data.
     """
 
@@ -41,16 +48,19 @@ class Entry:
     param: Tensor
     live: bool
     source: Tensor
+    is_copy: bool = False
+    part: int = 0
     master: Tensor | None = None
     buffer: Tensor | None = None
+    distributed: dict[str, Tensor] = field(default_factory=dict)
     first: bool = False
     is_new: bool = False
-    identity: tuple[int, int] = (0, 0)
+    identity: tuple[int, ...] = ()
     storage: Tensor | None = None
 
     def own_state(self) -> dict[str, Tensor]:
         """What of it belongs into the optimizer's state."""
-        tensors = {MASTER_PARAM: self.master, MOMENTUM_BUFFER: self.buffer}
+        tensors = {MASTER_PARAM: self.master, MOMENTUM_BUFFER: self.buffer} | self.distributed
         return {k: t for k, t in tensors.items() if t is not None and t.shape == self.param.shape}
 
     @property
@@ -67,11 +77,13 @@ class Plan:
         staged: Those whose source is a stand-in.
         new: Those whose masters or buffers are not in the optimizer's state yet.
         lrs: The groups' learning rates as they were, tensors that follow the updates applied among them.
+        agreement: How to decide with other processes; None where this one decides alone.
         is_outdated: What the plan was made from has changed in a way that backends do not look for.
     """
 
     entries: list[Entry]
     lrs: list[Any]
+    agreement: Agreement | None = None
     staged: list[Entry] = field(init=False)
     new: list[Entry] = field(init=False)
     is_outdated: bool = False
@@ -80,34 +92,56 @@ class Plan:
         self.staged = [entry for entry in self.entries if entry.is_staged]
         self.new = [entry for entry in self.entries if entry.is_new]
 
-    def stage(self) -> bool:
-        """Copies what the kernels cannot read in place into its stand-in. False: a new plan is needed."""
+    def stage(self, placed: dict[Tensor, Tensor]) -> bool:
+        """Gives the stand-ins what the kernels read of them. False: a new plan is needed.
+
+        Args:
+            placed: Local parts of gradients by their parameters, which are added: to bring a gradient to where its
+                parameter is can take all processes, and must not be done again for a new plan on some of them alone.
+        """
         for entry in self.staged:
             source, grad = entry.source, entry.param.grad
             source.grad = None
             if grad is None:
                 continue
-            if entry.master is not None and _identity(entry.param) != entry.identity:
+            param = local_part(entry.param)
+            if entry.master is not None and _identity(entry.param, param) != entry.identity:
                 return False
-            if grad.shape != source.shape or not _is_alike(entry.param, source):
+            if is_distributed(grad) != (param is not entry.param):
                 return False
-            source.copy_(entry.param)
+            if entry.param not in placed:
+                placed[entry.param] = local_part(placed_like(grad, entry.param))
+            grad = placed[entry.param]
+            if grad.shape != source.shape or not _is_alike(param, source):
+                return False
+            if entry.is_copy:
+                source.copy_(param)
+                grad = grad.resolve_neg().clone(memory_format=torch.contiguous_format)
+            elif param.data_ptr() != source.data_ptr() or param.stride() != source.stride():
+                return False
+            elif not same_strides(grad, source) or grad.is_neg() or grad._is_zerotensor():
+                grad = torch.empty_like(source, dtype=grad.dtype).copy_(grad)
             source.grad_dtype = grad.dtype
-            source.grad = grad.resolve_neg().clone(memory_format=torch.contiguous_format)
+            source.grad = grad
         return True
 
     def unstage(self, updated: bool) -> None:
-        """Lets go of the stand-ins' gradients and, after an update, copies the stand-ins back."""
+        """Lets go of the stand-ins' gradients and, after an update, has the parameters follow their stand-ins."""
         for entry in self.staged:
             if updated and entry.source.grad is not None:
-                entry.param.copy_(entry.source)
-                entry.identity = _identity(entry.param)
+                param = local_part(entry.param)
+                if entry.is_copy:
+                    param.copy_(entry.source)
+                if param is not entry.param:
+                    torch.autograd.graph.increment_version((entry.param, param))
+                entry.identity = _identity(entry.param, param)
             entry.source.grad = None
 
     def publish(
         self,
         groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Tensor]],
+        step_state: StepState,
         written_state: Callable[[Entry, bool], tuple[dict[str, Tensor], bool]],
     ) -> None:
         """Moves the new masters and buffers that an update has written into the optimizer's state.
@@ -115,6 +149,7 @@ class Plan:
         Args:
             groups: The optimizer's groups.
             state: The optimizer's state.
+            step_state: The optimizer's state on the device.
             written_state: For an entry, and whether its group has momentum: what an update has written of its state,
                 and whether the rest may still be.
         """
@@ -125,9 +160,16 @@ class Plan:
             if not may_follow or any(held.get(key) is not tensor for key, tensor in written.items()):
                 state[entry.param].update(written)
                 self.is_outdated = True
+            for tensor in written.values():
+                step_state.unwritten.pop(tensor, None)
             if may_follow:
                 unfinished.append(entry)
         self.new = unfinished
+        if self.is_outdated:
+            # Those that need none as well, where others have: torch.distributed.checkpoint misses them otherwise.
+            for entry in self.entries:
+                if entry.live and not entry.own_state():
+                    state.setdefault(entry.param, {})
 
 
 def applied_state(entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
@@ -146,6 +188,7 @@ def build_plan(
     state: dict[Tensor, dict[str, Any]],
     step_state: StepState,
     former: Plan | None = None,
+    agreement: Agreement | None = None,
 ) -> Plan:
     """Makes a plan from an optimizer's groups, gradients and state.
 
@@ -158,6 +201,7 @@ def build_plan(
         state: The optimizer's state.
         step_state: The optimizer's state on the device.
         former: The plan before, whose new masters and buffers may be written although the host has not heard of it.
+        agreement: How to decide with other processes, if that is needed.
 
     Raises:
         RuntimeError: A parameter or gradient cannot be updated. Then nothing is changed at all.
@@ -179,14 +223,18 @@ def build_plan(
             has_momentum = groups[group]["momentum"] != 0
             states = [state.get(param, {}), pending.get(param, {})]
             if param.grad is not None:
-                is_dense = _fits(param.grad, param)
+                local = local_part(param)
+                is_dense = _fits(param.grad if local is param else local, local)
             elif param.device in devices and _is_ready(before.get(param), param, has_momentum, states):
-                is_dense = not before[param].is_staged
+                is_dense = not before[param].is_copy
             else:
                 entries.append(Entry(group, param, live=False, source=param))
                 continue
             entries.append(_entry(param, group, is_dense, has_momentum, states, step_state))
-    return Plan(entries, [group["lr"] for group in groups])
+    if agreement is not None:
+        for entry, part in zip(entries, agreement.part_of, strict=True):
+            entry.part = part
+    return Plan(entries, [group["lr"] for group in groups], agreement)
 
 
 def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:
@@ -205,8 +253,8 @@ def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, in
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether a tensor's elements are in other tensors, as a ``DTensor``'s, and only torch operations reach them."""
-    return is_traceable_wrapper_subclass(tensor)
+    """Whether the elements of a tensor, or of its local part, are in other tensors that only torch operations reach."""
+    return is_traceable_wrapper_subclass(local_part(tensor))
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -231,6 +279,11 @@ def _check(name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> Non
         raise RuntimeError(
             f"{name} has dtype {param.dtype} and a gradient of dtype {grad.dtype}; cast the gradient to the "
             "parameter's dtype, or to float32 for a float16 or bfloat16 parameter"
+        )
+    if is_distributed(grad) != is_distributed(param):
+        kinds = ["a DTensor" if is_distributed(tensor) else "a plain tensor" for tensor in (param, grad)]
+        raise RuntimeError(
+            f"{name} is {kinds[0]} and its gradient {kinds[1]}; make the gradient one of the same placement"
         )
     if grad.device != param.device:
         raise RuntimeError(
@@ -257,7 +310,7 @@ def _is_ready(former: Entry | None, param: Tensor, has_momentum: bool, states: l
     """Whether a parameter without a gradient can stay live, so that gradients that take turns need no new plans."""
     if former is None or is_wrapper(param) or param.dtype not in _SUPPORTED or param.layout != torch.strided:
         return False
-    if not former.is_staged and not _fits(param, param):
+    if not former.is_copy and not _fits(local_part(param), local_part(param)):
         return False
     needed = [MASTER_PARAM] if param.dtype in LOW_PRECISION else []
     needed += [MOMENTUM_BUFFER] if has_momentum else []
@@ -277,35 +330,49 @@ def _entry(
     states: list[dict[str, Any]],
     step_state: StepState,
 ) -> Entry:
-    source = param if is_dense else param.detach().clone(memory_format=torch.contiguous_format)
-    entry = Entry(group, param, live=True, source=source, identity=_identity(param), storage=param.detach())
+    local = local_part(param)
+    source = param
+    if not is_dense:
+        source = local.detach().clone(memory_format=torch.contiguous_format)
+    elif local is not param:
+        source = local.detach()
+    entry = Entry(group, param, live=True, source=source, is_copy=not is_dense, storage=local.detach())
+    entry.identity = _identity(param, local)
     if param.dtype in LOW_PRECISION:
-        entry.master, entry.is_new = _find_state(states, MASTER_PARAM, source, step_state)
+        entry.master, entry.is_new = _find_state(entry, states, MASTER_PARAM, step_state)
         if entry.master is None:
             entry.master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
         else:
-            adopt_foreign_values(entry.master, param)
+            adopt_foreign_values(entry.master, local)
     if has_momentum:
-        entry.buffer, entry.first = _find_state(states, MOMENTUM_BUFFER, source, step_state)
+        entry.buffer, entry.first = _find_state(entry, states, MOMENTUM_BUFFER, step_state)
         if entry.buffer is None:
             entry.buffer = torch.zeros_like(source, dtype=state_dtype(param), requires_grad=False)
         entry.is_new = entry.is_new or entry.first
+    if is_distributed(param):
+        for key, tensor in ((MASTER_PARAM, entry.master), (MOMENTUM_BUFFER, entry.buffer)):
+            if tensor is not None and key not in entry.distributed:
+                entry.distributed[key] = distributed_like(tensor, param)
     return entry
 
 
 def _find_state(
-    states: list[dict[str, Any]], key: str, source: Tensor, step_state: StepState
+    entry: Entry, states: list[dict[str, Any]], key: str, step_state: StepState
 ) -> tuple[Tensor | None, bool]:
-    """The tensor of that name in the first dict that has it, and whether that is another than the first dict."""
+    """The tensor of that name in the first dict that has it, and whether no update is known to have written it."""
     for index, state in enumerate(states):
         value: Tensor | None = state.get(key)
         if value is not None:
-            return _fitting_state(state, key, value, source, step_state), index > 0
+            value = _fitting_state(entry, state, key, value, step_state)
+            if is_distributed(value):
+                entry.distributed[key] = value
+            return local_part(value), index > 0 or value in step_state.unwritten
     return None, True
 
 
-def _identity(param: Tensor) -> tuple[int, int]:
-    return 0 if is_wrapper(param) else param.data_ptr(), param._version
+def _identity(param: Tensor, local: Tensor) -> tuple[int, ...]:
+    address = 0 if is_traceable_wrapper_subclass(local) else local.data_ptr()
+    return address, param._version, local._version
 
 
 def _fits(grad: Tensor, param: Tensor) -> bool:
@@ -322,16 +389,27 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
 
 
 def _fitting_state(
-    state: dict[str, Any], key: str, value: Tensor, source: Tensor, step_state: StepState
+    entry: Entry, state: dict[str, Any], key: str, value: Tensor, step_state: StepState
 ) -> Tensor:
+    source = entry.source
     dtype = state_dtype(source)
-    if value.dtype == dtype and value.device == source.device and same_strides(value, source):
+    placed = placed_like(value, entry.param)
+    local = local_part(placed)
+    if (
+        placed is value
+        and value.dtype == dtype
+        and local.device == source.device
+        and same_strides(local, source)
+    ):
         return value
-    fitting = torch.empty_like(source, dtype=dtype, requires_grad=False).copy_(value)
+    fitting = torch.empty_like(source, dtype=dtype, requires_grad=False).copy_(local)
+    fitting = distributed_like(fitting, entry.param)
     if value in step_state.first_steps:
         step_state.first_steps[fitting] = step_state.first_steps.pop(value).to(fitting.device)
     if value in step_state.applied_before:
         step_state.applied_before[fitting] = step_state.applied_before.pop(value)
+    if value in step_state.unwritten:
+        step_state.unwritten[fitting] = step_state.unwritten.pop(value)
     state[key] = fitting
     return fitting
 

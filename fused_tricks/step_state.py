@@ -36,6 +36,7 @@ class StepState:
         first_steps: For each momentum buffer that a GPU may not have written yet, because the host does not wait to
             hear whether its first step was skipped: a 0-dim INT64 tensor with the number of the update that first
             wrote it, -1 before.
+        unwritten: Momentum buffers that are in the optimizer's state although no update has written them, as keys.
         applied_before: For each master and buffer, ``applied_steps`` as it was when a GPU's plan made it: more of them
             now mean that an update may have written it.
     """
@@ -48,6 +49,7 @@ class StepState:
     def _start(self, block: Tensor) -> None:
         self._view(block)
         self.first_steps = WeakTensorKeyDictionary()
+        self.unwritten = WeakTensorKeyDictionary()
         self.applied_before = WeakTensorKeyDictionary()
         self._kept: list[object] = []
 
@@ -77,9 +79,11 @@ class StepState:
         )
         return scale, growth, hysteresis, norm, applied, skipped, bool(skip)
 
-    def __getstate__(self) -> Tensor:
-        return self.block
+    def __getstate__(self) -> tuple[Tensor, list[Tensor]]:
+        return self.block, list(self.unwritten)
 
-    def __setstate__(self, block: Tensor) -> None:
+    def __setstate__(self, state: tuple[Tensor, list[Tensor]]) -> None:
+        block, unwritten = state
         # A copied or unpickled block no longer shares memory with views that were copied beside it.
         self._start(block.clone())
+        self.unwritten.update((buffer, True) for buffer in unwritten)

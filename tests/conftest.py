@@ -12,6 +12,8 @@ import torch
 
 import backends
 
+collect_ignore_glob = [] if torch.distributed.is_available() else ["test_distributed_*.py"]
+
 
 @pytest.fixture(params=backends.NAMES)
 def backend(request: pytest.FixtureRequest) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import Parameter
 
+import backends
 from comparison import (
     assert_all_same_bits,
     assert_unchanged,
@@ -199,6 +202,82 @@ def test_a_step_refused_for_its_gradient_leaves_no_found_inf_behind(backend, dev
     assert not has_scaler_attributes(optimizer)
 
 
+def fail(*_: Any) -> None:
+    raise ArithmeticError("in a hook")
+
+
+@contextlib.contextmanager
+def refused_gradient(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    param = optimizer.param_groups[0]["params"][1]
+    good, param.grad = param.grad, param.grad.to_sparse()
+    yield
+    param.grad = good
+
+
+@contextlib.contextmanager
+def raising_pre_hook(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    handle = optimizer.register_step_pre_hook(fail)
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("trouble", [refused_gradient, raising_pre_hook])
+def test_training_goes_on_after_steps_that_raised(backend, device, trouble, unscaled):
+    """As if they had not been tried."""
+    params = parameters(SHAPES, device=device)
+    expected = copies(params)
+    optimizer = FusedSGD(params, lr=0.05, momentum=0.9, bias_decay=True, backend=backend)
+    reference = torch.optim.SGD(expected, lr=0.05, momentum=0.9, foreach=False)
+    scaler, other = scaler_for(device), scaler_for(torch.device("cpu"))
+    for step, grads in enumerate(gradients(params, 6)):
+        grads = with_overflow(grads) if step == 3 else grads
+        for s, o, p in ((scaler, optimizer, params), (other, reference, expected)):
+            set_gradients(p, [g * s.get_scale() for g in grads])
+            if unscaled:
+                s.unscale_(o)
+            if o is optimizer and step in (0, 2):
+                before = snapshot(optimizer)
+                with trouble(optimizer), pytest.raises((ArithmeticError, RuntimeError)):
+                    s.step(o)
+                assert not has_scaler_attributes(optimizer)
+                assert_unchanged(optimizer, before)
+            s.step(o)
+            s.update()
+    assert_all_same_bits(params, expected)
+
+
+def test_a_hook_that_raises_after_the_step_leaves_no_scale_behind(backend, device):
+    """Otherwise the next step would be unscaled twice."""
+    params, expected = (parameters(SHAPES, device=device) for _ in range(2))
+    optimizer, plain = (FusedSGD(p, lr=0.05, momentum=0.9, backend=backend) for p in (params, expected))
+    scaler = scaler_for(device)
+    for step, grads in enumerate(gradients(params, 3)):
+        set_gradients(params, [g * scaler.get_scale() for g in grads])
+        set_gradients(expected, grads)
+        handle = optimizer.register_step_post_hook(fail if step == 0 else lambda *_: None)
+        with pytest.raises(ArithmeticError) if step == 0 else contextlib.nullcontext():
+            scaler.step(optimizer)
+        handle.remove()
+        scaler.update()
+        plain.step()
+    assert_all_same_bits(params, expected)
+
+
+@pytest.mark.parametrize("has_gradients", [True, False])
+@pytest.mark.parametrize("unscaled", [True, False])
+def test_a_closure_is_refused_under_a_scaler(backend, device, unscaled, has_gradients):
+    params = parameters(SHAPES, device=device)
+    optimizer = FusedSGD(params, lr=0.05, backend=backend)
+    scaler = scaler_for(device)
+    if has_gradients:
+        set_gradients(params, gradients(params, 1)[0])
+    if unscaled:
+        scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="closure"):
+        scaler.step(optimizer, lambda: pytest.fail("the closure was called"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_parameters_are_trained_through_their_masters(backend, device, dtype):
     """SGD under GradScaler refuses FP16 gradients; here they are unscaled in FP32."""
@@ -249,6 +328,50 @@ def test_max_grad_norm_measures_gradients_unscaled_by_the_scaler(backend, device
         plain.step()
         assert optimizer.stats().grad_norm == plain.stats().grad_norm
     assert_all_same_bits(params, expected)
+
+
+def trained(optimizer_class: Any, device: torch.device, steps: int, clips: bool, **options: Any) -> list[Any]:
+    """Losses, scales and weights of a training under autocast, some of whose gradients overflow."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)).to(device)
+    groups = [
+        {"params": list(layer.parameters()), "lr": lr} for layer, lr in ((model[0], 0.05), (model[2], 0.1))
+    ]
+    optimizer = optimizer_class(groups, momentum=0.9, weight_decay=1e-3, nesterov=True, **options)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=7)
+    generator = torch.Generator().manual_seed(1)
+    seen: list[Any] = []
+    for step in range(steps):
+        inputs = torch.randn(16, 6, generator=generator).to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = (model(inputs).float() - inputs[:, :3]).square().mean()
+        if step % 11 in (0, 4):
+            loss = loss * (torch.inf if step % 2 else 1e38)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if clips:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.99
+        seen += [
+            loss.detach().clone(),
+            torch.tensor(scaler.get_scale()),
+            *(p.detach().clone() for p in model.parameters()),
+        ]
+    return seen
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_losses_and_weights_of_300_steps_are_those_of_torch_sgd(backend, device, clips):
+    steps = 12 if backends.is_interpreted(backend) else 300
+    actual = trained(FusedSGD, device, steps, clips, backend=backend, bias_decay=True)
+    expected = trained(torch.optim.SGD, device, steps, clips, foreach=False)
+    assert_all_same_bits(actual, expected)
+    scales = {scale.item() for scale in expected[1::6]}
+    assert len(scales) > (1 if steps < 300 else 3)
 
 
 def test_autocast_and_backward_work_end_to_end(backend, device):

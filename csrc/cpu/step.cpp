@@ -1,6 +1,8 @@
 #include "step.h"
 
+#include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <vector>
 
 #include "../threads.h"
@@ -62,7 +64,8 @@ Span span_of(const Entry& entry, const Chunk& chunk, bool has_momentum) {
   return span;
 }
 
-void scan(const Plan& plan, const StepRequest& request, bool& found, double& squares) {
+// What the scan found: whether an element is not finite, then the squares of each part.
+std::vector<double> scan(const Plan& plan, const StepRequest& request) {
   const Kernels& kernels = selected_kernels();
   const int64_t chunk_count = static_cast<int64_t>(plan.chunks.size());
   std::atomic<bool> any{false};
@@ -77,9 +80,22 @@ void scan(const Plan& plan, const StepRequest& request, bool& found, double& squ
       if (request.clips) partial[i] = kernels.sum_of_squares(grad, entry.grad_type, chunk.count);
     }
   });
-  found = any.load();
-  squares = 0;
-  for (const double value : partial) squares += value;
+  std::vector<double> verdict(1 + static_cast<size_t>(plan.agreement.parts));
+  verdict[0] = any.load();
+  for (size_t i = 0; i < partial.size(); ++i) {
+    verdict[1 + static_cast<size_t>(plan.entries[static_cast<size_t>(plan.chunks[i].entry)].part)] += partial[i];
+  }
+  return verdict;
+}
+
+void agree(const Agreement& agreement, std::vector<double>& verdict) {
+  if (agreement.object == nullptr) return;
+  std::copy(verdict.begin(), verdict.end(), agreement.verdict);
+  {
+    const py::gil_scoped_acquire acquire;
+    agreement.reach();
+  }
+  std::copy_n(agreement.verdict, verdict.size(), verdict.begin());
 }
 
 void update(const Plan& plan, const StepRequest& request) {
@@ -107,10 +123,13 @@ void update(const Plan& plan, const StepRequest& request) {
 bool run_step(Plan& plan, const StepRequest& request) {
   {
     const py::gil_scoped_release release;
-    bool found = false;
-    double squares = 0;
-    if (request.scans()) scan(plan, request, found, squares);
-    decide_step(*plan.state, found, squares, request);
+    std::vector<double> verdict = {0};
+    if (request.scans()) {
+      verdict = scan(plan, request);
+      agree(plan.agreement, verdict);
+    }
+    const double squares = std::accumulate(verdict.begin() + 1, verdict.end(), 0.0);
+    decide_step(*plan.state, verdict[0] != 0, squares, request);
     if (!plan.state->skip) update(plan, request);
   }
   if (plan.state->skip) return false;

@@ -143,6 +143,24 @@ __device__ inline double block_sum(double value, double* per_warp) {
   return sum;
 }
 
+// Writes what this process found, for others to add to.
+__device__ inline void report(const Tables& tables, bool measures, double* per_warp) {
+  for (int part = 0; part < tables.parts; ++part) {
+    double total = 0;
+    for (int64_t i = threadIdx.x; measures && i < tables.chunk_count; i += kThreads) {
+      if (load(&tables.chunks[i].part) == part) total += load_fresh(&tables.partial_squares[i]);
+    }
+    total = block_sum(total, per_warp);
+    if (threadIdx.x == 0) store(&tables.verdict[1 + part], total);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    store(tables.verdict, load_fresh(&tables.state->found) != 0 ? 1.0 : 0.0);
+    store(&tables.state->found, 0);
+    store(&tables.state->arrivals, 0);
+  }
+}
+
 template <typename Args>
 __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ Args args) {
   __shared__ BlockWork work;
@@ -182,6 +200,10 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
     if (threadIdx.x == 0) store(&tables.partial_squares[blockIdx.x], sum);
   }
   if (!arrives_last(tables.state)) return;
+  if (tables.verdict != nullptr) {
+    report(tables, measures, per_warp);
+    return;
+  }
   double total = 0;
   if (measures) {
     for (int64_t i = threadIdx.x; i < tables.chunk_count; i += kThreads)
@@ -192,6 +214,15 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
     const bool found = load_fresh(&tables.state->found) != 0;
     store(tables.state, decided(args, load(tables.state), found, total));
   }
+}
+
+// After the verdicts of other processes were added.
+__global__ void __launch_bounds__(kThreads) decide_kernel(const __grid_constant__ DecideArguments args) {
+  if (threadIdx.x != 0) return;
+  const Tables& tables = args.tables;
+  double squares = 0;
+  for (int part = 0; part < tables.parts; ++part) squares += load(&tables.verdict[1 + part]);
+  store(tables.state, decided(args, load(tables.state), load(tables.verdict) != 0, squares));
 }
 
 __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__ WriteArguments args) {

@@ -42,6 +42,10 @@ void launch_update(const Args& args, int64_t blocks, const Target& target) {
   launch<Args>(update_kernel<Args>, "the launch of update_kernel", args, blocks, target);
 }
 
+void launch_decide(const DecideArguments& args, const Target& target) {
+  launch<DecideArguments>(decide_kernel, "the launch of decide_kernel", args, 1, target);
+}
+
 void launch_write(const WriteArguments& args, const Target& target) {
   launch<WriteArguments>(write_kernel, "the launch of write_kernel", args, 1, target);
 }

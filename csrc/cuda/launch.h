@@ -18,6 +18,7 @@ template <typename Args>
 void launch_scan(const Args& args, int64_t blocks, const Target& target);
 template <typename Args>
 void launch_update(const Args& args, int64_t blocks, const Target& target);
+void launch_decide(const DecideArguments& args, const Target& target);
 void launch_write(const WriteArguments& args, const Target& target);
 
 }  // namespace fused_tricks::cuda

@@ -51,6 +51,8 @@ void update(Record* to, const std::vector<Record>& records, std::vector<Record>&
 
 Step::Step(const Plan& plan) {
   tables_.state = plan.state;
+  tables_.verdict = plan.agreement.verdict;
+  tables_.parts = plan.agreement.parts;
   grads_.resize(plan.entries.size());
   for (size_t i = 0; i < plan.entries.size(); ++i) {
     const Entry& entry = plan.entries[i];
@@ -71,6 +73,7 @@ Step::Step(const Plan& plan) {
       auto chunk = zeroed<ChunkRecord>();
       chunk.begin = begin;
       chunk.tensor = static_cast<int32_t>(i);
+      chunk.part = entry.part;
       chunk_records_.push_back(chunk);
     }
   }
@@ -105,7 +108,8 @@ void Step::set_scratch(void* memory) {
 }
 
 template <typename Args>
-void Step::launch(const StepRequest& request, const External& external, const Target& target) {
+void Step::launch(const Agreement& agreement, const StepRequest& request, const External& external,
+                  const Target& target) {
   // Kept between steps: most of it is the same, and it is large.
   static thread_local const std::unique_ptr<Args> args = std::make_unique<Args>(zeroed<Args>());
   args->tables = tables_;
@@ -129,7 +133,13 @@ void Step::launch(const StepRequest& request, const External& external, const Ta
   }
   // One block without work still takes the decision and counts the step.
   const int64_t blocks = tables_.chunk_count > 0 ? tables_.chunk_count : 1;
-  if (args->scanned) launch_scan(*args, blocks, target);
+  if (args->scanned) {
+    launch_scan(*args, blocks, target);
+    if (agreement.object != nullptr) {
+      agreement.reach();
+      launch_decide({tables_, request, external.scale, external.found_inf}, target);
+    }
+  }
   launch_update(*args, blocks, target);
 }
 
@@ -155,11 +165,11 @@ void Step::run(const Plan& plan, const StepRequest& request, const External& ext
     std::memcpy(static_cast<void*>(&groups_[i]), &record, sizeof record);
   }
   if (grads_.size() <= kGradCapacity<SmallArguments> && groups_.size() <= kGroupCapacity<SmallArguments>) {
-    launch<SmallArguments>(request, external, target);
+    launch<SmallArguments>(plan.agreement, request, external, target);
   } else if (grads_.size() <= kGradCapacity<MediumArguments> && groups_.size() <= kGroupCapacity<MediumArguments>) {
-    launch<MediumArguments>(request, external, target);
+    launch<MediumArguments>(plan.agreement, request, external, target);
   } else {
-    launch<LargeArguments>(request, external, target);
+    launch<LargeArguments>(plan.agreement, request, external, target);
   }
 }
 

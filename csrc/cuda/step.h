@@ -1,4 +1,5 @@
-// One step over a plan on a GPU: the tables, the kernels' arguments, and at most two launches.
+// One step over a plan on a GPU: the tables, the kernels' arguments, and at most two launches; a third where processes
+// decide together.
 #pragma once
 
 #include <vector>
@@ -31,7 +32,7 @@ class Step {
 
  private:
   template <typename Args>
-  void launch(const StepRequest& request, const External& external, const Target& target);
+  void launch(const Agreement& agreement, const StepRequest& request, const External& external, const Target& target);
 
   std::vector<TensorRecord> tensor_records_;
   std::vector<ChunkRecord> chunk_records_;

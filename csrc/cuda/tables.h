@@ -28,6 +28,7 @@ struct TensorRecord {
 struct ChunkRecord {
   int64_t begin;
   int32_t tensor;
+  int32_t part;  // which of the verdict's sums of squares its gradient belongs to
 };
 
 struct GroupRecord {
@@ -54,6 +55,8 @@ struct Tables {
   int64_t chunk_count;
   StepState* state;
   double* partial_squares;  // one for each chunk
+  double* verdict;          // Agreement's; null: this process decides alone
+  int32_t parts;
 };
 
 // kGrads addresses and kGroups groups travel in the argument itself; models with more use the arrays behind the
@@ -75,6 +78,14 @@ struct Arguments {
 using SmallArguments = Arguments<256, 4>;
 using MediumArguments = Arguments<1024, 16>;
 using LargeArguments = Arguments<3584, 48>;
+
+// For the decision by itself, where other processes have a part in it.
+struct DecideArguments {
+  Tables tables;
+  StepRequest request;
+  const float* external_scale;
+  const float* external_found_inf;
+};
 
 // Words for device memory that a kernel writes out of its own argument. So nothing is copied from the host: nothing
 // there has to outlive a launch, and a captured graph writes what its kernels read.

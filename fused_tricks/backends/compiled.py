@@ -47,6 +47,7 @@ class CompiledPlan:
         state = [tensor for entry in plan.entries for tensor in (entry.master, entry.buffer)]
         self._second_owners = [_owner_of(tensor) for tensor in (*aliases, *state) if tensor is not None]
         self._step_state = step_state
+        self._agreement = plan.agreement
         # The extension only borrows these, so that the garbage collector sees who holds what.
         self._specification = [
             (
@@ -60,6 +61,7 @@ class CompiledPlan:
                 entry.first,
                 entry.master is not None and not entry.is_staged,
                 first_step,
+                entry.part,
             )
             for entry, alias, first_step in zip(
                 plan.entries, aliases, first_steps or [None] * len(plan.entries), strict=True
@@ -72,6 +74,7 @@ class CompiledPlan:
             reads_lr=first_steps is not None,
             compared=compared,
             rates=self._rates,
+            agreement=plan.agreement,
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..plan import MOMENTUM_BUFFER, Entry, Plan
+from ..sharding import local_part
 from ..step_state import StepState
 
 _NO_GUARD = contextlib.nullcontext()
@@ -37,6 +38,7 @@ class GpuStepper:
                 "gradients of the same shapes and strides before the capture"
             )
         self._entries = plan.entries
+        self._agreement = plan.agreement
         written = torch.zeros((), dtype=torch.int64, device=self._device)
         applied = step_state.applied_steps.clone()
         for tensor in (tensor for entry in plan.new for tensor in entry.own_state().values()):
@@ -51,7 +53,8 @@ class GpuStepper:
     def _is_written(self, key: str, tensor: Tensor) -> bool:
         """Whether an update may have written a master or, exactly, has written a buffer."""
         # An empty buffer has no block that would note its first update.
-        if key == MOMENTUM_BUFFER and tensor in self._step_state.first_steps and tensor.numel() > 0:
+        has_elements = local_part(tensor).numel() > 0
+        if key == MOMENTUM_BUFFER and tensor in self._step_state.first_steps and has_elements:
             return bool(self._step_state.first_steps[tensor] >= 0)
         before = self._step_state.applied_before.get(tensor)
         return before is None or int(self._step_state.applied_steps) > int(before)
@@ -59,7 +62,7 @@ class GpuStepper:
     def _keep(self, groups: list[dict[str, Any]], *tables: object) -> None:
         """Keeps alive what a captured step works on, since its graph may be replayed after the plan is replaced."""
         rates = [group["lr"] for group in groups]
-        self._step_state.keep(self._entries, self._first_steps, rates, *tables)
+        self._step_state.keep(self._entries, self._first_steps, self._agreement, rates, *tables)
 
     def _device_guard(self) -> contextlib.AbstractContextManager[Any]:
         """Makes the device current; afterwards the one before is, without a context on it where it has none yet."""
@@ -75,9 +78,8 @@ def _first_step(entry: Entry, step_state: StepState, written: Tensor) -> Tensor 
     """Where the kernels note the number of the update that first writes an entry's buffer."""
     if entry.buffer is None:
         return None
-    if entry.first and entry.buffer not in step_state.first_steps:
-        step_state.first_steps[entry.buffer] = torch.full(
-            (), -1, dtype=torch.int64, device=entry.buffer.device
-        )
-    first_step: Tensor = step_state.first_steps.get(entry.buffer, written)
+    buffer = entry.distributed.get(MOMENTUM_BUFFER, entry.buffer)
+    if entry.first and buffer not in step_state.first_steps:
+        step_state.first_steps[buffer] = torch.full((), -1, dtype=torch.int64, device=buffer.device)
+    first_step: Tensor = step_state.first_steps.get(buffer, written)
     return first_step

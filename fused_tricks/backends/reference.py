@@ -35,9 +35,11 @@ class ReferenceStepper:
             return Outcome.STALE
         self._is_used = True
         active = list(self._active(groups))
-        grads = [entry.source.grad for entry, _ in active if entry.source.grad is not None]
-        found = request.has_found or (request.scans and not all(_is_finite(grad) for grad in grads))
-        inverse_scale, clip = self._factors(request, grads)
+        found, squares = (
+            self._scan(request, [entry for entry, _ in active]) if request.scans else (False, 0.0)
+        )
+        found = found or request.has_found
+        inverse_scale, clip = self._factors(request, squares)
         self._record(request, found)
         if found:
             return Outcome.SKIPPED
@@ -54,12 +56,28 @@ class ReferenceStepper:
             if entry.source.grad is not None:
                 yield entry, group
 
-    def _factors(self, request: StepRequest, grads: list[Tensor]) -> tuple[float, float | None]:
+    def _scan(self, request: StepRequest, entries: list[Entry]) -> tuple[bool, float]:
+        """Whether a gradient is not finite, and the sum of all squares where it is asked for."""
+        agreement = self._plan.agreement
+        squares = [0.0] * (1 if agreement is None else agreement.parts)
+        found = False
+        for entry in entries:
+            assert entry.source.grad is not None
+            found = found or not _is_finite(entry.source.grad)
+            if request.max_norm is not None:
+                squares[entry.part] += float(entry.source.grad.double().square().sum())
+        if agreement is None:
+            return found, sum(squares)
+        agreement.verdict.copy_(torch.tensor([float(found), *squares], dtype=torch.float64))
+        agreement.reach()
+        any_found, *squares = agreement.verdict.tolist()
+        return any_found != 0, sum(squares)
+
+    def _factors(self, request: StepRequest, squares: float) -> tuple[float, float | None]:
         scale = self._step_state.scale.item() if request.grad_scale is None else float(request.grad_scale)
         inverse_scale = to_float32(1.0 / scale if scale else math.inf) if request.unscales else 1.0
         if request.max_norm is None:
             return inverse_scale, None
-        squares = sum(float(_whole(grad.double().square().sum())) for grad in grads)
         norm = to_float32(math.sqrt(squares) * inverse_scale)
         self._step_state.grad_norm.fill_(norm)
         # Sums and quotients of FP32 numbers, taken in FP64 and rounded, are those of FP32 arithmetic.
@@ -141,9 +159,3 @@ def _update(entry: Entry, group: dict[str, Any], inverse_scale: float | None, cl
 
 def _is_finite(grad: Tensor) -> bool:
     return bool(torch.isfinite(grad).all())
-
-
-def _whole(total: Tensor) -> Tensor:
-    """A reduction over all elements; of a ``DTensor`` it is each rank's own part until it is gathered."""
-    gather = getattr(total, "full_tensor", None)
-    return total if gather is None else gather()

@@ -269,6 +269,8 @@ void launch_update(const Args& args, int64_t blocks, const Target&) {
   run_grid<update_kernel<Args>>(args, blocks);
 }
 
+void launch_decide(const DecideArguments& args, const Target&) { run_grid<decide_kernel>(args, 1); }
+
 void launch_write(const WriteArguments& args, const Target&) { run_grid<write_kernel>(args, 1); }
 
 template void launch_scan<SmallArguments>(const SmallArguments&, int64_t, const Target&);

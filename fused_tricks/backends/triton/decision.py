@@ -42,13 +42,51 @@ def advance_scale(state, found, scale_rule):
 
 
 @triton.jit
+def decide(
+    state,
+    found,
+    squares,
+    unscales,
+    grad_scale,
+    found_inf,
+    max_norm,
+    is_dynamic,
+    scale_rule,
+    CLIPS: tl.constexpr,
+):
+    """Takes the decision after a scan.
+
+    Args:
+        found: Whether a gradient is not finite.
+        squares: The sum of all squared elements as they are stored, where ``CLIPS``.
+    """
+    found = found | verdict_of(found_inf)
+    inverse_scale = inverse_scale_of(state, unscales, grad_scale)
+    clip = tl.full((), 1.0, tl.float32)
+    if CLIPS:
+        norm = (tl.sqrt(squares) * inverse_scale.to(tl.float64)).to(tl.float32)
+        tl.store(field(state, 12, tl.float32), norm)
+        ratio = tl.div_rn(float64(max_norm).to(tl.float32), norm + 1e-6)
+        clip = tl.where(ratio < 1.0, ratio, 1.0)
+    record_decision(state, found, inverse_scale, clip)
+    if is_dynamic != 0:
+        advance_scale(state, found, scale_rule)
+
+
+@triton.jit
 def record_decision(state, found, inverse_scale, clip):
     """Stores what the update needs, counts the step, and makes ready for the next launch."""
+    reset(state)
     tl.store(field(state, 16, tl.int64), tl.load(field(state, 16, tl.int64)) + tl.where(found != 0, 0, 1))
     tl.store(field(state, 24, tl.int64), tl.load(field(state, 24, tl.int64)) + tl.where(found != 0, 1, 0))
     tl.store(field(state, 32, tl.int32), tl.where(found != 0, 1, 0))
     tl.store(field(state, 36, tl.float32), inverse_scale)
     tl.store(field(state, 40, tl.float32), clip)
+
+
+@triton.jit
+def reset(state):
+    """What only matters within a launch."""
     tl.store(field(state, 44, tl.int32), 0)
     tl.store(field(state, 48, tl.int32), 0)
 

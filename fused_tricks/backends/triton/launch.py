@@ -13,7 +13,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from . import IS_INTERPRETED
 from .records import write_kernel
-from .scan import scan_kernel
+from .scan import decide_kernel, scan_kernel
 from .update import update_kernel
 
 # One warp a program, and what keeps every architecture within its budget of registers. Without fusion ptxas contracts
@@ -27,11 +27,15 @@ WORDS = 128
 
 _GROUP = ("fp64", "fp64", "fp64", "fp64", "i64", "i64", "i64", "i32")
 _SCALE_RULE = ("fp64", "fp64", "fp64", "fp64", "i32", "i32")
+_RULES = {"max_norm": "fp64", "is_dynamic": "i32", "scale_rule": _SCALE_RULE}
 _REQUEST = {"state": "i64", "unscales": "i32", "grad_scale": "i64", "found_inf": "i64"}
 
 
-def scan_source(kinds: int, clips: bool) -> ASTSource:
-    """The scan for these kinds of tensors (bits, as in records.py), with or without the norm."""
+def scan_source(kinds: int, clips: bool, parts: int) -> ASTSource:
+    """The scan for these kinds of tensors (bits, as in records.py), with or without the norm.
+
+    ``parts``: into how many it divides the squares for others to add to; 0: it decides by itself.
+    """
     signature = {
         "chunks": "i64",
         "tensors": "i64",
@@ -39,11 +43,16 @@ def scan_source(kinds: int, clips: bool) -> ASTSource:
         "chunk_count": "i32",
         **_REQUEST,
         "partial_squares": "i64",
-        "max_norm": "fp64",
-        "is_dynamic": "i32",
-        "scale_rule": _SCALE_RULE,
+        "verdict": "i64",
+        **_RULES,
     }
-    return ASTSource(scan_kernel, signature, {"KINDS": kinds, "CLIPS": clips})
+    return ASTSource(scan_kernel, signature, {"KINDS": kinds, "CLIPS": clips, "PARTS": parts})
+
+
+def decide_source(clips: bool, parts: int) -> ASTSource:
+    """The decision by itself, where other processes have a part in it."""
+    signature = {**_REQUEST, "verdict": "i64", **_RULES}
+    return ASTSource(decide_kernel, signature, {"CLIPS": clips, "PARTS": parts})
 
 
 def update_source(kinds: int, group_count: int) -> ASTSource:

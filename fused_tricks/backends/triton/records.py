@@ -53,8 +53,14 @@ def grad_at(grads, tensor):
 
 @triton.jit
 def record_at(tensors, tensor):
-    """The address of a tensor's record: param, master, buffer, first step, count, traits."""
-    return tensors + tensor * 48
+    """The address of a tensor's record: param, master, buffer, first step, count, traits, part."""
+    return tensors + tensor * 56
+
+
+@triton.jit
+def part_of(tensors, tensor):
+    """Which of the verdict's sums of squares the tensors' gradients belong to."""
+    return tl.load(pointer_to(tensors, tl.int64) + (tensor * 7 + 6))
 
 
 @triton.jit

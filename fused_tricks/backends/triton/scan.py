@@ -4,15 +4,7 @@ import triton
 import triton.language as tl
 
 from . import IS_INTERPRETED
-from .decision import (
-    advance_scale,
-    arrives_last,
-    field,
-    float64,
-    inverse_scale_of,
-    record_decision,
-    verdict_of,
-)
+from .decision import arrives_last, decide, field, float64, reset
 from .elements import high_half, low_half
 from .records import (
     BFLOAT16,
@@ -28,6 +20,7 @@ from .records import (
     chunk_at,
     count_from,
     grad_at,
+    part_of,
     pointer_to,
     record_at,
     table_item,
@@ -114,10 +107,14 @@ def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
 @triton.jit
 def scan_kernel(
     chunks, tensors, grads, chunk_count, state, unscales, grad_scale, found_inf,
-    partial_squares, max_norm, is_dynamic, scale_rule,
-    KINDS: tl.constexpr, CLIPS: tl.constexpr,
+    partial_squares, verdict, max_norm, is_dynamic, scale_rule,
+    KINDS: tl.constexpr, CLIPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Looks for gradients that are not finite and adds up their squares; the last program decides about the step."""
+    """Looks for gradients that are not finite and adds up their squares.
+
+    The last program decides about the step or, where other processes have a part in that, reports to ``verdict`` with
+    its squares of each of ``PARTS`` parts.
+    """
     index = tl.program_id(0)
     if index < chunk_count:
         found = tl.full((), 0, tl.int32)
@@ -147,26 +144,46 @@ def scan_kernel(
         if CLIPS:
             tl.store(pointer_to(partial_squares, tl.float64) + index, squares)
     if arrives_last(state):
-        found = tl.load(field(state, 44, tl.int32), volatile=True) | verdict_of(found_inf)
-        inverse_scale = inverse_scale_of(state, unscales, grad_scale)
-        clip = tl.full((), 1.0, tl.float32)
-        if CLIPS:
-            squares = sum_of(partial_squares, chunk_count)
-            norm = (tl.sqrt(squares) * inverse_scale.to(tl.float64)).to(tl.float32)
-            tl.store(field(state, 12, tl.float32), norm)
-            ratio = tl.div_rn(float64(max_norm).to(tl.float32), norm + 1e-6)
-            clip = tl.where(ratio < 1.0, ratio, 1.0)
-        record_decision(state, found, inverse_scale, clip)
-        if is_dynamic != 0:
-            advance_scale(state, found, scale_rule)
+        found = tl.load(field(state, 44, tl.int32), volatile=True)
+        total = float64(0.0)
+        if PARTS == 0:
+            if CLIPS:
+                total = sum_of(partial_squares, chunks, tensors, chunk_count, None)
+            decide(
+                state, found, total, unscales, grad_scale, found_inf, max_norm, is_dynamic, scale_rule, CLIPS
+            )
+        else:
+            for part in tl.static_range(PARTS):
+                if CLIPS:
+                    total = sum_of(partial_squares, chunks, tensors, chunk_count, part)
+                tl.store(pointer_to(verdict, tl.float64) + 1 + part, total)
+            tl.store(pointer_to(verdict, tl.float64), found.to(tl.float64))
+            reset(state)
 
 
 @triton.jit
-def sum_of(partial_squares, count):
+def decide_kernel(
+    state, unscales, grad_scale, found_inf, verdict, max_norm, is_dynamic, scale_rule,
+    CLIPS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Takes the decision, after the verdicts of other processes were added."""
+    found = (tl.load(pointer_to(verdict, tl.float64)) != 0).to(tl.int32)
+    squares = float64(0.0)
+    for part in tl.static_range(PARTS):
+        squares += tl.load(pointer_to(verdict, tl.float64) + 1 + part)
+    decide(state, found, squares, unscales, grad_scale, found_inf, max_norm, is_dynamic, scale_rule, CLIPS)
+
+
+@triton.jit
+def sum_of(partial_squares, chunks, tensors, count, part: tl.constexpr):
+    """The sum over all chunks, or over those of tensors that belong to ``part``."""
     lane = tl.arange(0, SCALAR_TILE)
     total = tl.full((SCALAR_TILE,), 0, tl.float64)
     for i in range(0, count, SCALAR_TILE):
         mask = i + lane < count
+        if part is not None:
+            tensor = tl.load(pointer_to(chunks, tl.int64) + (i + lane), mask=mask, other=0) >> 32
+            mask &= part_of(tensors, tensor) == part
         total += tl.load(
             pointer_to(partial_squares, tl.float64) + (i + lane), mask=mask, other=0.0, volatile=True
         )

@@ -12,7 +12,7 @@ from ...step_state import StepState
 from ..compiled import CompiledWatch
 from ..gpu import GpuStepper, is_capturing
 from ..request import Outcome, StepRequest
-from .launch import MAX_GROUPS, launch, load, scan_source, update_source
+from .launch import MAX_GROUPS, decide_source, launch, load, scan_source, update_source
 from .records import HAS_WIDE
 from .tables import GROUP_WORDS, PlanTables, StepTable, group_numbers, words_of
 from .watch import PlanWatch
@@ -48,11 +48,13 @@ class TritonStepper(GpuStepper):
         kinds = tables.kinds | (HAS_WIDE.value if has_wide else 0)
         # One program without work still takes the decision and counts the step.
         programs = max(1, tables.chunk_count)
-        common = (
+        walked = (
             tables.chunks.data_ptr(),
             tables.tensors.data_ptr(),
             self._grads.address_of(addresses),
             tables.chunk_count,
+        )
+        asked = (
             self._step_state.block.data_ptr(),
             int(request.unscales),
             _address(grad_scale),
@@ -65,24 +67,27 @@ class TritonStepper(GpuStepper):
             self._loaded.add(update_constants)
         group_argument = numbers if by_value else self._group_table(numbers)
         if request.scans:
-            clips = request.max_norm is not None
-            launch(
-                self._device,
-                scan_source,
-                (kinds, clips),
-                programs,
-                *common,
-                tables.partial_squares.data_ptr(),
+            agreement = self._agreement
+            clips, parts = request.max_norm is not None, 0 if agreement is None else agreement.parts
+            verdict = 0 if agreement is None else agreement.verdict.data_ptr()
+            rules = (
                 request.max_norm or 0.0,
                 int(request.scale_rule is not None),
                 request.scale_rule or _NO_SCALE_RULE,
             )
+            squares = tables.partial_squares.data_ptr()
+            constants = (kinds, clips, parts)
+            launch(self._device, scan_source, constants, programs, *walked, *asked, squares, verdict, *rules)
+            if agreement is not None:
+                agreement.reach()
+                launch(self._device, decide_source, (clips, parts), 1, *asked, verdict, *rules)
         launch(
             self._device,
             update_source,
             update_constants,
             programs,
-            *common,
+            *walked,
+            *asked,
             int(request.scans),
             group_argument,
         )

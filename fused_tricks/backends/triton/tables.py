@@ -29,8 +29,9 @@ class PlanTables:
     """What stays as it is for as long as a plan lives.
 
     Attributes:
-        tensors: INT64 of (entries, 6): the addresses of param, master, buffer (0: none) and of the number of the first
-            update; the count of elements; the kind, whether weights decay whatever ``bias_decay`` says, and the group.
+        tensors: INT64 of (entries, 7): the addresses of param, master, buffer (0: none) and of the number of the first
+            update; the count of elements; the kind, whether weights decay whatever ``bias_decay`` says, and the group;
+            the part.
         chunks: INT64 of (chunks,): entry << 32 | which chunk of it.
         chunk_count: How many.
         kinds: A bit for each kind that occurs.
@@ -46,7 +47,7 @@ class PlanTables:
         ]
         if len(chunks) >= 2**31:
             raise RuntimeError("more than 2**31 - 1 chunks in one optimizer")
-        self.tensors = torch.tensor(records or [[0] * 6], dtype=torch.int64, device=device)
+        self.tensors = torch.tensor(records or [[0] * 7], dtype=torch.int64, device=device)
         self.chunks = torch.tensor(chunks or [0], dtype=torch.int64, device=device)
         self.chunk_count = len(chunks)
         self.kinds = 0
@@ -58,10 +59,11 @@ class PlanTables:
 
 def _record(entry: Entry, first_step: Tensor | None) -> list[int]:
     if not entry.live:
-        return [0] * 6
+        return [0] * 7
     source = entry.source
     traits = _KINDS[source.dtype] | (4 if source.dim() > 1 else 0) | entry.group << 8
-    return [*map(_address, (source, entry.master, entry.buffer, first_step)), source.numel(), traits]
+    addresses = map(_address, (source, entry.master, entry.buffer, first_step))
+    return [*addresses, source.numel(), traits, entry.part]
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...plan import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, Entry, Plan, same_strides
+from ...sharding import is_distributed
 
 _grad = attrgetter("grad")
 _dtype = attrgetter("dtype")
@@ -58,7 +59,12 @@ class PlanWatch:
             for entry, own in live
             for key, tensor in ((MOMENTUM_BUFFER, entry.buffer), (MASTER_PARAM, entry.master))
         ]
-        shared = [(held, tensor) for held, tensor in pairs if held is not None and tensor is not None]
+        # A DTensor has no address of its own.
+        shared = [
+            (held, tensor)
+            for held, tensor in pairs
+            if held is not None and tensor is not None and not is_distributed(held)
+        ]
         self._state = _State(
             list(state),
             list(state.values()),
