@@ -157,7 +157,7 @@ def _extra_states_kept(model: nn.Module) -> Iterator[None]:
 def _masters_in_use(optimizer: FusedSGD) -> dict[Tensor, Tensor | None]:
     """For each parameter the master whose memory a step works on, and a captured graph goes on to; None without."""
     state, plan = optimizer.state, optimizer._plan
-    unpublished = {} if plan is None else {entry.param: entry.master for entry in plan.new}
+    unpublished = {entry.param: entry.own_state().get(MASTER_PARAM) for entry in plan.new} if plan else {}
     return {p: state.get(p, {}).get(MASTER_PARAM, unpublished.get(p)) for p in _parameters(optimizer)}
 
 
