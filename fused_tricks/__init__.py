@@ -7,6 +7,7 @@ from .low_precision import cast_model, norm_layers
 from .optimizer import FusedSGD, StepStats
 from .schedule import WarmupCosineLR
 from .weight_decay import decay_groups
+from .zero_gamma import zero_gamma_, zero_gamma_names
 
 __version__ = "0.1.0"
 
@@ -22,4 +23,6 @@ __all__ = [
     "load_fp32_state_dict",
     "norm_layers",
     "scale_lr",
+    "zero_gamma_",
+    "zero_gamma_names",
 ]

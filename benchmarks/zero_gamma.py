@@ -1,0 +1,149 @@
+"""Which norms `zero_gamma_` finds in the networks of torchvision and timm.
+
+``python -m benchmarks.zero_gamma`` writes docs/zero_gamma.md: all classification models of torchvision and, where timm
+is installed, the first model of each of its families.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision import models
+from tqdm import tqdm
+
+from benchmarks import machine
+from benchmarks.report import table
+from benchmarks.weightless import weightless
+from fused_tricks import norm_layers, zero_gamma
+
+TEXT = """\
+# What `zero_gamma_` finds
+
+`zero_gamma_` reads the graph of a forward pass and knows no library's classes. This is what it makes of theirs:
+
+- *found*: how many norms it sets to γ = 0, of how many;
+- *where*: their names, with `*` for the numbers on the way;
+- *in doubt*: how many norms it leaves alone and names in its warning;
+- the last column compares with the norms that the library itself sets to zero, where it does.
+
+Command: `{command}`. Date: {date}. Versions: {versions}.
+"""
+PATTERNS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found in one network: the norms to be set, and those that its library sets itself."""
+
+    network: str
+    found: set[str]
+    norms: int
+    in_doubt: int
+    theirs: set[str]
+
+    def row(self) -> list[str]:
+        count = f"{len(self.found)} of {self.norms}"
+        return [self.network, count, where(self.found), str(self.in_doubt or "–"), self.comparison()]
+
+    def comparison(self) -> str:
+        if not self.theirs:
+            return "–"
+        only_theirs, only_ours = len(self.theirs - self.found), len(self.found - self.theirs)
+        differences = [f"{only_theirs} only theirs"] * bool(only_theirs) + [f"{only_ours} only ours"] * bool(
+            only_ours
+        )
+        return ", ".join(differences) or "the same"
+
+
+def where(names: Iterable[str]) -> str:
+    split = (name.rpartition(".") for name in names)
+    patterns = sorted({"`" + re.sub(r"\d+", "*", parents) + dot + last + "`" for parents, dot, last in split})
+    return ", ".join(patterns[:PATTERNS_SHOWN] + ["…"] * (len(patterns) > PATTERNS_SHOWN)) or "–"
+
+
+def zeroed(model: nn.Module) -> set[str]:
+    """The norms of ``model`` whose γ is zero."""
+    norms = set(norm_layers(model))
+    gammas = {name: m._parameters.get("weight") for name, m in model.named_modules() if m in norms}
+    return {name for name, gamma in gammas.items() if gamma is not None and not gamma.any()}
+
+
+def in_torchvision(names: Iterable[str]) -> Iterator[Finding]:
+    for name in names:
+        # Their own initialisation takes seconds.
+        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        with weightless():
+            model = models.get_model(name, **options)
+            flagged = (
+                models.get_model(name, zero_init_residual=True) if isinstance(model, models.ResNet) else None
+            )
+        found = zero_gamma.find(model, None)
+        theirs = set() if flagged is None else zeroed(flagged)
+        yield Finding(name, set(found.gammas), len(norm_layers(model)), len(found.left_alone), theirs)
+
+
+def in_timm(names: Iterable[str]) -> Iterator[Finding]:
+    import timm
+
+    for name in names:
+        with weightless():
+            model = timm.create_model(name)
+        example = torch.empty(2, *model.pretrained_cfg["input_size"], device="meta")
+        found = zero_gamma.find(model, example)
+        yield Finding(name, set(found.gammas), len(norm_layers(model)), len(found.left_alone), zeroed(model))
+
+
+def section(title: str, findings: Iterable[Finding], theirs: str) -> str:
+    """A table of the networks where there is something to say, and the names of the others."""
+    findings = list(findings)
+    told = [finding for finding in findings if finding.found or finding.in_doubt or finding.theirs]
+    others = [finding.network for finding in findings if finding not in told]
+    text = f"\n## {title}\n\n"
+    text += (
+        table(["network", "found", "where", "in doubt", theirs], [finding.row() for finding in told]) + "\n"
+    )
+    return text + (f"\nNothing in {', '.join(others)}.\n" if others else "")
+
+
+def timm_families() -> list[str]:
+    """The first model of each of timm's modules; none where timm is not installed."""
+    if importlib.util.find_spec("timm") is None:
+        return []
+    import timm
+
+    families = (timm.list_models(module=module) for module in timm.list_modules())
+    return [family[0] for family in families if family]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zero_gamma", description=__doc__)
+    parser.add_argument("--torchvision", nargs="*", default=models.list_models(models), metavar="MODEL")
+    parser.add_argument("--timm", nargs="*", default=timm_families(), metavar="MODEL")
+    parser.add_argument("--output", type=Path, default=Path("docs/zero_gamma.md"), metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse(arguments)
+    record = machine.describe("benchmarks.zero_gamma", arguments, torch.device("cpu"))
+    packages = ["torch", "torchvision", *(["timm"] if options.timm else [])]
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    text = TEXT.format(command=record["command"], date=record["date"], versions=versions)
+    text += section("torchvision", in_torchvision(tqdm(options.torchvision)), "`zero_init_residual`")
+    if options.timm:
+        text += section("timm, one model of each family", in_timm(tqdm(options.timm)), "timm's own")
+    options.output.parent.mkdir(exist_ok=True)
+    options.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

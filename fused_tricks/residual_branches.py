@@ -1,0 +1,133 @@
+"""Residual branches that end in a norm, found in the graph of a forward pass."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.autograd.graph import Node
+
+from .autograd_graph import AutogradGraph, is_leaf, kind
+
+# All of them have the result of the layer before as their first operand and γ as the second.
+_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeGroupNorm", "NativeLayerNorm"}
+_RESHAPES = {
+    "Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Squeeze", "T", "ToCopy", "Transpose", "UnsafeView",
+    "Unsqueeze", "View",
+}  # fmt: skip
+_DROPOUTS = {"FusedDropout", "NativeDropout"}
+_SIGMOIDS = {"Sigmoid", "Hardsigmoid"}
+
+
+@dataclass(frozen=True)
+class LastNorm:
+    """A norm that is the last of a residual branch, or may be.
+
+    Attributes:
+        node: the norm.
+        gamma: the leaf of its γ.
+        scales: the leaves of the parameters that scale its output before the addition.
+        problem: why γ must stay as it is; ``None`` where it may be zero.
+    """
+
+    node: Node
+    gamma: Node
+    scales: list[Node]
+    problem: str | None
+
+
+def last_norms(graph: AutogradGraph) -> Iterator[LastNorm]:
+    """For each addition the norms that its branches end in, with nothing between that would block a gradient.
+
+    A sum of sums is one addition. A term of it is a branch if more layers lead to it than to another term that
+    has an ancestor in common with it. If as many do, one of them may be the other's ancestor, which makes it
+    the shortcut; else which is which cannot be told.
+    """
+    for addition in graph.nodes:
+        if not graph.is_addition(addition) or _is_inner(graph, addition):
+            continue
+        terms = _terms(graph, addition)
+        for term in terms:
+            others = [
+                other for other in terms if other is not term and graph.have_common_ancestor(other, term)
+            ]
+            scales: list[Node] = []
+            norm = _walk_back(graph, term, scales) if others else None
+            gamma = _gamma(norm) if norm is not None else None
+            if norm is None or gamma is None:
+                continue
+            relations = {_is_longer(graph, term, other) for other in others}
+            if relations == {False}:
+                continue
+            problem = None
+            if True not in relations:
+                problem = "as many convolutions and linear layers lead to the other side of the addition"
+            elif not graph.flows_only_into(norm, addition):
+                problem = "its output is used elsewhere, too"
+            yield LastNorm(norm, gamma, scales, problem)
+
+
+def _is_longer(graph: AutogradGraph, term: Node, other: Node) -> bool | None:
+    """Whether `term` is a branch and `other` its shortcut; `None` where that cannot be told."""
+    layers, other_layers = graph.layer_count(term), graph.layer_count(other)
+    if layers != other_layers:
+        return layers > other_layers
+    if graph.depends_on(term, other):
+        return True
+    return False if graph.depends_on(other, term) else None
+
+
+def _is_inner(graph: AutogradGraph, addition: Node) -> bool:
+    """Whether the sum only becomes a term of another sum."""
+    consumers = graph.consumers[addition]
+    return addition not in graph.roots and len(consumers) == 1 and graph.is_addition(consumers[0])
+
+
+def _terms(graph: AutogradGraph, addition: Node) -> list[Node]:
+    terms: dict[Node, None] = {}
+    stack = graph.data_operands(addition)
+    while stack:
+        term = stack.pop()
+        if graph.is_addition(term) and _is_inner(graph, term):
+            stack.extend(graph.data_operands(term))
+        else:
+            terms[term] = None
+    return list(terms)
+
+
+def _walk_back(graph: AutogradGraph, node: Node, scales: list[Node]) -> Node | None:
+    """From a term of a sum to the norm that it comes from; adds the leaves of scales on the way to `scales`."""
+    while kind(node) not in _NORMS:
+        data = graph.data_operands(node)
+        if kind(node) == "Mul":
+            factors = [factor for factor, _ in node.next_functions if factor is not None]
+            scales.extend(
+                leaf for factor in factors if not graph.is_data(factor) for leaf in graph.leaves(factor)
+            )
+            if all(map(graph.is_data, factors)) and len(factors) == 2:
+                data = [x for x, gate in (factors, factors[::-1]) if _is_gate(graph, gate, x)]
+        elif kind(node) == "Div":
+            if any(denominator is not None for denominator, _ in node.next_functions[1:]):
+                return None
+        elif kind(node) not in _RESHAPES | _DROPOUTS and not graph.is_addition(node):
+            return None
+        # An addition with one operand of data adds a constant or a parameter.
+        if len(data) != 1:
+            return None
+        node = data[0]
+    return node
+
+
+def _is_gate(graph: AutogradGraph, node: Node, gated: Node) -> bool:
+    """Whether `node` is a sigmoid of a layer's output; that of `gated` itself would be an activation of it."""
+    while kind(node) in _RESHAPES:
+        [node] = graph.data_operands(node)
+    return kind(node) in _SIGMOIDS and graph.adds_layers(node, to=gated)
+
+
+def _gamma(norm: Node) -> Node | None:
+    """The leaf of γ; `None` where the norm has none, or computes it."""
+    node = norm.next_functions[1][0]
+    while node is not None and not is_leaf(node):
+        if kind(node) not in _RESHAPES | {"Repeat"}:
+            return None
+        node = node.next_functions[0][0]
+    return node
