@@ -33,9 +33,7 @@ class Training:
         torch.manual_seed(0)
         layers = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4))
         self.model = cast_model(layers, dtype)
-        self.optimizer = FusedSGD(
-            self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, **options
-        )
+        self.optimizer = FusedSGD(self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, **options)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 50)
         self.loss = self.scaled_loss
         self.step = self.whole_step
@@ -91,7 +89,9 @@ def test_a_compiled_model_gives_the_bits_of_the_eager_one_and_takes_every_batch(
 def test_inductor_trains_to_nearly_the_same_weights() -> None:
     eager, compiled = Training(loss_scale="dynamic"), Training(loss_scale="dynamic")
     compiled.step = torch.compile(compiled.step)
-    torch.testing.assert_close(compiled.run(8, (2,)), eager.run(8, (2,)), rtol=0.05, atol=0.05, equal_nan=True)
+    torch.testing.assert_close(
+        compiled.run(8, (2,)), eager.run(8, (2,)), rtol=0.05, atol=0.05, equal_nan=True
+    )
     assert compiled.optimizer.stats() == eager.optimizer.stats()
 
 

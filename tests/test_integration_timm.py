@@ -56,7 +56,11 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, scaler: Any = None, clip: float | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    scaler: Any = None,
+    clip: float | None = None,
 ) -> list[Tensor]:
     """What timm's training script does with a batch."""
     schedule, _ = timm_scheduler.create_scheduler_v2(
@@ -115,7 +119,9 @@ def test_timms_groups_and_no_bias_decay_leave_the_same_parameters_undecayed() ->
 
 
 def test_lookahead_around_it_gives_the_bits_of_lookahead_around_sgd() -> None:
-    results = [train(*created(name, foreach=False), 13) for name in ("lookahead_fusedtricks", "lookahead_sgd")]
+    results = [
+        train(*created(name, foreach=False), 13) for name in ("lookahead_fusedtricks", "lookahead_sgd")
+    ]
     assert_all_same_bits(*results)
 
 
