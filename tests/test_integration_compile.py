@@ -31,8 +31,8 @@ class Training:
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
         torch.manual_seed(0)
-        layers = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4))
-        self.model = cast_model(layers, dtype)
+        layers: Any = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4))
+        self.model: Any = cast_model(layers, dtype)
         self.optimizer = FusedSGD(self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, **options)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 50)
         self.loss = self.scaled_loss
@@ -133,21 +133,21 @@ def test_the_scaled_loss_is_one_graph_and_follows_the_scale() -> None:
 
 def test_a_closure_may_run_a_compiled_model() -> None:
     counter = CompileCounter()
-    results = []
-    for compile in (lambda m: m, lambda m: torch.compile(m, backend=counter)):
-        training = Training()
-        model = compile(training.model)
-        inputs = torch.ones(2, 8)
 
-        def closure(model: nn.Module = model, training: Training = training) -> Tensor:
+    def result(compiled: bool) -> list[Tensor]:
+        training = Training()
+        model: Any = torch.compile(training.model, backend=counter) if compiled else training.model
+
+        def closure() -> Tensor:
             training.optimizer.zero_grad()
-            loss = model(inputs).square().mean()
+            loss = model(torch.ones(2, 8)).square().mean()
             loss.backward()
             return loss
 
         losses = [training.optimizer.step(closure).detach() for _ in range(3)]
-        results.append([*losses, *(p.detach() for p in training.model.parameters())])
-    assert_all_same_bits(results[1], results[0])
+        return [*losses, *(p.detach() for p in training.model.parameters())]
+
+    assert_all_same_bits(result(compiled=True), result(compiled=False))
     assert counter.frame_count == 1
 
 

@@ -14,7 +14,7 @@ from comparison import assert_all_same_bits
 from fused_tricks import DynamicLossScale, FusedSGD, cast_model
 
 REASON = "needs Lightning: pip install fused_tricks[integrations]"
-pl = pytest.importorskip("lightning.pytorch", reason=REASON)
+pl: Any = pytest.importorskip("lightning.pytorch", reason=REASON)
 
 BATCHES = 6
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
