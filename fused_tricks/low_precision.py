@@ -209,18 +209,18 @@ def _remove_casts(model: nn.Module) -> None:
                 hook.handle.remove()
 
 
-def _cast(value: Any, dtype: torch.dtype, done: dict[int, Tensor]) -> Any:
+def _cast(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> Any:
     """`value` with every floating-point tensor in `dtype`; containers are rebuilt, other things passed on.
 
-    `done` holds what was cast so far, by the id of the original: a tensor that occurs several times stays one
+    `done` holds what was cast so far, by the original: a tensor that occurs several times stays one
     tensor, which is how attention knows self-attention.
     """
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             return value
-        if id(value) not in done:
-            done[id(value)] = value.to(dtype)
-        return done[id(value)]
+        if value not in done:
+            done[value] = value.to(dtype)
+        return done[value]
     if isinstance(value, tuple):
         items = [_cast(item, dtype, done) for item in value]
         return value._make(items) if hasattr(value, "_make") else type(value)(items)

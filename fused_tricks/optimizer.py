@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -185,6 +186,9 @@ class FusedSGD(Optimizer):
         # A copy, because the step changes the scale before autograd is through with a retained graph.
         return (loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss) * scale.clone()
 
+    # torch.compile would trace the making of a plan, and guard it by every tensor in it. torch.compiler.disable does
+    # the same, but imports the compiler here and now.
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
 
