@@ -1,0 +1,63 @@
+// What scan and update have in common: what one block works on, who is last, and the decision.
+#pragma once
+
+#include "memory.cuh"
+#include "tables.h"
+
+namespace fused_tricks::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarpSize = 32;
+constexpr int kWarps = kThreads / kWarpSize;
+
+// What one block works on, read from the tables by one thread.
+struct BlockWork {
+  Rule<float> rule;
+  Rule<double> double_rule;  // for FP64 parameters
+  const char* grad;          // null: nothing to do
+  char* weight;
+  char* buffer;
+  char* param;
+  int count;
+  DType type;
+  bool wide_grad;  // FP32 beside FP16 or BF16
+};
+
+template <typename Args>
+__device__ inline void find_grad(const Args& args, const ChunkRecord& chunk, const TensorRecord& tensor,
+                                 BlockWork& work) {
+  const GradAddress address =
+      args.more_grads != nullptr ? load(&args.more_grads[chunk.tensor]) : args.grads[chunk.tensor];
+  const int64_t rest = tensor.count - chunk.begin;
+  work.type = tensor.type;
+  work.wide_grad = (address & 1u) != 0;
+  work.count = static_cast<int>(rest < kChunk ? rest : kChunk);
+  const DType grad_type = work.wide_grad ? DType::kFloat32 : tensor.type;
+  work.grad = address == 0
+                  ? nullptr
+                  : reinterpret_cast<const char*>(address & ~GradAddress{1}) + chunk.begin * size_of(grad_type);
+}
+
+// Whether this block is the last of the launch to get here. What thread 0 of the others wrote before is then visible.
+__device__ inline bool arrives_last(StepState* state) {
+  bool is_last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(&state->arrivals, 1) == static_cast<int>(gridDim.x) - 1;
+    __threadfence();
+  }
+  return __syncthreads_or(is_last) != 0;
+}
+
+template <typename Args>
+__device__ inline StepState decided(const Args& args, StepState state, bool found, double squares) {
+  StepRequest request = args.request;
+  if (args.external_scale != nullptr) request.grad_scale = load(args.external_scale);
+  if (args.external_found_inf != nullptr) request.found_inf = load(args.external_found_inf) != 0.0f;
+  decide_step(state, found, squares, request);
+  state.arrivals = 0;
+  state.found = 0;
+  return state;
+}
+
+}  // namespace fused_tricks::cuda

@@ -1,0 +1,173 @@
+// The scan of the gradients, and the decision about the step where processes take it together.
+#pragma once
+
+#include "block.cuh"
+
+namespace fused_tricks::cuda {
+
+// An element is not finite when its exponent bits are all ones: adding one to them, with the sign cleared, carries
+// into the sign bit. Two 16-bit elements in one word do not disturb each other. Of the sum only the sign bits count,
+// and they are taken after the sums of many words were joined.
+template <typename T>
+struct Exponent;
+template <>
+struct Exponent<Half> {
+  static constexpr uint32_t kMagnitude = 0x7fff7fffu, kOne = 0x04000400u, kSign = 0x80008000u;
+};
+template <>
+struct Exponent<BFloat16> {
+  static constexpr uint32_t kMagnitude = 0x7fff7fffu, kOne = 0x00800080u, kSign = 0x80008000u;
+};
+template <>
+struct Exponent<float> {
+  static constexpr uint32_t kMagnitude = 0x7fffffffu, kOne = 0x00800000u, kSign = 0x80000000u;
+};
+
+template <typename T>
+__device__ inline uint32_t carries(uint32_t word) {
+  return (word & Exponent<T>::kMagnitude) + Exponent<T>::kOne;
+}
+__device__ inline bool is_finite(Half value) { return (carries<Half>(value.bits) & 0x8000u) == 0; }
+__device__ inline bool is_finite(BFloat16 value) { return (carries<BFloat16>(value.bits) & 0x8000u) == 0; }
+__device__ inline bool is_finite(float value) { return (carries<float>(bits_of(value)) & 0x80000000u) == 0; }
+__device__ inline bool is_finite(double value) { return ((bits_of(value) >> 52) & 0x7ffu) != 0x7ffu; }
+
+template <typename T>
+__device__ inline double squares_in(uint32_t word) {
+  const Pair pair = unpacked<T>(word);
+  const double low = to_double(pair.low), high = to_double(pair.high);
+  return low * low + high * high;
+}
+template <>
+__device__ inline double squares_in<float>(uint32_t word) {
+  const double value = to_double(float_of(word));
+  return value * value;
+}
+
+// Looks for non-finite elements in this thread's share and adds to the squares.
+template <typename T>
+__device__ inline bool scan_span(const T* grad, int count, bool measures, double& squares) {
+  bool found = false;
+  int done = 0;
+  if constexpr (sizeof(T) <= 4) {
+    if (is_aligned(grad)) {
+      constexpr int kPerVector = 16 / sizeof(T);
+      const int vectors = count / kPerVector;
+      uint32_t joined = 0;
+#pragma unroll 4
+      for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) {
+        const Words4 words = load_words(grad + i * kPerVector);
+        joined |= carries<T>(words.x) | carries<T>(words.y) | carries<T>(words.z) | carries<T>(words.w);
+        if (measures) {
+          squares += squares_in<T>(words.x) + squares_in<T>(words.y) + squares_in<T>(words.z) + squares_in<T>(words.w);
+        }
+      }
+      found = (joined & Exponent<T>::kSign) != 0;
+      done = vectors * kPerVector;
+    }
+  }
+  for (int i = done + static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    const T element = load_element(grad + i);
+    found = found || !is_finite(element);
+    const double value = to_double(element);
+    if (measures) squares += value * value;
+  }
+  return found;
+}
+
+// In one order whatever the timing: the lanes of a warp by halves, then the warps one after the other.
+__device__ inline double block_sum(double value, double* per_warp) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  if (threadIdx.x % kWarpSize == 0) per_warp[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  double sum = 0;
+  for (int warp = 0; warp < kWarps; ++warp) sum += per_warp[warp];
+  return sum;
+}
+
+// Writes what this process found, for others to add to.
+__device__ inline void report(const Tables& tables, bool measures, double* per_warp) {
+  for (int part = 0; part < tables.parts; ++part) {
+    double total = 0;
+    for (int64_t i = threadIdx.x; measures && i < tables.chunk_count; i += kThreads) {
+      if (load(&tables.chunks[i].part) == part) total += load_fresh(&tables.partial_squares[i]);
+    }
+    total = block_sum(total, per_warp);
+    if (threadIdx.x == 0) store(&tables.verdict[1 + part], total);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    store(tables.verdict, load_fresh(&tables.state->found) != 0 ? 1.0 : 0.0);
+    store(&tables.state->found, 0);
+    store(&tables.state->arrivals, 0);
+  }
+}
+
+template <typename Args>
+__global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ Args args) {
+  __shared__ BlockWork work;
+  __shared__ double per_warp[kWarps];
+  const Tables& tables = args.tables;
+  const bool measures = args.request.clips;
+  if (threadIdx.x == 0) {
+    work.grad = nullptr;
+    if (blockIdx.x < tables.chunk_count) {
+      const ChunkRecord chunk = load(&tables.chunks[blockIdx.x]);
+      find_grad(args, chunk, load(&tables.tensors[chunk.tensor]), work);
+    }
+  }
+  __syncthreads();
+  double squares = 0;
+  bool found = false;
+  if (work.grad != nullptr) {
+    switch (work.wide_grad ? DType::kFloat32 : work.type) {
+      case DType::kFloat16:
+        found = scan_span(reinterpret_cast<const Half*>(work.grad), work.count, measures, squares);
+        break;
+      case DType::kBFloat16:
+        found = scan_span(reinterpret_cast<const BFloat16*>(work.grad), work.count, measures, squares);
+        break;
+      case DType::kFloat32:
+        found = scan_span(reinterpret_cast<const float*>(work.grad), work.count, measures, squares);
+        break;
+      case DType::kFloat64:
+        found = scan_span(reinterpret_cast<const double*>(work.grad), work.count, measures, squares);
+        break;
+    }
+  }
+  const bool any_found = __syncthreads_or(found) != 0;
+  if (any_found && threadIdx.x == 0) atomicOr(&tables.state->found, 1);
+  if (measures && blockIdx.x < tables.chunk_count) {
+    const double sum = block_sum(squares, per_warp);
+    if (threadIdx.x == 0) store(&tables.partial_squares[blockIdx.x], sum);
+  }
+  if (!arrives_last(tables.state)) return;
+  if (tables.verdict != nullptr) {
+    report(tables, measures, per_warp);
+    return;
+  }
+  double total = 0;
+  if (measures) {
+    for (int64_t i = threadIdx.x; i < tables.chunk_count; i += kThreads)
+      total += load_fresh(&tables.partial_squares[i]);
+    total = block_sum(total, per_warp);
+  }
+  if (threadIdx.x == 0) {
+    const bool found = load_fresh(&tables.state->found) != 0;
+    store(tables.state, decided(args, load(tables.state), found, total));
+  }
+}
+
+// After the verdicts of other processes were added.
+__global__ void __launch_bounds__(kThreads) decide_kernel(const __grid_constant__ DecideArguments args) {
+  if (threadIdx.x != 0) return;
+  const Tables& tables = args.tables;
+  double squares = 0;
+  for (int part = 0; part < tables.parts; ++part) squares += load(&tables.verdict[1 + part]);
+  store(tables.state, decided(args, load(tables.state), load(tables.verdict) != 0, squares));
+}
+
+}  // namespace fused_tricks::cuda

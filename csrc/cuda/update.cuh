@@ -1,0 +1,277 @@
+// The update of every tensor that has a gradient.
+#pragma once
+
+#include "block.cuh"
+
+namespace fused_tricks::cuda {
+
+template <typename T>
+__device__ inline void fill_rule(Rule<T>& rule, const GroupRecord& group, double lr, const StepState& state,
+                                 const StepRequest& request) {
+  rule.inverse_scale = static_cast<T>(state.inverse_scale);
+  rule.clip = static_cast<T>(state.clip);
+  rule.weight_decay = static_cast<T>(group.weight_decay);
+  rule.momentum = static_cast<T>(group.momentum);
+  rule.gradient_weight = static_cast<T>(1.0 - group.dampening);
+  rule.minus_lr = static_cast<T>(-lr);
+  rule.unscales = request.unscales;
+  rule.clips = request.clips;
+  rule.maximizes = group.maximize;
+  rule.has_momentum = group.momentum != 0;
+  rule.nesterov = group.nesterov;
+}
+
+// Of the update that follows `applied` others.
+__device__ inline double learning_rate(const GroupRecord& group, int64_t applied) {
+  if (group.lr_pointer == nullptr) return group.lr;
+  const int64_t due = factor_due(applied, group.lr_origin, group.lr_last);
+  if (group.lr_is_double) return mul(group.lr, load(static_cast<const double*>(group.lr_pointer) + due));
+  return mul(group.lr, static_cast<double>(load(static_cast<const float*>(group.lr_pointer) + due)));
+}
+
+// Whether this update is the first to write the tensor's buffer. The block of the first chunk notes its number; the
+// others read that number or none at all, and either says "first".
+__device__ inline bool is_first(const TensorRecord& tensor, const ChunkRecord& chunk, int64_t number) {
+  const int64_t first_step = load_fresh(tensor.first_step);
+  if (first_step < 0 && chunk.begin == 0) store(tensor.first_step, number);
+  return first_step < 0 || first_step == number;
+}
+
+template <typename Args>
+__device__ inline void prepare_update(const Args& args, const StepState& state, int64_t index, BlockWork& work) {
+  const ChunkRecord chunk = load(&args.tables.chunks[index]);
+  const TensorRecord tensor = load(&args.tables.tensors[chunk.tensor]);
+  find_grad(args, chunk, tensor, work);
+  if (state.skip != 0) work.grad = nullptr;
+  if (work.grad == nullptr) return;
+  const GroupRecord group =
+      args.more_groups != nullptr ? load(&args.more_groups[tensor.group]) : args.groups[tensor.group];
+  const bool decays = group.weight_decay != 0 && (group.bias_decay || tensor.is_matrix);
+  const bool first = group.momentum != 0 && is_first(tensor, chunk, state.applied_steps);
+  const double lr = learning_rate(group, state.applied_steps - 1);
+  const int64_t state_size = tensor.type == DType::kFloat64 ? 8 : 4;
+  work.param = static_cast<char*>(tensor.param) + chunk.begin * size_of(tensor.type);
+  work.weight = tensor.master == nullptr ? work.param : static_cast<char*>(tensor.master) + chunk.begin * state_size;
+  work.buffer = static_cast<char*>(tensor.buffer) + chunk.begin * state_size;
+  if (tensor.type == DType::kFloat64) {
+    fill_rule(work.double_rule, group, lr, state, args.request);
+    work.double_rule.decays = decays;
+    work.double_rule.first = first;
+  } else {
+    fill_rule(work.rule, group, lr, state, args.request);
+    work.rule.decays = decays;
+    work.rule.first = first;
+  }
+}
+
+// Elements that one thread updates together, so that the rule's choices are made once for all of them.
+template <int kCount>
+struct Elements {
+  Elements() = default;
+  __device__ explicit Elements(float value) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) at[i] = value;
+  }
+  float at[kCount];
+};
+
+template <int kCount>
+__device__ inline Elements<kCount> fma(const Elements<kCount>& a, const Elements<kCount>& b,
+                                       const Elements<kCount>& c) {
+  Elements<kCount> result;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) result.at[i] = fused_tricks::fma(a.at[i], b.at[i], c.at[i]);
+  return result;
+}
+
+template <int kCount>
+__device__ inline Elements<kCount> mul(const Elements<kCount>& a, const Elements<kCount>& b) {
+  Elements<kCount> result;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) result.at[i] = fused_tricks::mul(a.at[i], b.at[i]);
+  return result;
+}
+
+template <int kCount>
+__device__ inline Elements<kCount> negate(const Elements<kCount>& a) {
+  Elements<kCount> result;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) result.at[i] = fused_tricks::negate(a.at[i]);
+  return result;
+}
+
+// Element 4q + i is at address[kStride * q + i].
+template <int kCount, int kStride = 4>
+__device__ inline Elements<kCount> load_quads(const float* address) {
+  Elements<kCount> elements;
+#pragma unroll
+  for (int q = 0; q < kCount / 4; ++q) {
+    const Float4 quad = load_once(address + kStride * q);
+    float* at = elements.at + 4 * q;
+    at[0] = quad.x, at[1] = quad.y, at[2] = quad.z, at[3] = quad.w;
+  }
+  return elements;
+}
+
+template <int kStride = 4, int kCount>
+__device__ inline void store_quads(float* address, const Elements<kCount>& elements) {
+#pragma unroll
+  for (int q = 0; q < kCount / 4; ++q) {
+    const float* at = elements.at + 4 * q;
+    store_once(address + kStride * q, {at[0], at[1], at[2], at[3]});
+  }
+}
+
+// Returns the new weights.
+template <int kStride = 4, int kCount>
+__device__ inline Elements<kCount> update_quads_at(const Rule<float>& rule, const Elements<kCount>& grads,
+                                                   float* weight, float* buffer) {
+  auto weights = load_quads<kCount, kStride>(weight);
+  Elements<kCount> buffers(0.0f);
+  if (rule.has_momentum && !rule.first) buffers = load_quads<kCount, kStride>(buffer);
+  sgd_update(rule, grads, weights, buffers);
+  store_quads<kStride>(weight, weights);
+  if (rule.has_momentum) store_quads<kStride>(buffer, buffers);
+  return weights;
+}
+
+template <typename T>
+__device__ inline Elements<8> unpacked_words(const Words4& words) {
+  const Pair a = unpacked<T>(words.x), b = unpacked<T>(words.y), c = unpacked<T>(words.z), d = unpacked<T>(words.w);
+  Elements<8> elements;
+  float* at = elements.at;
+  at[0] = a.low, at[1] = a.high, at[2] = b.low, at[3] = b.high;
+  at[4] = c.low, at[5] = c.high, at[6] = d.low, at[7] = d.high;
+  return elements;
+}
+
+template <typename T>
+__device__ inline Words4 packed_words(const Elements<8>& elements) {
+  const float* at = elements.at;
+  return {packed<T>(at[0], at[1]), packed<T>(at[2], at[3]), packed<T>(at[4], at[5]), packed<T>(at[6], at[7])};
+}
+
+// Two neighbouring lanes share 16 elements. As 16-bit elements a lane's 16 bytes are quads 0 and 1 (even lane) or 2
+// and 3 (odd lane). As FP32 they load quads 0 and 1 together, then 2 and 3, so that each instruction takes whole
+// 32-byte sectors. The lanes therefore swap the quads that the other one needs.
+__device__ inline void swap_quads(bool odd, Words4& words) {
+  const uint32_t got_low = __shfl_xor_sync(kAllLanes, odd ? words.x : words.z, 1);
+  const uint32_t got_high = __shfl_xor_sync(kAllLanes, odd ? words.y : words.w, 1);
+  (odd ? words.x : words.z) = got_low;
+  (odd ? words.y : words.w) = got_high;
+}
+
+template <typename Param, typename Grad>
+__device__ inline int update_pairs(const Rule<float>& rule, const Grad* grad, float* weight, float* buffer,
+                                   Param* param, int count) {
+  const int pairs = count / 16;
+  const bool odd = threadIdx.x % 2 != 0;
+  for (int first = 0; first < pairs; first += kThreads / 2) {  // as often in every lane, for the shuffles
+    const int pair = first + static_cast<int>(threadIdx.x) / 2;
+    const bool inside = pair < pairs;
+    const int own = 16 * pair + (odd ? 8 : 0);
+    const int quad = 16 * pair + (odd ? 4 : 0);
+    Words4 words = {0, 0, 0, 0};
+    Elements<8> grads;
+    if constexpr (sizeof(Grad) == 2) {
+      if (inside) words = load_words_once(grad + own);
+      swap_quads(odd, words);
+      grads = unpacked_words<Grad>(words);
+    } else if (inside) {
+      grads = load_quads<8, 8>(grad + quad);
+    }
+    if (inside) words = packed_words<Param>(update_quads_at<8>(rule, grads, weight + quad, buffer + quad));
+    swap_quads(odd, words);
+    if (inside) store_words(param + own, words);
+  }
+  return 16 * pairs;
+}
+
+__device__ inline int update_quads(const Rule<float>& rule, const float* grad, float* weight, float* buffer,
+                                   int count) {
+  const int quads = count / 4;
+#pragma unroll 2
+  for (int i = static_cast<int>(threadIdx.x); i < quads; i += kThreads) {
+    update_quads_at(rule, load_quads<4>(grad + 4 * i), weight + 4 * i, buffer + 4 * i);
+  }
+  return 4 * quads;
+}
+
+// Param is the element type of a low-precision parameter; float where the weight is the parameter itself.
+template <typename Param, typename Grad>
+__device__ inline void update_span(const BlockWork& work) {
+  const Rule<float> rule = work.rule;
+  const auto* grad = reinterpret_cast<const Grad*>(work.grad);
+  auto* weight = reinterpret_cast<float*>(work.weight);
+  auto* buffer = reinterpret_cast<float*>(work.buffer);
+  auto* param = reinterpret_cast<Param*>(work.param);
+  int done = 0;
+  if (is_aligned(grad) && is_aligned(weight) && is_aligned(param) && (!rule.has_momentum || is_aligned(buffer))) {
+    if constexpr (sizeof(Param) == 2) {
+      done = update_pairs(rule, grad, weight, buffer, param, work.count);
+    } else {
+      done = update_quads(rule, grad, weight, buffer, work.count);
+    }
+  }
+  for (int i = done + static_cast<int>(threadIdx.x); i < work.count; i += kThreads) {
+    float w = load_element(weight + i);
+    float b = rule.has_momentum && !rule.first ? load_element(buffer + i) : 0.0f;
+    sgd_update(rule, to_float(load_element(grad + i)), w, b);
+    store_element(weight + i, w);
+    if (rule.has_momentum) store_element(buffer + i, b);
+    if constexpr (sizeof(Param) == 2) {
+      Param rounded;
+      round_to(rounded, w);
+      store_element(param + i, rounded);
+    }
+  }
+}
+
+__device__ inline void update_double_span(const BlockWork& work) {
+  const Rule<double> rule = work.double_rule;
+  const auto* grad = reinterpret_cast<const double*>(work.grad);
+  auto* weight = reinterpret_cast<double*>(work.weight);
+  auto* buffer = reinterpret_cast<double*>(work.buffer);
+  for (int i = static_cast<int>(threadIdx.x); i < work.count; i += kThreads) {
+    double w = load_element(weight + i);
+    double b = rule.has_momentum && !rule.first ? load_element(buffer + i) : 0.0;
+    sgd_update(rule, load_element(grad + i), w, b);
+    store_element(weight + i, w);
+    if (rule.has_momentum) store_element(buffer + i, b);
+  }
+}
+
+template <typename Args>
+__global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Args args) {
+  __shared__ BlockWork work;
+  const Tables& tables = args.tables;
+  if (threadIdx.x == 0) {
+    work.grad = nullptr;
+    StepState state = load(tables.state);
+    // Without a scan every block comes to the same decision by itself.
+    if (!args.scanned) state = decided(args, state, false, 0.0);
+    // Backwards: the second read of the gradients that the scan read last still finds them in the cache.
+    if (blockIdx.x < tables.chunk_count) prepare_update(args, state, tables.chunk_count - 1 - blockIdx.x, work);
+  }
+  __syncthreads();
+  if (work.grad != nullptr) {
+    switch (work.type) {
+      case DType::kFloat16:
+        work.wide_grad ? update_span<Half, float>(work) : update_span<Half, Half>(work);
+        break;
+      case DType::kBFloat16:
+        work.wide_grad ? update_span<BFloat16, float>(work) : update_span<BFloat16, BFloat16>(work);
+        break;
+      case DType::kFloat32:
+        update_span<float, float>(work);
+        break;
+      case DType::kFloat64:
+        update_double_span(work);
+        break;
+    }
+  }
+  if (args.scanned || !arrives_last(tables.state)) return;
+  if (threadIdx.x == 0) store(tables.state, decided(args, load(tables.state), false, 0.0));
+}
+
+}  // namespace fused_tricks::cuda
