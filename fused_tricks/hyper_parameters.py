@@ -71,3 +71,15 @@ def as_float(value: Any) -> float:
     if isinstance(value, str | bytes | bytearray):
         raise TypeError(f"a number is needed, got {type(value).__name__}")
     return float(value)
+
+
+def check_max_grad_norm(max_grad_norm: Any) -> None:
+    """Raises unless it is None or a positive number."""
+    if max_grad_norm is None:
+        return
+    if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, Real):
+        raise TypeError(f"max_grad_norm must be a number or None, got {type(max_grad_norm).__name__}")
+    if not float(max_grad_norm) > 0:
+        raise ValueError(
+            f"Invalid max_grad_norm: {max_grad_norm}; it must be positive, or inf to measure only"
+        )

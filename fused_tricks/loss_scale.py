@@ -185,6 +185,24 @@ _RULES = tuple(DynamicLossScale.__annotations__)
 _GRAD_SCALER_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
+def parse_loss_scale(loss_scale: Any) -> float | DynamicLossScale | None:
+    """What ``FusedSGD(loss_scale=...)`` stands for: None, a static scale, or a dynamic one.
+
+    Raises:
+        TypeError, ValueError: It is none of them.
+    """
+    if loss_scale is None or isinstance(loss_scale, DynamicLossScale):
+        return loss_scale
+    if isinstance(loss_scale, str):
+        if loss_scale != "dynamic":
+            raise ValueError(
+                f"loss_scale={loss_scale!r} is unknown; use None, a number, 'dynamic' or DynamicLossScale"
+            )
+        return DynamicLossScale()
+    check_scale("loss_scale", loss_scale)
+    return float(loss_scale)
+
+
 def check_scale(name: str, value: Any) -> None:
     """Raises unless ``value`` is a positive number that FP32 holds, and its reciprocal as well."""
     _check_number(name, value)

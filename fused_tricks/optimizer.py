@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from copy import copy, deepcopy
-from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,8 +19,8 @@ from .applied_rate import applied_rate_of
 from .backends import Stepper, check_backend, stepper_class
 from .backends.request import Outcome, StepRequest
 from .checkpoint import COUNTERS, SCALE_KEYS, import_state, is_asked_for_state
-from .hyper_parameters import check_group, check_numbers
-from .loss_scale import DynamicLossScale, check_count, check_scale
+from .hyper_parameters import check_group, check_max_grad_norm, check_numbers
+from .loss_scale import DynamicLossScale, check_count, parse_loss_scale
 from .plan import MOMENTUM_BUFFER, Plan, build_plan, named_parameters
 from .sharding import local_part
 from .step_state import StepState
@@ -119,8 +118,8 @@ class FusedSGD(Optimizer):
         differentiable: bool = False,
     ) -> None:
         check_backend(backend)
-        _check_max_grad_norm(max_grad_norm)
-        loss_scale = _parse_loss_scale(loss_scale)
+        check_max_grad_norm(max_grad_norm)
+        loss_scale = parse_loss_scale(loss_scale)
         self._backend = backend
         self._partition = SharedGroup(partition_group)
         self._stepper: Stepper | None = None
@@ -163,7 +162,7 @@ class FusedSGD(Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, max_grad_norm: float | None) -> None:
-        _check_max_grad_norm(max_grad_norm)
+        check_max_grad_norm(max_grad_norm)
         self._max_grad_norm = max_grad_norm
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -470,27 +469,3 @@ class FusedSGD(Optimizer):
                 self._loss_scale = copy(self._loss_scale)
         if isinstance(self._loss_scale, DynamicLossScale):
             self._step_state = self._loss_scale.bind(self)
-
-
-def _check_max_grad_norm(max_grad_norm: Any) -> None:
-    if max_grad_norm is None:
-        return
-    if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, Real):
-        raise TypeError(f"max_grad_norm must be a number or None, got {type(max_grad_norm).__name__}")
-    if not float(max_grad_norm) > 0:
-        raise ValueError(
-            f"Invalid max_grad_norm: {max_grad_norm}; it must be positive, or inf to measure only"
-        )
-
-
-def _parse_loss_scale(loss_scale: Any) -> float | DynamicLossScale | None:
-    if loss_scale is None or isinstance(loss_scale, DynamicLossScale):
-        return loss_scale
-    if isinstance(loss_scale, str):
-        if loss_scale != "dynamic":
-            raise ValueError(
-                f"loss_scale={loss_scale!r} is unknown; use None, a number, 'dynamic' or DynamicLossScale"
-            )
-        return DynamicLossScale()
-    check_scale("loss_scale", loss_scale)
-    return float(loss_scale)
