@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .optimizer import FusedSGD
 from .plan import LOW_PRECISION, MASTER_PARAM, adopt_foreign_values
+from .sharding import local_part, placed_like
 
 
 def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def _in_full_precision(model: nn.Module, optimizer: FusedSGD) -> Iterator[dict[T
     # Once: on a GPU it may have to wait for the device.
     state = optimizer.state
     places = list(_places(model))
-    # In the same order in every process, because reading a sharded tensor may be a collective.
+    # In the same order in every process, which may have to take part in placing a sharded master.
     tensors = dict.fromkeys(tensor for _, _, tensor in places)
     copies = {tensor: _full_precision(tensor, state.get(tensor, {})) for tensor in tensors}
     try:
@@ -133,8 +134,8 @@ def _full_precision(tensor: Tensor, own_state: dict[str, Any]) -> Tensor:
     master: Tensor | None = own_state.get(MASTER_PARAM)
     if master is None or master.shape != tensor.shape:
         return tensor.detach().to(torch.float32)
-    value = master.detach().to(tensor.device, torch.float32, copy=True)
-    adopt_foreign_values(value, tensor)
+    value = placed_like(master.detach(), tensor).to(tensor.device, torch.float32, copy=True)
+    adopt_foreign_values(local_part(value), local_part(tensor))
     return value
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import ranks
 from comparison import assert_same_bits
 from fused_tricks import FusedSGD, cast_model, fp32_state_dict, load_fp32_state_dict
 
@@ -36,8 +33,9 @@ def gradients(model: nn.Module, rank: int) -> dict[str, Tensor]:
     return {name.removeprefix("module."): param.grad for name, param in model.named_parameters()}
 
 
-def replicated(rank: int) -> dict[str, Any]:
+def replicated() -> dict[str, Any]:
     """Gradients of this rank alone and of DistributedDataParallel, after a refused conversion and after loading."""
+    rank = torch.distributed.get_rank()
     model = cast_model(network(0), torch.bfloat16)
     alone = copy.deepcopy(model)
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -76,58 +74,31 @@ def sharded() -> dict[str, Any]:
     return {name: (tensor.full_tensor(), source.state_dict()[name]) for name, tensor in export.items()}
 
 
-def work(rank: int, folder: str) -> None:
-    """What one process does."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
-    )
-    torch.save({"replicated": replicated(rank), "sharded": sharded()}, f"{folder}/{rank}.result")
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What each rank found."""
-    if not torch.distributed.is_available():
-        pytest.skip("torch was built without distributed")
-    folder = tmp_path_factory.mktemp("ranks")
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    call = "import sys, test_low_precision_distributed as t; t.work(int(sys.argv[1]), sys.argv[2])"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", call, str(rank), str(folder)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * RANKS
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(RANKS)]
+def replicas() -> list[Any]:
+    return ranks.run(RANKS, replicated)
 
 
 @pytest.mark.parametrize("when", ["before", "after"], ids=["not loaded", "loaded"])
-def test_gradients_are_the_mean_over_the_ranks_in_each_parameters_dtype(ranks: list[Any], when: str) -> None:
-    (alone, synced), (other_alone, other_synced) = (rank["replicated"][when] for rank in ranks)
+def test_gradients_are_the_mean_over_the_ranks_in_each_parameters_dtype(
+    replicas: list[Any], when: str
+) -> None:
+    (alone, synced), (other_alone, other_synced) = (replica[when] for replica in replicas)
     assert {grad.dtype for grad in synced.values()} == {torch.bfloat16, torch.float32}
     for name, grad in synced.items():
         assert_same_bits(grad, alone[name] / 2 + other_alone[name] / 2, name)
         assert_same_bits(grad, other_synced[name], name)
 
 
-def test_a_checkpoint_loaded_into_the_wrapped_model_is_that_of_every_rank(ranks: list[Any]) -> None:
-    for rank in ranks:
-        export, checkpoint = rank["replicated"]["export"]
+def test_a_checkpoint_loaded_into_the_wrapped_model_is_that_of_every_rank(replicas: list[Any]) -> None:
+    for replica in replicas:
+        export, checkpoint = replica["export"]
         assert list(export) == [f"module.{name}" for name in checkpoint]
         for name in ("0.weight", "0.bias", "1.weight", "2.weight", "4.weight"):
             assert_same_bits(export[f"module.{name}"], checkpoint[name], name)
 
 
-def test_an_export_of_a_sharded_model_has_its_masters_also_while_weights_are_gathered(
-    ranks: list[Any],
-) -> None:
-    for rank in ranks:
-        for name, (whole, expected) in rank["sharded"].items():
+def test_an_export_of_a_sharded_model_has_its_masters_also_while_weights_are_gathered() -> None:
+    for export in ranks.run(RANKS, sharded):
+        for name, (whole, expected) in export.items():
             assert_same_bits(whole, expected, name)
