@@ -27,7 +27,7 @@ def test_a_buffer_that_follows_its_parameter_to_a_device_takes_the_number_of_its
     state.first_steps[buffer] = torch.tensor(-1)
     param = Parameter(torch.zeros(3, device="meta"))
     param.grad = torch.zeros(3, device="meta")
-    groups = [{"params": [param], "momentum": 0.9}]
+    groups = [{"params": [param], "lr": 0.1, "momentum": 0.9}]
     (entry,) = build_plan(groups, {param: {"momentum_buffer": buffer}}, state).entries
     assert entry.buffer is not None and entry.buffer.device.type == "meta"
     assert state.first_steps[entry.buffer].device.type == "meta"
