@@ -132,7 +132,8 @@ def interleave(
         rounds: how many rounds are timed.
         warmup: how many rounds run before them, untimed.
         device: where the work runs.
-        repeats: how often a contestant runs back to back in its turn, prepared once; a sample is the mean of these.
+        repeats: how often a contestant runs back to back in its turn, prepared once; a sample is the mean of these. If
+            that is more than once, an untimed run comes before, so that none of them has the caches of another.
         between: runs untimed after `prepare` and before `run`, for every contestant; evicts caches, for example.
         head_start: as of `Clock`.
 
@@ -145,6 +146,8 @@ def interleave(
     for turn in range(warmup + rounds):
         for contestant in rotated(contestants, turn):
             contestant.prepare()
+            if repeats > 1:
+                contestant.run()
             between()
             clock.start()
             for _ in range(repeats):

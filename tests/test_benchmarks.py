@@ -229,7 +229,7 @@ def test_interleaving_rotates_who_goes_first_and_keeps_a_sample_a_round() -> Non
     assert {name: len(sections) for name, sections in samples.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_interleaving_prepares_once_for_runs_back_to_back() -> None:
+def test_interleaving_prepares_once_for_runs_back_to_back_and_one_before_them() -> None:
     order: list[str] = []
     interleave(
         [Contestant("a", lambda: order.append("run"), lambda: order.append("prepare"))],
@@ -238,7 +238,7 @@ def test_interleaving_prepares_once_for_runs_back_to_back() -> None:
         device=torch.device("cpu"),
         repeats=2,
     )
-    assert order == ["prepare", "run", "run"] * 2
+    assert order == ["prepare", "run", "run", "run"] * 2
 
 
 def test_a_clock_returns_a_section_between_each_two_marks() -> None:

@@ -106,3 +106,28 @@ def test_every_instruction_set_finds_every_overflow(instruction_set, dtype, valu
         param.grad[element] = value
         optimizer.step()
         assert optimizer.stats().last_step_skipped, f"element {element}"
+
+
+def train_large(dtype: torch.dtype, backend: str) -> list[Tensor]:
+    """So many elements that parameters are written past the caches, aligned for that and not, whole vectors and not."""
+    sizes = (1 << 22, 4099)
+    params = [
+        Parameter(torch.linspace(-1, 1, size + skipped)[skipped:].to(dtype))
+        for size in sizes
+        for skipped in (0, 1)
+    ]
+    for param in params[1::2]:
+        memory = torch.empty(param.numel() + 1, dtype=dtype)
+        memory[1:] = param.detach()
+        param.data = memory[1:]
+    optimizer = FusedSGD(params, lr=0.3, momentum=0.9, loss_scale=8.0, backend=backend)
+    for step in range(2):
+        for param in params:
+            param.grad = (param.detach().float() * 3 + step).to(dtype)
+        optimizer.step()
+    return [*params, *(optimizer.state[param]["master_param"] for param in params)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_large_model_gets_the_bits_of_the_reference_on_every_instruction_set(instruction_set, dtype):
+    assert_all_same_bits(train_large(dtype, "cpu"), train_large(dtype, "reference"))

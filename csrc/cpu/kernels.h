@@ -22,6 +22,7 @@ struct Span {
   DType grad_type;
   DType param_type;
   int64_t count;
+  bool streams;   // the parameter is written past the caches, which would first read what it overwrites
   bool compares;  // the parameter may have been written by others; then the master is not what it was rounded from
 };
 

@@ -31,19 +31,26 @@ struct Avx2 {
   }
 
   static void store(float* to, FloatVector value) { _mm256_storeu_ps(to, value.lanes); }
-  static void store(Half* to, FloatVector value) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value.lanes, _MM_FROUND_TO_NEAREST_INT));
-  }
-  static void store(BFloat16* to, FloatVector value) {
+  static __m128i rounded(Half, FloatVector value) { return _mm256_cvtps_ph(value.lanes, _MM_FROUND_TO_NEAREST_INT); }
+  static __m128i rounded(BFloat16, FloatVector value) {
     const __m256i bits = _mm256_castps_si256(value.lanes);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
     const __m256 is_nan = _mm256_cmp_ps(value.lanes, value.lanes, _CMP_UNORD_Q);
-    const __m256i chosen = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(is_nan));
+    const __m256i chosen = _mm256_blendv_epi8(sum, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(is_nan));
     const __m256i high = _mm256_srli_epi32(chosen, 16);
-    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   }
+
+  template <typename Param>
+  static void store(Param* to, FloatVector value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), rounded(Param{}, value));
+  }
+  template <typename Param>
+  static void stream(Param* to, FloatVector value) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), rounded(Param{}, value));
+  }
+  static void finish_streams() { _mm_sfence(); }
 };
 
 }  // namespace

@@ -36,19 +36,28 @@ struct Avx512 {
   }
 
   static void store(float* to, Float value) { _mm512_storeu_ps(to, value.lanes); }
-  static void store(Half* to, Float value) {
-    const __m256i packed = _mm512_cvtps_ph(value.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+  static __m256i rounded(Half, Float value) {
+    return _mm512_cvtps_ph(value.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   // Not the processor's own conversion to bfloat16, which flushes subnormal numbers to zero.
-  static void store(BFloat16* to, Float value) {
+  static __m256i rounded(BFloat16, Float value) {
     const __m512i bits = _mm512_castps_si512(value.lanes);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 is_nan = _mm512_cmp_ps_mask(value.lanes, value.lanes, _CMP_UNORD_Q);
-    const __m512i chosen = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+    const __m512i chosen = _mm512_mask_mov_epi32(sum, is_nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
   }
+
+  template <typename Param>
+  static void store(Param* to, Float value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded(Param{}, value));
+  }
+  template <typename Param>
+  static void stream(Param* to, Float value) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), rounded(Param{}, value));
+  }
+  static void finish_streams() { _mm_sfence(); }
 };
 
 }  // namespace

@@ -3,8 +3,13 @@
 // file, or the linker could pick a copy that was compiled for another processor.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 #include "../low_precision.h"
 #include "kernels.h"
@@ -17,11 +22,21 @@ struct Scalar {
   using Float = float;
   static constexpr int64_t kWidth = 1;
   static float load(const float* from) { return *from; }
+#if defined(__F16C__)
+  static float load(const Half* from) { return _cvtsh_ss(from->bits); }
+  static void store(Half* to, float value) { to->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+#else
   static float load(const Half* from) { return half_to_float(*from); }
+  static void store(Half* to, float value) { *to = float_to_half(value); }
+#endif
   static float load(const BFloat16* from) { return bfloat16_to_float(*from); }
   static void store(float* to, float value) { *to = value; }
-  static void store(Half* to, float value) { *to = float_to_half(value); }
   static void store(BFloat16* to, float value) { *to = float_to_bfloat16(value); }
+  template <typename Param>
+  static void stream(Param* to, float value) {
+    store(to, value);
+  }
+  static void finish_streams() {}
 };
 
 // An element is not finite when its exponent bits are all ones: adding one to them, with the sign bit cleared,
@@ -101,7 +116,7 @@ double sum_of_squares(const void* grad, DType type, int64_t count) {
 }
 
 // `Param` is float where the weight is the parameter itself.
-template <typename Simd, typename Param, typename Grad>
+template <typename Simd, bool kStreams, typename Param, typename Grad>
 void update_vector(const Grad* grad, float* weight, float* buffer, Param* param, const Rule<float>& rule) {
   using V = typename Simd::Float;
   V w = Simd::load(weight);
@@ -109,7 +124,11 @@ void update_vector(const Grad* grad, float* weight, float* buffer, Param* param,
   sgd_update(rule, Simd::load(grad), w, b);
   Simd::store(weight, w);
   if (rule.has_momentum) Simd::store(buffer, b);
-  if constexpr (!std::is_same_v<Param, float>) Simd::store(param, w);
+  if constexpr (kStreams) {
+    Simd::stream(param, w);
+  } else if constexpr (!std::is_same_v<Param, float>) {
+    Simd::store(param, w);
+  }
 }
 
 // A master takes over the elements of its parameter that are no longer its own rounding.
@@ -132,11 +151,19 @@ void update_span(const Span& span, const Rule<float>& shared_rule) {
   auto* param = static_cast<Param*>(span.param != nullptr ? span.param : span.weight);
   if (span.compares) adopt_foreign_values(weight, param, span.count);
   int64_t i = 0;
+  if constexpr (!std::is_same_v<Param, float>) {
+    if (span.streams && reinterpret_cast<uintptr_t>(param) % (sizeof(Param) * Simd::kWidth) == 0) {
+      for (; i + Simd::kWidth <= span.count; i += Simd::kWidth) {
+        update_vector<Simd, true, Param, Grad>(grad + i, weight + i, buffer + i, param + i, rule);
+      }
+      Simd::finish_streams();
+    }
+  }
   for (; i + Simd::kWidth <= span.count; i += Simd::kWidth) {
-    update_vector<Simd, Param, Grad>(grad + i, weight + i, buffer + i, param + i, rule);
+    update_vector<Simd, false, Param, Grad>(grad + i, weight + i, buffer + i, param + i, rule);
   }
   for (; i < span.count; ++i) {
-    update_vector<Scalar, Param, Grad>(grad + i, weight + i, buffer + i, param + i, rule);
+    update_vector<Scalar, false, Param, Grad>(grad + i, weight + i, buffer + i, param + i, rule);
   }
 }
 

@@ -14,6 +14,8 @@ namespace {
 
 // Below this many elements waking the other threads costs more than they save.
 constexpr int64_t kSmall = 1 << 15;
+// From so many on the parameters written first are out of the caches before anybody reads them.
+constexpr int64_t kLarge = 1 << 22;
 
 // Without what differs between the tensors of a group.
 template <typename T>
@@ -50,7 +52,7 @@ const void* at(const void* base, DType type, int64_t index) {
 
 void* at(void* base, DType type, int64_t index) { return static_cast<char*>(base) + index * size_of(type); }
 
-Span span_of(const Entry& entry, const Chunk& chunk, bool has_momentum) {
+Span span_of(const Entry& entry, const Chunk& chunk, bool has_momentum, bool streams) {
   const DType state_type = entry.type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   Span span;
   span.grad = at(entry.grad, entry.grad_type, chunk.begin);
@@ -60,6 +62,7 @@ Span span_of(const Entry& entry, const Chunk& chunk, bool has_momentum) {
   span.grad_type = entry.grad_type;
   span.param_type = entry.type;
   span.count = chunk.count;
+  span.streams = streams;
   span.compares = entry.compares;
   return span;
 }
@@ -101,6 +104,7 @@ void agree(const Agreement& agreement, std::vector<double>& verdict) {
 void update(const Plan& plan, const StepRequest& request) {
   const Kernels& kernels = selected_kernels();
   const std::vector<Rule<float>> rules = rules_of<float>(plan.groups, *plan.state, request);
+  const bool streams = plan.total_count >= kLarge;
   const std::vector<Rule<double>> double_rules = rules_of<double>(plan.groups, *plan.state, request);
   parallel_for(static_cast<int64_t>(plan.chunks.size()), plan.total_count <= kSmall, [&](int64_t begin, int64_t end) {
     // Backwards, so that the gradients that this thread scanned last are still in its cache.
@@ -108,7 +112,7 @@ void update(const Plan& plan, const StepRequest& request) {
       const Chunk& chunk = plan.chunks[i];
       const Entry& entry = plan.entries[static_cast<size_t>(chunk.entry)];
       if (entry.grad == nullptr) continue;
-      const Span span = span_of(entry, chunk, rules[entry.group].has_momentum);
+      const Span span = span_of(entry, chunk, rules[entry.group].has_momentum, streams);
       if (entry.type == DType::kFloat64) {
         kernels.update_double(span, for_tensor(double_rules[entry.group], entry));
       } else {
