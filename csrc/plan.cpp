@@ -127,6 +127,7 @@ Plan::Plan(const py::list& specifications, const py::object& step_state, bool re
       entry.count = 1;
       for (const int64_t size : entry.layout.shape) entry.count *= size;
       entry.param = tensor.data;
+      entry.device = tensor.device;
       entry.has_master = !fields[5].is_none();
       entry.has_buffer = !fields[6].is_none();
       entry.master = data_of(fields[5]);
@@ -193,10 +194,10 @@ bool Plan::refresh_entry(Entry& entry) {
   grads_.push_back(grad);
   if (!entry.live) return false;
   TensorView param, gradient;
-  if (!read_tensor(entry.source, param) || param.data != entry.param || param.type != entry.type) return false;
+  if (!read_tensor_at(entry.param, entry.source, param) || param.type != entry.type) return false;
   if (!entry.layout.matches(param)) return false;
   if (!read_tensor(grad, gradient) || !entry.layout.matches(gradient)) return false;
-  if (gradient.device.type != param.device.type || gradient.device.index != param.device.index) return false;
+  if (gradient.device.type != entry.device.type || gradient.device.index != entry.device.index) return false;
   // A tensor that wraps others has elements and no address.
   if (gradient.data == nullptr && entry.count > 0) return false;
   if (may_be_negative(gradient, entry.count) && is_negative(grad)) return false;

@@ -55,6 +55,7 @@ struct Entry {
   int64_t count = 0;
   DType type = DType::kFloat32;
   void* param = nullptr;
+  dlpack::Device device{};
   bool has_master = false;  // of an empty tensor the addresses below are null
   bool has_buffer = false;
   void* master = nullptr;

@@ -58,19 +58,27 @@ bool read_with_dlpack(PyObject* object, TensorView& out) {
   return to_dtype(tensor.dtype, out.type);
 }
 
-// False for whatever DLPack should say more about.
-bool read_with_shim(TensorShim::Handle tensor, TensorView& out) {
+// All but the address and the device.
+bool read_arrangement(TensorShim::Handle tensor, TensorView& out) {
   const TensorShim& shim = torch_api.shim;
-  int32_t layout, dtype, device_type;
-  if (shim.layout(tensor, &layout) != 0 || layout != shim.strided) return false;
+  int32_t dtype;
   if (shim.dimensions(tensor, &out.dimensions) != 0 || shim.shape(tensor, &out.shape) != 0) return false;
-  if (shim.strides(tensor, &out.strides) != 0 || shim.data(tensor, &out.data) != 0) return false;
-  if (shim.dtype(tensor, &dtype) != 0 || shim.device_type(tensor, &device_type) != 0) return false;
+  if (shim.strides(tensor, &out.strides) != 0 || shim.dtype(tensor, &dtype) != 0) return false;
   size_t type = 0;
   while (shim.dtypes[type] != dtype) {
     if (++type == kDTypes) return false;
   }
   out.type = static_cast<DType>(type);
+  return true;
+}
+
+// False for whatever DLPack should say more about.
+bool read_with_shim(TensorShim::Handle tensor, TensorView& out) {
+  const TensorShim& shim = torch_api.shim;
+  int32_t layout, device_type;
+  if (shim.layout(tensor, &layout) != 0 || layout != shim.strided) return false;
+  if (!read_arrangement(tensor, out) || shim.data(tensor, &out.data) != 0) return false;
+  if (shim.device_type(tensor, &device_type) != 0) return false;
   if (device_type == shim.cpu) {
     out.device = {dlpack::kCpu, 0};
     return true;
@@ -176,6 +184,12 @@ void connect_torch(const py::object& tensor_type, const py::object& parameter_ty
 
 bool read_tensor(PyObject* tensor, TensorView& out) {
   return (has_handle(tensor) && read_with_shim(handle_of(tensor), out)) || read_with_dlpack(tensor, out);
+}
+
+bool read_tensor_at(const void* address, PyObject* tensor, TensorView& out) {
+  if (!has_handle(tensor)) return read_tensor(tensor, out) && out.data == address;
+  return torch_api.shim.data(handle_of(tensor), &out.data) == 0 && out.data == address &&
+         read_arrangement(handle_of(tensor), out);
 }
 
 void* data_of(const py::handle& tensor) { return tensor.is_none() ? nullptr : require_dlpack(tensor.ptr()).data; }

@@ -76,12 +76,14 @@ class DynamicLossScale:
                 f"init_scale={init_scale} is outside [min_scale, max_scale] = [{min_scale}, {max_scale}]"
             )
         self.__dict__.update(rules)
+        self._rule: tuple[float, float, float, float, int, int] | None = None
         self._step_state = StepState(scale=init_scale, hysteresis=hysteresis)
         self._owner: weakref.ref[Any] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _RULES:
             _check_rules({rule: getattr(self, rule) for rule in _RULES} | {name: value})
+            self.__dict__["_rule"] = None
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,14 +98,16 @@ class DynamicLossScale:
 
     def rule(self) -> tuple[float, float, float, float, int, int]:
         """What a step needs to know: growth and backoff factor, floor, ceiling, growth interval, hysteresis."""
-        return (
-            self.growth_factor,
-            self.backoff_factor,
-            self.min_scale,
-            self.max_scale,
-            self.growth_interval,
-            self.hysteresis,
-        )
+        if self._rule is None:
+            self._rule = (
+                self.growth_factor,
+                self.backoff_factor,
+                self.min_scale,
+                self.max_scale,
+                self.growth_interval,
+                self.hysteresis,
+            )
+        return self._rule
 
     def is_free_for(self, owner: object) -> bool:
         """Whether it serves no other optimizer that is still alive."""
@@ -167,6 +171,7 @@ class DynamicLossScale:
         )
         _check_state(*saved)
         self.__dict__.update(rules)
+        self._rule = None
         self.restore(*saved)
 
     def restore(self, scale: float, growth_tracker: int, hysteresis_tracker: int) -> None:
