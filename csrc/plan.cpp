@@ -74,6 +74,27 @@ PyObject* state_item(PyObject* state, PyObject* key) {
   return PyDict_GetItemWithError(state, key);
 }
 
+// Whether a parameter's state still has these tensors, null for none. Most dicts have nothing else, under the very
+// strings that are known here, and walking through them is faster than looking both up.
+bool has_state(PyObject* state, PyObject* buffer, PyObject* master) {
+  if (PyDict_Check(state)) {
+    PyObject *key, *value, *found_buffer = nullptr, *found_master = nullptr;
+    Py_ssize_t position = 0;
+    bool is_known = true;
+    while (is_known && PyDict_Next(state, &position, &key, &value)) {
+      if (key == names().momentum_buffer) {
+        found_buffer = value;
+      } else if (key == names().master_param) {
+        found_master = value;
+      } else {
+        is_known = false;
+      }
+    }
+    if (is_known) return found_buffer == buffer && found_master == master;
+  }
+  return state_item(state, names().momentum_buffer) == buffer && state_item(state, names().master_param) == master;
+}
+
 }  // namespace
 
 // Strides of dimensions of one element mean nothing, and torch sets them as it likes.
@@ -174,8 +195,7 @@ bool Plan::state_is_unchanged(const py::dict& optimizer_state) const {
   if (index != watched_.size()) return false;
   for (const Entry& entry : entries) {
     if (entry.state == nullptr) continue;
-    if (state_item(entry.state, names().momentum_buffer) != entry.state_buffer) return false;
-    if (state_item(entry.state, names().master_param) != entry.state_master) return false;
+    if (!has_state(entry.state, entry.state_buffer, entry.state_master)) return false;
     if (entry.buffer != nullptr && entry.state_buffer != nullptr && !is_at(entry.state_buffer, entry.buffer))
       return false;
     if (entry.master != nullptr && entry.state_master != nullptr && !is_at(entry.state_master, entry.master))
