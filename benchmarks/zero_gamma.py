@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,7 +97,7 @@ def in_timm(names: Iterable[str]) -> Iterator[Finding]:
 
     for name in names:
         with weightless():
-            model = timm.create_model(name)
+            model: Any = timm.create_model(name)
         example = torch.empty(2, *model.pretrained_cfg["input_size"], device="meta")
         found = zero_gamma.find(model, example)
         yield Finding(name, set(found.gammas), len(norm_layers(model)), len(found.left_alone), zeroed(model))
