@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 from scipy import stats
 from tqdm import tqdm
 
@@ -233,7 +235,10 @@ def picture(result: dict[str, Any], path: Path) -> None:
     """Test error and loss of every row with its seeds, and the change that each row brings."""
     rows = result["rows"]
     figure, panels = pyplot.subplot_mosaic(
-        [["error", "error change", "loss", "loss change"]], figsize=(15, 5.6), layout="constrained"
+        [["error", "error change", "loss", "loss change", "paper"]],
+        figsize=(16.5, 5.8),
+        width_ratios=[1, 1, 1, 1, 0.62],
+        layout="constrained",
     )
     for what, title, decimals, linear in (
         ("error", "Test error (%)", 2, 1.0),
@@ -254,24 +259,30 @@ def picture(result: dict[str, Any], path: Path) -> None:
         report.dress(values_panel, title, "dots: seeds · lower")
         values_panel.set_xscale("log")
         values_panel.margins(x=0.2)
+        values_panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         values_panel.xaxis.set_major_formatter("{x:g}")
         values_panel.xaxis.set_minor_formatter("")
         report.dress(changes_panel, "Change to the row before", "grey: within noise · lower")
         changes_panel.axvline(0, color="black", linewidth=0.8)
-        # Linear where the changes are small, and a tenth of the way for each factor of ten beyond.
-        changes_panel.set_xscale("symlog", linthresh=linear, linscale=2)
+        changes_panel.set_xscale("symlog", linthresh=linear)
         changes_panel.set_xticks([-10 * linear, -linear, 0, linear, 10 * linear])
         changes_panel.xaxis.set_major_formatter("{x:+g}")
         changes_panel.margins(x=0.15)
+    report.dress(panels["paper"], "In the paper", "")
+    panels["paper"].spines[:].set_visible(False)
+    panels["paper"].set_xticks([])
+    for place, name in enumerate(rows):
+        text = textwrap.fill(IN_THE_PAPER.get(name, "–"), 24)
+        panels["paper"].text(0, place, text, va="center", fontsize=9)
     for name, panel in panels.items():
         panel.set_yticks(range(len(rows)), list(rows) if name == "error" else [""] * len(rows))
         panel.set_ylim(len(rows) - 0.5, -0.5)
+    panels["paper"].set_yticks([])
     report.save_figure(
         figure,
         path,
         "The paper's tricks, one after another, on a large batch",
-        f"{result['setting']}.\nLines: mean ± standard deviation, and {CONFIDENCE:.0%} confidence interval of a "
-        "change. Dotted: the small batch.",
+        f"{result['setting']}. Lines: standard deviation; {CONFIDENCE:.0%} confidence interval",
         result["machine"],
     )
 

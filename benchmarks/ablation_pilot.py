@@ -30,16 +30,7 @@ def _name(row: Recipe, lr: float) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """The result as a page with one table."""
     lines = [
-        [
-            f"{rate['lr']:g}",
-            *(
-                f"{100 * statistics.fmean(row[what]):.2f}"
-                if what == "accuracy"
-                else f"{statistics.fmean(row[what]):.3f}"
-                for row in rate["rows"].values()
-                for what in ("accuracy", "loss")
-            ),
-        ]
+        [f"{rate['lr']:g}", *(cell for row in rate["rows"].values() for cell in _cells(row))]
         for rate in result["rates"]
     ]
     header = ["learning rate for 256"]
@@ -48,12 +39,19 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "# The learning rate of the ablation",
-            f"{result['setting']}. Means over seeds. The ablation takes the rate with the lowest test loss of the "
-            f"small batch: {result['chosen']:g}.",
+            f"{result['setting']}. Numbers are mean ± standard deviation over seeds. The test loss of the small batch "
+            f"is lowest at {result['lowest_loss_at']:g}.",
             report.table(header, lines),
             report.machine_note(result["machine"]) + "\n",
         ]
     )
+
+
+def _cells(row: dict[str, list[float]]) -> list[str]:
+    return [
+        f"{factor * statistics.fmean(row[what]):.{decimals}f} ± {factor * statistics.stdev(row[what]):.{decimals}f}"
+        for what, factor, decimals in (("accuracy", 100, 2), ("loss", 1, 3))
+    ]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -87,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
         "setting": ablation.describe(options, setting),
         "seeds": list(seeds),
         "rates": rates,
-        "chosen": best["lr"],
+        "lowest_loss_at": best["lr"],
     }
     report.write_json(options.output / "ablation_pilot.json", result)
     (options.output / "ablation_pilot.md").write_text(markdown(result), encoding="utf-8")

@@ -185,7 +185,9 @@ def test_the_ablation_refuses_a_command_line_that_cannot_be_run(
     assert message in capsys.readouterr().err
 
 
-def test_the_pilot_chooses_by_the_small_batch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pilot_finds_the_rate_of_the_small_batch_on_seeds_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def best_at_two_tenths(row, setting, images, seed):
         distance = abs(math.log(setting.lr / (0.8 if row.large_batch else 0.2)))
         return replace(OUTCOME, loss=distance)
@@ -193,5 +195,5 @@ def test_the_pilot_chooses_by_the_small_batch_alone(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(ablation, "train_once", best_at_two_tenths)
     ablation_pilot.main([*OPTIONS, "--output", str(tmp_path)])
     result = json.loads((tmp_path / "ablation_pilot.json").read_text(encoding="utf-8"))
-    assert result["chosen"] == 0.2
+    assert result["lowest_loss_at"] == 0.2
     assert set(result["seeds"]).isdisjoint(range(100))
