@@ -1,0 +1,35 @@
+"""A residual network that is small enough to be trained many times on a CPU."""
+
+from __future__ import annotations
+
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+
+def small_resnet(classes: int, blocks: int) -> nn.Sequential:
+    """A residual network for small images: 6 · blocks + 2 layers in stages of 16, 32 and 64 channels.
+
+    The network for CIFAR-10 of "Deep Residual Learning" (arXiv 1512.03385), section 4.2, with torchvision's blocks;
+    shortcuts between stages are 1 × 1 convolutions, as in torchvision. For images of shape (n, 3, height, width).
+    """
+    channels = 16
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(inplace=True),
+    ]
+    for width in (16, 32, 64):
+        for _ in range(blocks):
+            if width == channels:
+                layers.append(BasicBlock(channels, width))
+            else:
+                shortcut = nn.Sequential(
+                    nn.Conv2d(channels, width, 1, stride=2, bias=False), nn.BatchNorm2d(width)
+                )
+                layers.append(BasicBlock(channels, width, stride=2, downsample=shortcut))
+                channels = width
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network

@@ -1,0 +1,73 @@
+"""Command line options about images, network and device that the ablation and the losslessness check share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import data, gpu, report
+from benchmarks.train import positive
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--dataset", default="mnist", choices=data.NAMES)
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of cifar10 or imagefolder; nothing is downloaded"
+    )
+    parser.add_argument(
+        "--image-size", type=positive, default=16, help="images are resized to this many pixels"
+    )
+    parser.add_argument(
+        "--blocks", type=positive, default=2, help="residual blocks in each of the network's three stages"
+    )
+    parser.add_argument("--lr", type=float, default=0.4, help="learning rate for a batch of 256")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16"),
+        help="of low precision; float16 on a GPU and bfloat16 on a CPU unless given",
+    )
+    parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR")
+
+
+def several(text: str) -> int:
+    """A number of seeds of the command line, from which a spread can be had."""
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {text}")
+    return value
+
+
+def load_images(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, batches: Sequence[str]
+) -> data.Images:
+    """Loads the images that the options name, and refuses a batch (the option's name) larger than the set."""
+    try:
+        images = data.load(options.dataset, options.data, options.image_size)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    count = len(images.train)  # type: ignore[arg-type]
+    for name in batches:
+        size = getattr(options, name.removeprefix("--").replace("-", "_"))
+        if size > count:
+            parser.error(f"{name} {size}: {options.dataset} has only {count} images to train on")
+    return images
+
+
+def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Where to train, and in which low precision."""
+    device = torch.device(options.device)
+    dtype_name = options.dtype or ("float16" if gpu.is_gpu(device) else "bfloat16")
+    return device, getattr(torch, dtype_name)
+
+
+def describe(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> str:
+    """What the options say, for the head of a page."""
+    return (
+        f"{6 * options.blocks + 2}-layer residual network on {options.dataset} at {options.image_size} × "
+        f"{options.image_size} on {device.type}, low precision is {str(dtype).removeprefix('torch.')}"
+    )

@@ -1,0 +1,97 @@
+"""How the ablation's learning rate is chosen: by the small batch alone, on seeds that the ablation does not use.
+
+``python -m benchmarks.ablation_pilot`` trains the first two rows, which have no trick, with several learning rates. It
+takes the options of benchmarks.ablation, and goes on where it was killed as that does.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks import ablation, gpu, machine, report
+from benchmarks.ablation_recipe import ROWS as ALL_ROWS
+from benchmarks.ablation_recipe import Recipe
+
+RATES = (0.1, 0.2, 0.4, 0.8)
+FIRST_SEED = 100
+ROWS = ALL_ROWS[:2]
+
+
+def _name(row: Recipe, lr: float) -> str:
+    return f"{row.name}, learning rate {lr:g}"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a page with one table."""
+    lines = [
+        [f"{rate['lr']:g}", *(cell for row in rate["rows"].values() for cell in _cells(row))]
+        for rate in result["rates"]
+    ]
+    header = ["learning rate for 256"]
+    for row in ROWS:
+        header += [f"{row.name}: test accuracy %", f"{row.name}: test loss"]
+    return "\n\n".join(
+        [
+            "# The learning rate of the ablation",
+            f"{result['setting']}. Numbers are mean ± standard deviation over seeds. The test loss of the small batch "
+            f"is lowest at {result['lowest_loss_at']:g}.",
+            report.table(header, lines),
+            report.machine_note(result["machine"]) + "\n",
+        ]
+    )
+
+
+def _cells(row: dict[str, list[float]]) -> list[str]:
+    return [
+        f"{factor * statistics.fmean(row[what]):.{decimals}f} ± {factor * statistics.stdev(row[what]):.{decimals}f}"
+        for what, factor, decimals in (("accuracy", 100, 2), ("loss", 1, 3))
+    ]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains what is missing, and writes ablation_pilot.json and ablation_pilot.md."""
+    options, setting, images = ablation.parse(arguments)
+    gpu.use(setting.device)
+    torch.backends.cudnn.deterministic = True
+    record = machine.describe("benchmarks.ablation_pilot", arguments, setting.device)
+    seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
+    log = ablation.open_log(options.output / "ablation_pilot.jsonl", options, setting, record)
+    outcomes = ablation.train_all(
+        {_name(row, lr): (row, replace(setting, lr=lr)) for lr in RATES for row in ROWS}, images, seeds, log
+    )
+    rates: list[dict[str, Any]] = [
+        {
+            "lr": lr,
+            "rows": {
+                row.name: {
+                    "accuracy": [outcome.accuracy for outcome in outcomes[_name(row, lr)]],
+                    "loss": [outcome.loss for outcome in outcomes[_name(row, lr)]],
+                }
+                for row in ROWS
+            },
+        }
+        for lr in RATES
+    ]
+    best = min(rates, key=lambda rate: statistics.fmean(rate["rows"][ROWS[0].name]["loss"]))
+    result = {
+        "benchmark": "ablation_pilot",
+        "machine": record,
+        "setting": ablation.describe(options, setting),
+        "seeds": list(seeds),
+        "rates": rates,
+        "lowest_loss_at": best["lr"],
+    }
+    report.write_json(options.output / "ablation_pilot.json", result)
+    (options.output / "ablation_pilot.md").write_text(markdown(result), encoding="utf-8")
+    log.path.unlink()
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

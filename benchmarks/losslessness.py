@@ -1,0 +1,303 @@
+"""Whether fused_tricks trains as torch.amp does: the same weights, the same batches, and the curves of both.
+
+``python -m benchmarks.losslessness`` trains side by side in FP32 and in low precision, and compares the loss at every
+step, the test accuracy on the way and the weights at the end. benchmarks/README.md says what is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import pyplot
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fused_tricks
+from benchmarks import ablation_options, data, gpu, machine, report, train_contestants
+from benchmarks.ablation_network import small_resnet
+from benchmarks.train import accuracy, batches, positive
+from benchmarks.train_contestants import OURS, Recipe, Trainer
+
+BASELINE = "torch.amp, for-loop"
+FUSED = "torch.amp, fused"
+ROUNDED = "fused_tricks, begun from rounded weights"
+TESTS = 8
+"""How often the test accuracy is measured in a training, at equal distances."""
+
+
+@dataclass
+class Curves:
+    """What one contestant did; one list a seed."""
+
+    losses: list[list[float]] = field(default_factory=list)
+    accuracies: list[list[float]] = field(default_factory=list)
+    same_weights: list[bool] = field(default_factory=list)
+    """Whether model and baseline ended with equal full-precision weights and buffers, bit for bit."""
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
+    """Reads the command line, and loads the images that it names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.losslessness",
+        description="Compares the training curves of fused_tricks and of torch.amp.",
+    )
+    ablation_options.add_to(parser)
+    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--epochs", type=positive, default=2)
+    parser.add_argument(
+        "--seeds",
+        type=ablation_options.several,
+        default=3,
+        help="repeat with this many initial weights and orders",
+    )
+    options = parser.parse_args(arguments)
+    return options, ablation_options.load_images(parser, options, ["--batch-size"])
+
+
+def build_all(model: nn.Module, recipe: Recipe) -> dict[str, Trainer]:
+    """All contestants, each with a copy of the model; in low precision ours twice, once with its weights as masters."""
+    trainers = {
+        name: train_contestants.build(name, copy.deepcopy(model), recipe) for name in train_contestants.NAMES
+    }
+    if recipe.dtype != torch.float32:
+        trainers[ROUNDED] = train_contestants.build(OURS, copy.deepcopy(model), recipe)
+        optimizer = trainers[OURS].optimizer
+        assert isinstance(optimizer, fused_tricks.FusedSGD)
+        fused_tricks.load_fp32_state_dict(trainers[OURS].model, optimizer, model.state_dict())
+    return trainers
+
+
+def full_precision(trainer: Trainer) -> dict[str, Tensor]:
+    """The weights and buffers of a trainer's model; masters where it has some."""
+    if isinstance(trainer.optimizer, fused_tricks.FusedSGD):
+        return fused_tricks.fp32_state_dict(trainer.model, trainer.optimizer)
+    return trainer.model.state_dict()
+
+
+def train_all(
+    images: data.Images, recipe: Recipe, options: argparse.Namespace, steps: int
+) -> dict[str, Curves]:
+    """Trains all contestants for every seed, step by step on the same batches."""
+    curves: dict[str, Curves] = {}
+    tested = {steps * (test + 1) // TESTS for test in range(TESTS)}
+    for seed in range(options.seeds):
+        torch.manual_seed(seed)
+        model = small_resnet(images.classes, options.blocks)
+        model = model.to(recipe.device).to(memory_format=torch.channels_last)
+        trainers = build_all(model, recipe)
+        schedules = [
+            fused_tricks.WarmupCosineLR(trainer.optimizer, steps, warmup_steps=steps // 10)
+            for trainer in trainers.values()
+        ]
+        for name in trainers:
+            curves.setdefault(name, Curves()).losses.append([])
+            curves[name].accuracies.append([])
+        training = batches(images, options.batch_size, steps, seed)
+        for step, (pixels, labels) in enumerate(
+            tqdm(training, total=steps, desc=f"seed {seed}", leave=False), start=1
+        ):
+            pixels = pixels.to(recipe.device, memory_format=torch.channels_last)
+            labels = labels.to(recipe.device)
+            for name, trainer in trainers.items():
+                loss = trainer.forward(pixels, labels)
+                trainer.backward(loss)
+                trainer.update()
+                curves[name].losses[-1].append(loss.item())
+                if step in tested:
+                    curves[name].accuracies[-1].append(accuracy(trainer, images, recipe.device))
+                    trainer.model.train()
+            for schedule in schedules:
+                schedule.step()
+        expected = full_precision(trainers[BASELINE])
+        for name, trainer in trainers.items():
+            values = full_precision(trainer)
+            curves[name].same_weights.append(
+                values.keys() == expected.keys()
+                and all(torch.equal(values[key], expected[key]) for key in expected)
+            )
+    return curves
+
+
+def distances(curves: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> list[float]:
+    """Absolute differences of all points of all pairs of curves."""
+    return [abs(a - b) for curve, other in zip(curves, others) for a, b in zip(curve, other)]
+
+
+def summarise(curves: dict[str, Curves]) -> dict[str, Any]:
+    """The raw curves; how far each contestant is from the baseline, and how far the baseline's seeds are apart."""
+    baseline = curves[BASELINE]
+
+    def summary(losses: list[float], accuracies: list[float]) -> dict[str, float]:
+        return {
+            "largest_loss": max(losses),
+            "mean_loss": statistics.fmean(losses),
+            "largest_accuracy": max(accuracies),
+        }
+
+    pairs = list(itertools.permutations(range(len(baseline.losses)), 2))
+    first, second = ([pair[place] for pair in pairs] for place in (0, 1))
+    return {
+        "contestants": {
+            name: {
+                "distance": summary(
+                    distances(own.losses, baseline.losses), distances(own.accuracies, baseline.accuracies)
+                ),
+                **asdict(own),
+            }
+            for name, own in curves.items()
+        },
+        "between_seeds": summary(
+            distances([baseline.losses[i] for i in first], [baseline.losses[i] for i in second]),
+            distances([baseline.accuracies[i] for i in first], [baseline.accuracies[i] for i in second]),
+        ),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a page with one table for each precision."""
+    sections = []
+    for precision, summary in result["precisions"].items():
+        header = [
+            "contestant",
+            "largest difference of the loss",
+            "mean difference of the loss",
+            "largest difference of the test accuracy, points",
+            "final weights equal",
+            "final test accuracy %",
+        ]
+        rows = []
+        for name, own in summary["contestants"].items():
+            final = [100 * curve[-1] for curve in own["accuracies"]]
+            numbers = f"{statistics.fmean(final):.2f} ± {statistics.stdev(final):.2f}"
+            equal = f"{sum(own['same_weights'])} of {len(own['same_weights'])} seeds"
+            if name == BASELINE:
+                rows.append([name, "", "", "", "", numbers])
+            else:
+                rows.append([name, *_distance_texts(own["distance"]), equal, numbers])
+        rows.append([f"{BASELINE}, between its seeds", *_distance_texts(summary["between_seeds"]), "", ""])
+        sections += [f"## {precision}", report.table(header, rows)]
+    explanation = (
+        f"Differences are absolute, from *{BASELINE}* of the same seed, over all steps and seeds; 0 is exact. Accuracy "
+        f"is measured {TESTS} times in a training. Weights are compared bit for bit, masters where there are some."
+    )
+    return "\n\n".join(
+        [
+            "# Losslessness: fused_tricks and torch.amp from the same weights",
+            f"{result['setting']}. {explanation}",
+            *sections,
+            "![The curves](losslessness.png)",
+            report.machine_note(result["machine"]),
+            "benchmarks/README.md says what is compared.\n",
+        ]
+    )
+
+
+def _distance_texts(distance: dict[str, float]) -> list[str]:
+    return [
+        f"{distance['largest_loss']:.3g}",
+        f"{distance['mean_loss']:.3g}",
+        f"{100 * distance['largest_accuracy']:.3g}",
+    ]
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """For each precision: the loss of every seed, its distance from the baseline, and the test accuracy."""
+    figure, panels = pyplot.subplots(2, 3, figsize=(14.5, 7.8), layout="constrained")
+    looks = {
+        BASELINE: {"color": report.GREYS[0], "linewidth": 4.5},
+        FUSED: {"color": report.GREYS[3], "linewidth": 0.8},
+        ROUNDED: {"color": report.MARK_COLOUR, "linewidth": 0.8},
+        OURS: {"color": report.OURS_COLOUR, "linewidth": 1.2, "linestyle": (0, (4, 3))},
+    }
+    for (loss, distance, tested), (precision, summary) in zip(panels, result["precisions"].items()):
+        curves = {name: summary["contestants"][name] for name in looks if name in summary["contestants"]}
+        baseline = curves[BASELINE]
+        steps = range(1, len(baseline["losses"][0]) + 1)
+        for name, own in curves.items():
+            if name != FUSED:
+                loss.plot(steps, list(zip(*own["losses"])), **looks[name])
+                percent = [[100 * value for value in test] for test in zip(*own["accuracies"])]
+                tested.plot(
+                    [len(steps) * (test + 1) // TESTS for test in range(TESTS)], percent, **looks[name]
+                )
+            if name != BASELINE:
+                largest = [
+                    max(distances([ours], [theirs]))
+                    for ours, theirs in zip(zip(*own["losses"]), zip(*baseline["losses"]))
+                ]
+                distance.plot(steps, largest, label=f"{name}, largest of all seeds", **looks[name])
+        apart = [
+            statistics.fmean(abs(a - b) for a, b in itertools.combinations(step, 2))
+            for step in zip(*baseline["losses"])
+        ]
+        distance.plot(steps, apart, color=report.GREYS[0], label=f"{BASELINE}, mean between its seeds")
+        for name in curves:
+            if name != FUSED:
+                tested.plot([], [], label=name, **looks[name])
+        for panel, title in (
+            (loss, f"{precision.partition(',')[0]}: training loss, all seeds"),
+            (distance, f"Distance of the loss from {BASELINE}"),
+            (tested, "Test accuracy (%), all seeds"),
+        ):
+            report.dress(panel, title, "")
+            panel.set_xlabel("step", color="#555555")
+        tested.legend(frameon=False, fontsize=8, loc="lower right")
+        distance.legend(frameon=False, fontsize=8, loc="center right")
+        loss.set_yscale("log")
+        distance.set_yscale("symlog", linthresh=1e-6)
+        distance.set_ylim(bottom=-1e-7)
+    report.save_figure(
+        figure,
+        path,
+        "fused_tricks and torch.amp, from the same weights on the same batches",
+        result["setting"],
+        result["machine"],
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains, and writes losslessness.json, losslessness.md and losslessness.png."""
+    options, images = parse(arguments)
+    device, dtype = ablation_options.device_and_dtype(options)
+    gpu.use(device)
+    torch.backends.cudnn.deterministic = True
+    steps = options.epochs * (len(images.train) // options.batch_size)  # type: ignore[arg-type]
+    precisions = {}
+    for precision in (torch.float32, dtype):
+        low = precision != torch.float32
+        recipe = Recipe(
+            device=device,
+            dtype=precision,
+            loss_scaling=low,
+            lr=fused_tricks.scale_lr(options.lr, options.batch_size),
+        )
+        name = str(precision).removeprefix("torch.") + (", dynamic loss scale" if low else "")
+        precisions[name] = summarise(train_all(images, recipe, options, steps))
+    result: dict[str, Any] = {
+        "benchmark": "losslessness",
+        "machine": machine.describe("benchmarks.losslessness", arguments, device),
+        "setting": (
+            f"{ablation_options.describe(options, device, dtype)}, batch {options.batch_size}, {steps} steps, "
+            f"{options.seeds} seeds"
+        ),
+        "baseline": BASELINE,
+        "precisions": precisions,
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    report.write_json(options.output / "losslessness.json", result)
+    (options.output / "losslessness.md").write_text(markdown(result), encoding="utf-8")
+    picture(result, options.output / "losslessness.png")
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,199 @@
+"""The ablation adds one trick a row, goes on where it was killed, and tells an effect from noise."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
+pytest.importorskip("sklearn", reason="the benchmarks take their smallest data set from scikit-learn")
+pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
+pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
+pytest.importorskip("scipy", reason="the ablation takes Student's t from scipy")
+
+from scipy import stats
+
+from benchmarks import ablation, ablation_pilot, ablation_recipe
+from benchmarks.ablation import Difference
+from benchmarks.ablation_log import OutcomeLog
+from benchmarks.ablation_network import small_resnet
+from benchmarks.ablation_recipe import ROWS, Outcome, Setting, step_decay
+
+OPTIONS = ["--dataset", "digits", "--image-size", "8", "--blocks", "1", "--epochs", "1", "--seeds", "2"]
+OPTIONS += ["--small-batch", "128", "--large-batch", "256", "--device", "cpu"]
+SETTING = Setting(
+    torch.device("cpu"), torch.bfloat16, small_batch=16, large_batch=256, lr=0.4, epochs=8, blocks=1
+)
+OUTCOME = Outcome(accuracy=0.1, loss=1 / 3, seconds=2.0)
+
+
+def rows_of(folder: Path) -> dict[str, Any]:
+    """The rows of a result without the durations, which differ from run to run."""
+    rows = json.loads((folder / "ablation.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows.values():
+        del row["seconds"]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was not interrupted."""
+    folder = tmp_path_factory.mktemp("ablation")
+    ablation.main([*OPTIONS, "--output", str(folder)])
+    return folder
+
+
+def test_every_row_is_reported_with_all_its_seeds(finished: Path) -> None:
+    rows = rows_of(finished)
+    assert list(rows) == [row.name for row in ROWS]
+    assert all(len(row["accuracy"]["seeds"]) == len(row["loss"]["seeds"]) == 2 for row in rows.values())
+    page = (finished / "ablation.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in page for name in rows)
+    assert (finished / "ablation.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_numbers_of_one_that_was_not_killed(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[str, int]] = []
+
+    def killed_in_the_sixth(row, setting, images, seed):
+        trained.append((row.name, seed))
+        if len(trained) == 6:
+            raise KeyboardInterrupt
+        return ablation_recipe.train_once(row, setting, images, seed)
+
+    monkeypatch.setattr(ablation, "train_once", killed_in_the_sixth)
+    arguments = [*OPTIONS, "--output", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        ablation.main(arguments)
+    assert not (tmp_path / "ablation.json").exists()
+    ablation.main(arguments)
+    assert rows_of(tmp_path) == rows_of(finished)
+    assert len(trained) == len(ROWS) * 2 + 1 and trained[5] == trained[6]
+    assert not (tmp_path / "ablation.jsonl").exists()
+
+
+def test_a_line_that_was_cut_off_is_trained_again(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = OutcomeLog(path, {"lr": 0.1})
+    log.add("a", 0, OUTCOME)
+    log.add("b", 0, OUTCOME)
+    path.write_bytes(path.read_bytes()[:-5])
+    again = OutcomeLog(path, {"lr": 0.1})
+    assert again.outcomes == {("a", 0): OUTCOME}
+    again.add("b", 0, OUTCOME)
+    assert OutcomeLog(path, {"lr": 0.1}).outcomes == {("a", 0): OUTCOME, ("b", 0): OUTCOME}
+
+
+def test_outcomes_of_another_setting_are_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    OutcomeLog(path, {"lr": 0.1, "epochs": 2}).add("a", 0, OUTCOME)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="begun with another lr: delete it"):
+        OutcomeLog(path, {"lr": 0.2, "epochs": 2})
+    assert path.read_bytes() == before
+
+
+def test_each_row_has_one_trick_more_than_the_row_before() -> None:
+    tricks = [{name for name, on in asdict(row).items() if on is True} for row in ROWS]
+    assert tricks[0] == set()
+    assert [len(after - before) for before, after in itertools.pairwise(tricks)] == [1] * 7
+    assert all(before < after for before, after in itertools.pairwise(tricks))
+
+
+@pytest.mark.parametrize(
+    ("place", "batch", "lr", "steps", "warmup"),
+    [(0, 16, 0.025, 2000, 0), (1, 256, 0.025, 125, 0), (2, 256, 0.4, 125, 0), (3, 256, 0.4, 125, 5)],
+)
+def test_a_row_sees_as_many_images_whatever_its_batch(
+    place: int, batch: int, lr: float, steps: int, warmup: int
+) -> None:
+    row = ROWS[place]
+    assert SETTING.batch_size(row) == batch
+    assert SETTING.peak_lr(row) == pytest.approx(lr)
+    assert SETTING.steps(row, 4000) == steps
+    assert SETTING.warmup_steps(row, 4000) == warmup
+
+
+def test_step_decay_divides_by_ten_after_each_quarter() -> None:
+    factors = [step_decay(8, 0)(t) for t in range(8)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert [step_decay(40, 4)(t) for t in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+
+
+def test_a_difference_is_the_mean_and_students_interval_of_the_pairs() -> None:
+    before, after = [0.9, 0.92, 0.95, 0.91], [0.93, 0.93, 0.99, 0.95]
+    interval = stats.ttest_rel(after, before).confidence_interval(0.95)
+    assert asdict(Difference.between(before, after)) == pytest.approx(
+        {"mean": 0.03, "low": interval.low, "high": interval.high}
+    )
+
+
+@pytest.mark.parametrize(
+    ("difference", "text"),
+    [
+        (Difference(0.01, 0.002, 0.018), "**+1.0 (+0.2 … +1.8)**"),
+        (Difference(-0.01, -0.03, 0.01), "-1.0 (-3.0 … +1.0)"),
+    ],
+)
+def test_only_a_difference_beyond_noise_is_in_bold(difference: Difference, text: str) -> None:
+    assert difference.text(100, 1) == text
+
+
+def test_the_network_has_the_layers_that_its_blocks_say_and_classes_outputs() -> None:
+    network = small_resnet(classes=7, blocks=3)
+    on_the_path = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and "downsample" not in name
+    ]
+    assert len(on_the_path) == 6 * 3 + 2
+    assert network(torch.randn(2, 3, 16, 16)).shape == (2, 7)
+
+
+def test_a_training_that_diverges_has_an_infinite_loss_and_not_none() -> None:
+    _, setting, images = ablation.parse([*OPTIONS, "--lr", "1e30"])
+    outcome = ablation_recipe.train_once(ROWS[0], setting, images, seed=0)
+    assert math.isinf(outcome.loss)
+    assert 0 <= outcome.accuracy < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "1"], "argument --seeds: must be at least 2"),
+        (["--epochs", "0"], "argument --epochs: must be at least 1"),
+        (["--large-batch", "2000"], "--large-batch 2000: digits has only 1437 images"),
+        (["--dataset", "cifar10"], "name its folder with --data"),
+    ],
+    ids=str,
+)
+def test_the_ablation_refuses_a_command_line_that_cannot_be_run(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        ablation.parse([*OPTIONS, *arguments])
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_pilot_finds_the_rate_of_the_small_batch_on_seeds_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def best_at_two_tenths(row, setting, images, seed):
+        distance = abs(math.log(setting.lr / (0.8 if row.large_batch else 0.2)))
+        return replace(OUTCOME, loss=distance)
+
+    monkeypatch.setattr(ablation, "train_once", best_at_two_tenths)
+    ablation_pilot.main([*OPTIONS, "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "ablation_pilot.json").read_text(encoding="utf-8"))
+    assert result["lowest_loss_at"] == 0.2
+    assert set(result["seeds"]).isdisjoint(range(100))

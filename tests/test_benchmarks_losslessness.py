@@ -1,0 +1,71 @@
+"""From the same weights fused_tricks trains as torch.amp does, and a difference would be seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
+pytest.importorskip("scipy", reason="the benchmark shares options with one that needs scipy")
+pytest.importorskip("sklearn", reason="the benchmarks take their smallest data set from scikit-learn")
+pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
+pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
+
+from benchmarks import losslessness
+from benchmarks.losslessness import BASELINE, ROUNDED, Curves, summarise
+from benchmarks.train_contestants import OURS
+
+OPTIONS = ["--dataset", "digits", "--image-size", "8", "--blocks", "1", "--batch-size", "128"]
+OPTIONS += ["--epochs", "1", "--seeds", "2", "--device", "cpu"]
+FP32, BF16 = "float32", "bfloat16, dynamic loss scale"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("losslessness")
+    losslessness.main([*OPTIONS, "--dtype", "bfloat16", "--output", str(folder)])
+    return folder
+
+
+def contestants(folder: Path, precision: str) -> dict[str, Any]:
+    result = json.loads((folder / "losslessness.json").read_text(encoding="utf-8"))
+    return result["precisions"][precision]["contestants"]
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16])
+def test_losses_accuracies_and_final_weights_are_those_of_torch_bit_for_bit(
+    folder: Path, precision: str
+) -> None:
+    ours, theirs = (contestants(folder, precision)[name] for name in (OURS, BASELINE))
+    assert ours["losses"] == theirs["losses"]
+    assert ours["accuracies"] == theirs["accuracies"]
+    assert ours["same_weights"] == [True, True]
+    assert all(losses[-1] < losses[0] for losses in ours["losses"])
+
+
+def test_weights_that_were_rounded_at_the_start_are_told_from_those_of_torch(folder: Path) -> None:
+    rounded = contestants(folder, BF16)[ROUNDED]
+    assert rounded["distance"]["largest_loss"] > 0
+    assert rounded["same_weights"] == [False, False]
+    assert ROUNDED not in contestants(folder, FP32)
+
+
+def test_the_page_has_a_row_for_every_contestant(folder: Path) -> None:
+    page = (folder / "losslessness.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in page for name in contestants(folder, BF16))
+    assert (folder / "losslessness.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_the_largest_difference_is_over_all_steps_and_seeds() -> None:
+    curves = {
+        BASELINE: Curves(losses=[[2.0, 1.0], [3.0, 1.5]], accuracies=[[0.5], [0.75]]),
+        OURS: Curves(losses=[[2.0, 1.25], [2.5, 1.5]], accuracies=[[0.5], [0.5]]),
+    }
+    summary = summarise(curves)
+    distance = summary["contestants"][OURS]["distance"]
+    assert distance == {"largest_loss": 0.5, "mean_loss": 0.1875, "largest_accuracy": 0.25}
+    assert summary["between_seeds"] == {"largest_loss": 1.0, "mean_loss": 0.75, "largest_accuracy": 0.25}
