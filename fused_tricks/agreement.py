@@ -21,6 +21,16 @@ class SharedGroup:
 
     group: ProcessGroup | None
 
+    def __post_init__(self) -> None:
+        """Raises TypeError unless it is one that this process belongs to, or None."""
+        if self.group is None:
+            return
+        if not torch.distributed.is_available() or not isinstance(self.group, torch.distributed.ProcessGroup):
+            raise TypeError(
+                "partition_group must be a torch.distributed.ProcessGroup that this process belongs to, or None, "
+                f"got {self.group!r}"
+            )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedGroup:
         return self
 

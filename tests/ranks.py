@@ -24,7 +24,7 @@ import torch.distributed.tensor
 
 import backends  # noqa: F401  # here, so that each process finds it imported
 
-_PATIENCE = 100
+_PATIENCE = 300
 """Seconds until processes that wait for each other are given up."""
 
 

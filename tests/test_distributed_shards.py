@@ -20,7 +20,14 @@ from torch.nn import BatchNorm1d, Linear, Parameter, Sequential
 
 import ranks
 from comparison import assert_all_same_bits, assert_same_bits
-from fused_tricks import DynamicLossScale, FusedSGD, agreement, cast_model
+from fused_tricks import (
+    DynamicLossScale,
+    FusedSGD,
+    agreement,
+    cast_model,
+    fp32_state_dict,
+    load_fp32_state_dict,
+)
 from fused_tricks import optimizer as optimizer_module
 from products import SHAPES, Products, Shapes, inputs_of, mean_of, with_overflow
 
@@ -363,3 +370,29 @@ def test_an_agreement_is_sought_where_the_processes_can_communicate(monkeypatch)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
     assert agreement._device_within_reach(None, torch.device("cpu")) == torch.device("cuda", 3)
     assert agreement._device_within_reach(None, torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+
+def load_weights_in_training() -> None:
+    model, plain = Products(torch.float16), Products(torch.float16)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer, expected = (FusedSGD(m.parameters(), loss_scale=4.0, **OPTIONS) for m in (model, plain))
+    weights: dict[str, Tensor] = {}
+    for step in (1, 2, 4, 5):
+        if step == 4:
+            weights = {key: value + 1 for key, value in fp32_state_dict(model, optimizer).items()}
+            whole_weights = {key: whole(value) for key, value in weights.items()}
+            for of, state in ((optimizer, weights), (expected, whole_weights)):
+                network = model if of is optimizer else plain
+                with pytest.raises(RuntimeError, match="Unexpected"):
+                    load_fp32_state_dict(network, of, {**state, "other": state["weights.0"]})
+                load_fp32_state_dict(network, of, state)
+        optimizer.scale(model(inputs_in(step))).backward()
+        set_whole_gradients(expected, step, 4.0)
+        for of in (optimizer, expected):
+            of.step()
+            of.zero_grad()
+        assert_same_training(optimizer, expected)
+
+
+def test_full_precision_weights_are_exported_and_loaded_while_fsdp_trains():
+    ranks.run(2, load_weights_in_training)
