@@ -61,7 +61,8 @@ class _Processes:
 
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ranks"])
+        # FSDP2 imports torch._dynamo when it is first used.
+        context.set_forkserver_preload(["ranks", "torch._dynamo"])
         paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
         self._folder = tempfile.TemporaryDirectory()
         self._connections = []

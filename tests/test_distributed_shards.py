@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import BatchNorm1d, Linear, Parameter, Sequential
@@ -183,6 +183,32 @@ def overflow_in_each_place() -> None:
 
 def test_an_overflow_anywhere_skips_the_step_everywhere():
     ranks.run(4, overflow_in_each_place)
+
+
+def step_beside_a_smaller_mesh() -> None:
+    """The last two of four processes have no part of the first parameter."""
+    meshes = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 1, 2, 3])
+    weights = [torch.ones(4, 3), torch.ones(5)]
+    grads = [torch.full((4, 3), 2.0), torch.full((5,), 4.0)]
+    params = [Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w, mesh in zip(weights, meshes)]
+    params.append(Parameter(torch.ones(1)))
+    optimizer = FusedSGD(params, lr=1.0, max_grad_norm=1.0)
+    for step in range(3):
+        for param, grad, mesh in zip(params, grads, meshes):
+            overflows = step == 1 and grad is grads[0]
+            param.grad = distribute_tensor(grad * torch.inf if overflows else grad, mesh, [Shard(0)])
+        params[2].grad = torch.ones(1)
+        optimizer.step()
+    stats = optimizer.stats()
+    assert (stats.applied_steps, stats.skipped_steps) == (2, 1)
+    assert stats.grad_norm == pytest.approx((12 * 4 + 5 * 16 + 1) ** 0.5)
+    clip = torch.tensor(1.0) / (torch.tensor(stats.grad_norm) + 1e-6)
+    assert_same_bits(params[1].full_tensor().detach(), torch.ones(5) - 4 * clip - 4 * clip)
+    assert_same_bits(params[2].detach(), torch.ones(1) - clip - clip)
+
+
+def test_processes_outside_a_mesh_clip_by_its_norm_too():
+    ranks.run(4, step_beside_a_smaller_mesh)
 
 
 def clip_random_gradients() -> tuple[float | None, ...]:
