@@ -13,6 +13,8 @@ from .sharding import is_distributed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,16 @@ class SharedGroup:
     """A process group, which a copy of its owner shares: torch cannot copy one."""
 
     group: ProcessGroup | None
+
+    def __post_init__(self) -> None:
+        """Raises TypeError unless it is one that this process belongs to, or None."""
+        if self.group is None:
+            return
+        if not torch.distributed.is_available() or not isinstance(self.group, torch.distributed.ProcessGroup):
+            raise TypeError(
+                "partition_group must be a torch.distributed.ProcessGroup that this process belongs to, or None, "
+                f"got {self.group!r}"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedGroup:
         return self
@@ -41,7 +53,7 @@ class Agreement:
 
     def __init__(
         self,
-        parts: dict[tuple[str, ...], int],
+        parts: list[set[str]],
         part_of: list[int],
         groups: dict[str, ProcessGroup],
         partition_group: ProcessGroup | None,
@@ -52,20 +64,28 @@ class Agreement:
         self.verdict = torch.zeros(1 + self.parts, dtype=torch.float64, device=device)
         self._partition_group = partition_group
         self._sums: list[tuple[ProcessGroup, slice | Tensor]] = []
+        self._spreads: list[tuple[ProcessGroup, slice | Tensor]] = []
         for name, group in groups.items():
-            fields = [0, *(1 + part for names, part in parts.items() if name in names)]
-            whole = len(fields) == 1 + self.parts
-            self._sums.append((group, slice(None) if whole else torch.tensor(fields, device=device)))
+            for is_divided, reductions in ((True, self._sums), (False, self._spreads)):
+                fields = [1 + part for part, dividing in enumerate(parts) if (name in dividing) == is_divided]
+                if fields:
+                    is_all = len(fields) == len(parts)
+                    reductions.append(
+                        (group, slice(None) if is_all else torch.tensor([0, *fields], device=device))
+                    )
 
     def reach(self) -> None:
         """Makes ``verdict`` that of all processes together. All of them must call it."""
         verdict = self.verdict
         for group, fields in self._sums:
-            verdict[fields] = _added(verdict[fields], group)
+            verdict[fields] = _reduced(verdict[fields], torch.distributed.ReduceOp.SUM, group)
+        # Replicas have the same sum already. Processes that have no part of it, not even an empty one, have nothing.
+        for group, fields in self._spreads:
+            verdict[fields] = _reduced(verdict[fields], torch.distributed.ReduceOp.MAX, group)
         if self._partition_group is not None:
             # Processes of other parts of the model may divide theirs otherwise.
             whole = torch.stack((verdict[0], verdict[1:].sum()))
-            verdict.zero_()[:2] = _added(whole, self._partition_group)
+            verdict.zero_()[:2] = _reduced(whole, torch.distributed.ReduceOp.SUM, self._partition_group)
 
 
 def find_agreement(
@@ -73,44 +93,52 @@ def find_agreement(
 ) -> Agreement | None:
     """What the process that has these parameters must agree upon with others; None where it decides alone.
 
-    Every process of a mesh finds the same, whichever gradients and elements it has.
+    Every process finds the same parts, whichever gradients and elements it has.
 
     Args:
         params: All parameters of an optimizer.
         partition_group: The group over which the parameters of the model are partitioned, if they are.
         device: Where the verdict is needed.
     """
-    parts: dict[tuple[str, ...], int] = {}
+    places: dict[Any, int] = {}
+    parts: list[set[str]] = []
     groups: dict[str, ProcessGroup] = {}
     part_of = []
     for param in params:
-        dividing = []
-        for group, divides in _groups_of(param) if is_distributed(param) else ():
-            groups.setdefault(group.group_name, group)
-            if divides:
-                dividing.append(group.group_name)
-        part_of.append(parts.setdefault(tuple(dividing), len(parts)))
+        place = (param.device_mesh, _divided_dimensions(param)) if is_distributed(param) else None
+        if place not in places:
+            places[place] = len(parts)
+            along = [] if place is None else _groups_along(*place)
+            parts.append({group.group_name for group, is_divided in along if is_divided})
+            groups |= {group.group_name: group for group, _ in along}
+        part_of.append(places[place])
     if not groups and partition_group is None:
         return None
     return Agreement(parts, part_of, groups, partition_group, device)
 
 
-def _groups_of(param: Any) -> list[tuple[ProcessGroup, bool]]:
-    """The processes along each dimension of a ``DTensor``'s mesh, and whether it is divided over them."""
-    mesh = param.device_mesh
+def _divided_dimensions(param: DTensor) -> tuple[int, ...]:
+    """The dimensions of its mesh over which a tensor is divided."""
+    return tuple(
+        dimension for dimension, placement in enumerate(param.placements) if not placement.is_replicate()
+    )
+
+
+def _groups_along(mesh: DeviceMesh, divided: tuple[int, ...]) -> list[tuple[ProcessGroup, bool]]:
+    """The processes along each dimension of a mesh to which this one belongs, and whether that is a divided one."""
     if mesh.get_coordinate() is None:
         return []
     return [
-        (mesh.get_group(dimension), not placement.is_replicate())
-        for dimension, placement in enumerate(param.placements)
+        (mesh.get_group(dimension), dimension in divided)
+        for dimension in range(mesh.ndim)
         if mesh.size(dimension) > 1
     ]
 
 
-def _added(values: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over the group's processes, where ``values`` are; they may be lost."""
+def _reduced(values: Tensor, operation: Any, group: ProcessGroup) -> Tensor:
+    """The sum or maximum over the group's processes, where ``values`` are; they may be lost."""
     within_reach = values.to(_device_within_reach(group, values.device))
-    torch.distributed.all_reduce(within_reach, group=group)
+    torch.distributed.all_reduce(within_reach, operation, group)
     return within_reach.to(values.device)
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
 from .optimizer import FusedSGD
 from .plan import LOW_PRECISION, MASTER_PARAM, adopt_foreign_values
-from .sharding import local_part, placed_like
+from .sharding import is_distributed, local_part, placed_like
 
 
 def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
@@ -64,7 +65,11 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
 
     Source: ``Module.load_state_dict``; for the masters "Mixed Precision Training" (arXiv 1710.03740), section 3.1.
     """
-    with _in_full_precision(model, optimizer) as copies, _extra_states_kept(model):
+    with (
+        _shards_found_again(model),
+        _in_full_precision(model, optimizer) as copies,
+        _extra_states_kept(model),
+    ):
         model.load_state_dict(state)
     masters, optimizer_state = _masters_in_use(optimizer), optimizer.state
     with torch.no_grad():
@@ -153,6 +158,18 @@ def _extra_states_kept(model: nn.Module) -> Iterator[None]:
         for module, extra_state in saved:
             module.set_extra_state(extra_state)
         raise
+
+
+@contextmanager
+def _shards_found_again(model: nn.Module) -> Iterator[None]:
+    """Has FSDP2 take the modules' parameters for its shards again: it looks at them whenever they are loaded."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if any(param is not None and is_distributed(param) for param in module._parameters.values()):
+                for hook in module._load_state_dict_post_hooks.values():
+                    hook(module, _IncompatibleKeys([], []))
 
 
 def _masters_in_use(optimizer: FusedSGD) -> dict[Tensor, Tensor | None]:

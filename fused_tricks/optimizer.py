@@ -120,8 +120,8 @@ class FusedSGD(Optimizer):
         check_backend(backend)
         check_max_grad_norm(max_grad_norm)
         loss_scale = parse_loss_scale(loss_scale)
-        self._backend = backend
         self._partition = SharedGroup(partition_group)
+        self._backend = backend
         self._stepper: Stepper | None = None
         self._plan: Plan | None = None
         super().__init__(

@@ -24,7 +24,7 @@ import torch.distributed.tensor
 
 import backends  # noqa: F401  # here, so that each process finds it imported
 
-_PATIENCE = 100
+_PATIENCE = 300
 """Seconds until processes that wait for each other are given up."""
 
 
@@ -61,7 +61,8 @@ class _Processes:
 
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ranks"])
+        # FSDP2 imports torch._dynamo when it is first used.
+        context.set_forkserver_preload(["ranks", "torch._dynamo"])
         paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
         self._folder = tempfile.TemporaryDirectory()
         self._connections = []

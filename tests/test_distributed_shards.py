@@ -13,14 +13,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import BatchNorm1d, Linear, Parameter, Sequential
 
 import ranks
 from comparison import assert_all_same_bits, assert_same_bits
-from fused_tricks import DynamicLossScale, FusedSGD, agreement, cast_model
+from fused_tricks import (
+    DynamicLossScale,
+    FusedSGD,
+    agreement,
+    cast_model,
+    fp32_state_dict,
+    load_fp32_state_dict,
+)
 from fused_tricks import optimizer as optimizer_module
 from products import SHAPES, Products, Shapes, inputs_of, mean_of, with_overflow
 
@@ -176,6 +183,32 @@ def overflow_in_each_place() -> None:
 
 def test_an_overflow_anywhere_skips_the_step_everywhere():
     ranks.run(4, overflow_in_each_place)
+
+
+def step_beside_a_smaller_mesh() -> None:
+    """The last two of four processes have no part of the first parameter."""
+    meshes = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 1, 2, 3])
+    weights = [torch.ones(4, 3), torch.ones(5)]
+    grads = [torch.full((4, 3), 2.0), torch.full((5,), 4.0)]
+    params = [Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w, mesh in zip(weights, meshes)]
+    params.append(Parameter(torch.ones(1)))
+    optimizer = FusedSGD(params, lr=1.0, max_grad_norm=1.0)
+    for step in range(3):
+        for param, grad, mesh in zip(params, grads, meshes):
+            overflows = step == 1 and grad is grads[0]
+            param.grad = distribute_tensor(grad * torch.inf if overflows else grad, mesh, [Shard(0)])
+        params[2].grad = torch.ones(1)
+        optimizer.step()
+    stats = optimizer.stats()
+    assert (stats.applied_steps, stats.skipped_steps) == (2, 1)
+    assert stats.grad_norm == pytest.approx((12 * 4 + 5 * 16 + 1) ** 0.5)
+    clip = torch.tensor(1.0) / (torch.tensor(stats.grad_norm) + 1e-6)
+    assert_same_bits(params[1].full_tensor().detach(), torch.ones(5) - 4 * clip - 4 * clip)
+    assert_same_bits(params[2].detach(), torch.ones(1) - clip - clip)
+
+
+def test_processes_outside_a_mesh_clip_by_its_norm_too():
+    ranks.run(4, step_beside_a_smaller_mesh)
 
 
 def clip_random_gradients() -> tuple[float | None, ...]:
@@ -363,3 +396,29 @@ def test_an_agreement_is_sought_where_the_processes_can_communicate(monkeypatch)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
     assert agreement._device_within_reach(None, torch.device("cpu")) == torch.device("cuda", 3)
     assert agreement._device_within_reach(None, torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+
+def load_weights_in_training() -> None:
+    model, plain = Products(torch.float16), Products(torch.float16)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer, expected = (FusedSGD(m.parameters(), loss_scale=4.0, **OPTIONS) for m in (model, plain))
+    weights: dict[str, Tensor] = {}
+    for step in (1, 2, 4, 5):
+        if step == 4:
+            weights = {key: value + 1 for key, value in fp32_state_dict(model, optimizer).items()}
+            whole_weights = {key: whole(value) for key, value in weights.items()}
+            for of, state in ((optimizer, weights), (expected, whole_weights)):
+                network = model if of is optimizer else plain
+                with pytest.raises(RuntimeError, match="Unexpected"):
+                    load_fp32_state_dict(network, of, {**state, "other": state["weights.0"]})
+                load_fp32_state_dict(network, of, state)
+        optimizer.scale(model(inputs_in(step))).backward()
+        set_whole_gradients(expected, step, 4.0)
+        for of in (optimizer, expected):
+            of.step()
+            of.zero_grad()
+        assert_same_training(optimizer, expected)
+
+
+def test_full_precision_weights_are_exported_and_loaded_while_fsdp_trains():
+    ranks.run(2, load_weights_in_training)

@@ -217,3 +217,15 @@ def copy_with_a_group() -> None:
 
 def test_a_copy_decides_with_the_same_processes():
     ranks.run(2, copy_with_a_group)
+
+
+def refuse_what_is_no_group() -> None:
+    param = Parameter(torch.zeros(2))
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    for group in ("world", groups[1 - dist.get_rank()]):
+        with pytest.raises(TypeError, match="partition_group must be a .*ProcessGroup"):
+            FusedSGD([param], lr=1.0, partition_group=group)
+
+
+def test_a_group_is_one_that_the_process_belongs_to():
+    ranks.run(2, refuse_what_is_no_group)
