@@ -38,6 +38,7 @@ def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.2; ``Module.state_dict``.
     """
+    _check_types(model, optimizer)
     with _in_full_precision(model, optimizer):
         state: dict[str, Any] = model.state_dict()
     return state
@@ -65,6 +66,7 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
 
     Source: ``Module.load_state_dict``; for the masters "Mixed Precision Training" (arXiv 1710.03740), section 3.1.
     """
+    _check_types(model, optimizer)
     with (
         _shards_found_again(model),
         _in_full_precision(model, optimizer) as copies,
@@ -74,6 +76,9 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
     masters, optimizer_state = _masters_in_use(optimizer), optimizer.state
     with torch.no_grad():
         for tensor, value in copies.items():
+            # A buffer that is not in the checkpoint, which may be of memory that cannot be written.
+            if value._version == 0 and not isinstance(tensor, nn.Parameter):
+                continue
             if tensor in masters and tensor.dtype in LOW_PRECISION:
                 master = masters[tensor]
                 if master is None or (master.shape, master.dtype) != (value.shape, value.dtype):
@@ -86,6 +91,15 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
                 tensor.data = value.to(tensor.dtype)
 
 
+def _check_types(model: nn.Module, optimizer: FusedSGD) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, FusedSGD):
+        raise TypeError(
+            f"optimizer must be a FusedSGD, got {type(optimizer).__name__}: others have no masters"
+        )
+
+
 @contextmanager
 def _in_full_precision(model: nn.Module, optimizer: FusedSGD) -> Iterator[dict[Tensor, Tensor]]:
     """Has copies in full precision where modules have parameters and buffers, and yields them by the originals.
@@ -93,12 +107,6 @@ def _in_full_precision(model: nn.Module, optimizer: FusedSGD) -> Iterator[dict[T
     Giving the parameters themselves other data would cost them their autograd hooks, on which DistributedDataParallel
     relies.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(optimizer, FusedSGD):
-        raise TypeError(
-            f"optimizer must be a FusedSGD, got {type(optimizer).__name__}: others have no masters"
-        )
     # FSDP puts its shards where the modules' parameters are before it lists them.
     model.state_dict()
     if set(_parameters(optimizer)).isdisjoint(model.parameters()):

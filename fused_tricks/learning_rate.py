@@ -1,5 +1,7 @@
 """The linear scaling rule: a learning rate that grows with the global batch."""
 
+import math
+
 import torch.distributed
 
 from .arguments import integer, real
@@ -23,14 +25,23 @@ def scale_lr(base_lr: float, batch_size: int, base_batch_size: int = 256) -> flo
 
     Raises:
         TypeError: ``base_lr`` is not a real number, or a batch size is not an integer.
-        ValueError: ``base_lr`` is negative, infinite or NaN, or a batch size is below 1.
+        ValueError: ``base_lr`` is negative, infinite or NaN, a batch size is below 1, or the scaled rate is no
+            finite number.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1; the rule is
     from "Accurate, Large Minibatch SGD" (arXiv 1706.02677), section 2.1.
     """
     batch_size = integer("batch_size", batch_size, least=1)
     base_batch_size = integer("base_batch_size", base_batch_size, least=1)
-    return real("base_lr", base_lr, least=0) * (batch_size / base_batch_size)
+    try:
+        scaled = real("base_lr", base_lr, least=0) * (batch_size / base_batch_size)
+    except OverflowError:
+        scaled = math.inf
+    if scaled == math.inf:
+        raise ValueError(
+            f"batch_size={batch_size} is too many times base_batch_size={base_batch_size} for base_lr={base_lr}"
+        )
+    return scaled
 
 
 def global_batch_size(

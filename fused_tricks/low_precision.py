@@ -15,7 +15,9 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Keep = type | str | nn.Module
 
 # _NormBase is the base of every BatchNorm (SyncBatchNorm and the lazy ones too) and every InstanceNorm.
-_NORM_TYPES = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORM_TYPES = (
+    _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d,
+)  # fmt: skip
 
 # Their kernels take FP16 or BF16 input with FP32 weights and statistics; autocast relies on the same.
 _MIXED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -24,8 +26,9 @@ _MIXED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 def norm_layers(model: nn.Module) -> list[nn.Module]:
     """Returns the norm layers of ``model``: what `cast_model` keeps in FP32 when not told otherwise.
 
-    These are PyTorch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm and RMSNorm, with
-    subclasses and lazy ones, and any module that owns a ``running_var`` buffer (a frozen BatchNorm, say).
+    These are PyTorch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm, RMSNorm and its two local
+    response norms, with subclasses and lazy ones, and any module that owns a ``running_var`` buffer (a frozen
+    BatchNorm, say).
     """
     return [m for m in model.modules() if isinstance(m, _NORM_TYPES) or "running_var" in m._buffers]
 
@@ -42,7 +45,8 @@ def cast_model(
     modules become FP32. Parameters stay the objects they were, so an optimizer built before and tied weights
     still refer to them. Calling the model casts every floating-point tensor among its arguments to ``dtype``
     (FP64 ones too) and every floating-point tensor that it returns to ``output_dtype``, within tuples, named
-    tuples, lists, dicts and dataclasses.
+    tuples, lists, dicts and dataclasses. Containers in which nothing is cast are passed on as they are, so that
+    the model can write into them; of others it gets a copy.
 
     A kept module gets its input in FP32 and gives its output in ``dtype``; a BatchNorm, whose kernels take
     both precisions at once, reads and writes ``dtype`` directly. The casts are forward hooks: a method that
@@ -210,7 +214,7 @@ def _remove_casts(model: nn.Module) -> None:
 
 
 def _cast(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> Any:
-    """`value` with every floating-point tensor in `dtype`; containers are rebuilt, other things passed on.
+    """`value` with every floating-point tensor in `dtype`; containers are rebuilt where one of theirs is cast.
 
     `done` holds what was cast so far, by the original: a tensor that occurs several times stays one
     tensor, which is how attention knows self-attention.
@@ -221,6 +225,8 @@ def _cast(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> Any:
         if value not in done:
             done[value] = value.to(dtype)
         return done[value]
+    if not _needs_cast(value, dtype):
+        return value
     if isinstance(value, tuple):
         items = [_cast(item, dtype, done) for item in value]
         return value._make(items) if hasattr(value, "_make") else type(value)(items)
@@ -238,11 +244,25 @@ def _cast(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> Any:
         for key, item in value.items():
             mapping[key] = _cast(item, dtype, done)
         return mapping
+    rebuilt: Any = copy.copy(value)
+    for name in _field_names(value):
+        object.__setattr__(rebuilt, name, _cast(getattr(value, name), dtype, done))
+    return rebuilt
+
+
+def _needs_cast(value: Any, dtype: torch.dtype) -> bool:
+    """Whether there is a floating-point tensor of another type in `value`."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.dtype != dtype
+    if isinstance(value, tuple | list):
+        return any(_needs_cast(item, dtype) for item in value)
+    if isinstance(value, MutableMapping):
+        return any(_needs_cast(item, dtype) for item in value.values())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        rebuilt: Any = copy.copy(value)
-        for field in dataclasses.fields(value):
-            if not hasattr(value, field.name):  # with init=False, and not set yet
-                continue
-            object.__setattr__(rebuilt, field.name, _cast(getattr(value, field.name), dtype, done))
-        return rebuilt
-    return value
+        return any(_needs_cast(getattr(value, name), dtype) for name in _field_names(value))
+    return False
+
+
+def _field_names(value: Any) -> list[str]:
+    """Without those with init=False that are not set yet."""
+    return [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]

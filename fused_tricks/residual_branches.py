@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from .autograd_graph import AutogradGraph, is_leaf, kind
@@ -102,6 +104,8 @@ def _walk_back(graph: AutogradGraph, node: Node, scales: list[Node]) -> Node | N
             scales.extend(
                 leaf for factor in factors if not graph.is_data(factor) for leaf in graph.leaves(factor)
             )
+            if len(factors) == 1 and _is_masked(node):
+                return None
             if all(map(graph.is_data, factors)) and len(factors) == 2:
                 data = [x for x, gate in (factors, factors[::-1]) if _is_gate(graph, gate, x)]
         elif kind(node) == "Div":
@@ -114,6 +118,13 @@ def _walk_back(graph: AutogradGraph, node: Node, scales: list[Node]) -> Node | N
             return None
         node = data[0]
     return node
+
+
+def _is_masked(product: Node) -> bool:
+    """Whether the factor without history is of truth values, as the mask of a ReLU written by hand."""
+    is_first = product.next_functions[0][0] is None
+    constant = getattr(product, "_saved_self" if is_first else "_saved_other")
+    return isinstance(constant, Tensor) and constant.dtype == torch.bool
 
 
 def _is_gate(graph: AutogradGraph, node: Node, gated: Node) -> bool:

@@ -57,6 +57,8 @@ class WarmupCosineLR(LRScheduler):
     - ``group["lr"]`` is an FP64 tensor of no dimension for others to read: the rate of the next update, as of the last
       :meth:`step`. A checkpoint of the optimizer has the number.
     - The count is in the optimizer's state: a resumed run loads both, in any order.
+    - To set a rate by hand until the next :meth:`step`, assign a number to ``group["lr"]``. Writing into the tensor, as
+      torch's other schedulers do, changes only what it reads.
     - :attr:`last_epoch`, :meth:`get_lr`, :meth:`get_last_lr` and :meth:`state_dict` synchronise.
     - It can be no part of ``SequentialLR``.
 
@@ -108,6 +110,7 @@ class WarmupCosineLR(LRScheduler):
         )
         if count not in ("calls", "applied"):
             raise ValueError(f"count must be 'calls' or 'applied', got {count!r}")
+        self._resumes_at: int | None = None
         self._applied = AppliedUpdates(optimizer, self.curve) if count == "applied" else None
         _separate_default_rate(optimizer)
         super().__init__(optimizer)
@@ -120,6 +123,11 @@ class WarmupCosineLR(LRScheduler):
 
     @last_epoch.setter
     def last_epoch(self, t: int) -> None:
+        if self._applied is not None and hasattr(self, "_step_count"):
+            raise RuntimeError(
+                "last_epoch cannot be set with count='applied', and such a schedule be no part of SequentialLR; use "
+                "step(t), or count='calls'"
+            )
         self._calls = t
 
     def _go_to(self, t: int) -> None:
@@ -152,6 +160,7 @@ class WarmupCosineLR(LRScheduler):
         Raises:
             TypeError, ValueError: ``epoch`` is not an integer, or negative.
         """
+        self._resumes_at = None
         self._update_lr(epoch)
         self._step_count += 1
 
@@ -207,6 +216,8 @@ class WarmupCosineLR(LRScheduler):
         def after_load(optimizer: Optimizer) -> None:
             schedule = schedule_ref()
             if schedule is not None:
+                if schedule._resumes_at is not None:
+                    schedule._go_to(schedule._resumes_at)
                 schedule._write_rates()
 
         # There is no hook for this one; the base class replaces `step` in the same way.
@@ -215,6 +226,7 @@ class WarmupCosineLR(LRScheduler):
 
     def _enter(self, group: dict[str, Any]) -> None:
         _separate_default_rate(self.optimizer)
+        _separate_late_rate(group, self.optimizer.param_groups)
         if self._applied is not None:
             self._write_rates()
         elif not self._waits:
@@ -265,6 +277,8 @@ class WarmupCosineLR(LRScheduler):
             )
         if self._applied is None or origin is None:
             self._go_to(last_epoch)
+            # The optimizer's counter may be loaded after this.
+            self._resumes_at = None if self._applied is None else last_epoch
         else:
             self._applied.origin = origin
         self._step_count = last_epoch + 1
@@ -294,6 +308,15 @@ def _separate_default_rate(optimizer: Optimizer) -> None:
     """Keeps writes to groups out of the default that later groups get: torch hands the same tensor to all of them."""
     if isinstance(optimizer.defaults.get("lr"), Tensor):
         optimizer.defaults["lr"] = optimizer.defaults["lr"].clone()
+
+
+def _separate_late_rate(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Gives a late group a tensor of its own where it came with that of another, which is scheduled already."""
+    for other in groups:
+        if other is not group and isinstance(group["lr"], Tensor) and other["lr"] is group["lr"]:
+            group["lr"] = group["lr"].clone()
+            group["initial_lr"] = _copy(other["initial_lr"])
+            return
 
 
 def _copy(rate: float | Tensor) -> float | Tensor:

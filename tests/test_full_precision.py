@@ -429,3 +429,16 @@ def test_a_state_that_is_no_mapping_is_refused():
     model = nn.Linear(2, 2).half()
     with pytest.raises(TypeError, match="state_dict to be dict-like"):
         load_fp32_state_dict(model, FusedSGD(model.parameters(), lr=0.1), [torch.ones(2)])
+
+
+def test_a_buffer_that_is_not_in_the_checkpoint_is_not_written() -> None:
+    class Mask(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.ones(1).expand(4), persistent=False)
+
+    model = cast_model(nn.Sequential(nn.Linear(3, 3), Mask()), torch.float16)
+    optimizer = FusedSGD(model.parameters(), lr=0.1)
+    state = {key: torch.full_like(value, 7.0) for key, value in fp32_state_dict(model, optimizer).items()}
+    load_fp32_state_dict(model, optimizer, state)
+    assert (model[0].weight == 7).all() and (model[1].mask == 1).all()

@@ -91,3 +91,9 @@ def test_a_part_that_is_no_positive_integer_is_refused(
 ) -> None:
     with pytest.raises(error, match=f"^{name} "):
         global_batch_size(**{"per_device_batch_size": 32, name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arguments", [(1e308, 10**6), (0.1, 10**400), (10**400, 256)])
+def test_a_rate_beyond_all_numbers_is_refused(arguments: tuple[float, int]) -> None:
+    with pytest.raises(ValueError, match="base_lr"):
+        scale_lr(*arguments)

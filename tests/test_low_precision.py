@@ -139,7 +139,7 @@ def test_norm_layers_are_torch_norms_subclasses_and_whatever_has_running_statist
             self.register_buffer("running_var", torch.ones(4))
 
     model = nn.Sequential(OwnNorm(4), nn.SyncBatchNorm(4), Frozen(), nn.LocalResponseNorm(2), nn.Linear(4, 4))
-    assert norm_layers(model) == [model[0], model[1], model[2]]
+    assert norm_layers(model) == list(model)[:-1]
 
 
 @both_dtypes

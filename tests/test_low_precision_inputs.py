@@ -122,6 +122,22 @@ def test_the_callers_containers_are_left_alone() -> None:
     assert batch["image"].dtype == batch["more"][0].dtype == FP32
 
 
+def test_the_model_can_write_into_containers_in_which_nothing_is_cast() -> None:
+    class Recorder(nn.Module):
+        def forward(
+            self, x: Tensor, features: dict[str, Tensor], calls: list[int], state: Unfinished
+        ) -> Tensor:
+            features["x"] = state.label = x
+            calls.append(8)
+            return x
+
+    features: dict[str, Tensor] = {}
+    calls, state = [7], Unfinished(torch.ones(2, dtype=BF16))
+    cast_model(Recorder(), BF16)(torch.ones(2), features, calls, state)
+    assert features["x"] is state.label
+    assert calls == [7, 8]
+
+
 @pytest.mark.parametrize(
     "output_dtype, expected", [(FP32, FP32), (None, FP16), (torch.float64, torch.float64)]
 )

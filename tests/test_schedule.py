@@ -131,6 +131,15 @@ def test_a_late_group_is_scheduled_at_once_from_its_own_rate(cls: Any, kind: Any
     ]
 
 
+def test_a_late_group_with_the_tensor_of_another_has_its_base_rate_and_a_tensor_of_its_own() -> None:
+    rate = torch.tensor(1.0)
+    optimizer = torch.optim.SGD([parameter()], lr=rate)
+    schedule = WarmupCosineLR(optimizer, 7, 4)
+    schedule.step()
+    optimizer.add_param_group({"params": parameter(), "lr": optimizer.param_groups[0]["lr"]})
+    assert run(optimizer, schedule, 2) == [[0.5, 0.5], [0.75, 0.75]]
+
+
 def test_a_group_that_no_method_added_is_scheduled_from_the_next_step() -> None:
     optimizer = two_groups()
     schedule = WarmupCosineLR(optimizer, 7, 4)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.lr_scheduler import ConstantLR, SequentialLR
 
 from comparison import assert_same_bits
 from fused_tricks import FusedSGD, WarmupCosineLR
@@ -281,3 +282,31 @@ def test_restarts_without_end_have_no_table() -> None:
 def test_an_unknown_count_is_refused() -> None:
     with pytest.raises(ValueError, match="count must be 'calls' or 'applied', got 'steps'"):
         WarmupCosineLR(FusedSGD([Parameter(torch.zeros(2))]), 3, count="steps")
+
+
+def test_it_can_be_no_part_of_a_sequence() -> None:
+    optimizer = FusedSGD([Parameter(torch.zeros(2))], lr=1.0)
+    schedule = WarmupCosineLR(optimizer, 8, 4, count="applied")
+    with pytest.raises(RuntimeError, match="no part of SequentialLR"):
+        SequentialLR(optimizer, [ConstantLR(optimizer, 0.5, 9), schedule], [3])
+
+
+@pytest.mark.parametrize("order", ["optimizer first", "schedule first"])
+def test_a_state_that_counted_calls_and_its_optimizer_load_in_any_order(order: str) -> None:
+    params = parameters(torch.device("cpu"), torch.float32)
+    by_calls = FusedSGD(params, lr=0.1)
+    calls = WarmupCosineLR(by_calls, **CURVE)
+    for step in range(4):
+        give_gradients(params, step)
+        by_calls.step()
+        calls.step()
+    optimizer = FusedSGD(params, lr=0.1)
+    schedule = WarmupCosineLR(optimizer, **CURVE, count="applied")
+    if order == "optimizer first":
+        optimizer.load_state_dict(by_calls.state_dict())
+    with pytest.warns(UserWarning, match="count was"):
+        schedule.load_state_dict(calls.state_dict())
+    if order == "schedule first":
+        optimizer.load_state_dict(by_calls.state_dict())
+    assert schedule.last_epoch == 4
+    assert schedule.get_last_lr() == [0.1 * FACTORS[4]]

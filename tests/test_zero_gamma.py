@@ -163,6 +163,7 @@ NOTHING: dict[str, Forward] = {
     "norm before a SiLU": lambda block, x: x + F.silu(block.long(x)),
     "norm before a clamp": lambda block, x: x + block.long(x).clamp(min=0),
     "norm before a written-out SiLU": lambda block, x: x + (lambda y: y * torch.sigmoid(y))(block.long(x)),
+    "norm before a ReLU by its mask": lambda block, x: x + (lambda y: y * (y > 0))(block.long(x)),
     "norm squared": lambda block, x: x + (lambda y: y * y)(block.long(x)),
     "norm times its ReLU": lambda block, x: x + (lambda y: y * F.relu(y))(block.long(x)),
     "gate that can be zero": lambda block, x: x + (lambda y: y * F.relu(block.excite[:2](y)))(block.long(x)),
