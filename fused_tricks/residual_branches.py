@@ -121,10 +121,13 @@ def _walk_back(graph: AutogradGraph, node: Node, scales: list[Node]) -> Node | N
 
 
 def _is_masked(product: Node) -> bool:
-    """Whether the factor without history is of truth values, as the mask of a ReLU written by hand."""
+    """Whether the factor without history is a truth value for each element, as the mask of a ReLU written by hand."""
     is_first = product.next_functions[0][0] is None
     constant = getattr(product, "_saved_self" if is_first else "_saved_other")
-    return isinstance(constant, Tensor) and constant.dtype == torch.bool
+    if not isinstance(constant, Tensor) or constant.dtype != torch.bool:
+        return False
+    (output,) = product._input_metadata
+    return [*constant.shape] == [*output.shape]
 
 
 def _is_gate(graph: AutogradGraph, node: Node, gated: Node) -> bool:
