@@ -325,7 +325,8 @@ def main(arguments: Sequence[str]) -> None:
     """Trains what is missing, and writes ablation.json, ablation.md and ablation.png."""
     options, setting, images = parse(arguments)
     gpu.use(setting.device)
-    torch.backends.cudnn.deterministic = True
+    if gpu.is_gpu(setting.device):
+        torch.backends.cudnn.deterministic = True
     record = machine.describe("benchmarks.ablation", arguments, setting.device)
     log = open_log(options.output / "ablation.jsonl", options, setting, record)
     outcomes = train_all({row.name: (row, setting) for row in ROWS}, images, range(options.seeds), log)

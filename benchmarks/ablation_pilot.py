@@ -58,7 +58,8 @@ def main(arguments: Sequence[str]) -> None:
     """Trains what is missing, and writes ablation_pilot.json and ablation_pilot.md."""
     options, setting, images = ablation.parse(arguments)
     gpu.use(setting.device)
-    torch.backends.cudnn.deterministic = True
+    if gpu.is_gpu(setting.device):
+        torch.backends.cudnn.deterministic = True
     record = machine.describe("benchmarks.ablation_pilot", arguments, setting.device)
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     log = ablation.open_log(options.output / "ablation_pilot.jsonl", options, setting, record)

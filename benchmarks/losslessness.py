@@ -269,7 +269,8 @@ def main(arguments: Sequence[str]) -> None:
     options, images = parse(arguments)
     device, dtype = ablation_options.device_and_dtype(options)
     gpu.use(device)
-    torch.backends.cudnn.deterministic = True
+    if gpu.is_gpu(device):
+        torch.backends.cudnn.deterministic = True
     steps = options.epochs * (len(images.train) // options.batch_size)  # type: ignore[arg-type]
     precisions = {}
     for precision in (torch.float32, dtype):
