@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,13 +27,14 @@ from benchmarks.ablation_recipe import ROWS, Outcome, Recipe, Setting, train_onc
 from benchmarks.train import positive
 
 CONFIDENCE = 0.95
-# In its section 3.3, of ResNet-50 on ImageNet, batch 256 → 1024.
+# Top-1 accuracy in % of its Table 4: ResNet-50 on ImageNet, batch 256 for the first row and 1024 for the others.
 IN_THE_PAPER = {
-    "+ linear scaling": "0.9 points below the small batch",
-    "+ warm-up": "one of three that together close the gap",
-    "+ zero γ": "one of three that together close the gap",
-    "+ no bias decay": "one of three that together close the gap",
-    "+ low precision": "does not affect accuracy",
+    "small batch": 75.87,
+    "+ linear scaling": 75.17,
+    "+ warm-up": 75.93,
+    "+ zero γ": 76.37,
+    "+ no bias decay": 76.03,
+    "+ low precision": 76.21,
 }
 
 
@@ -195,7 +195,7 @@ def markdown(result: dict[str, Any]) -> str:
         "to the small batch, points",
         "test loss",
         "to the row before",
-        "in the paper",
+        "the paper's top-1 %",
     ]
     lines = []
     for place, (name, row) in enumerate(result["rows"].items()):
@@ -211,7 +211,7 @@ def markdown(result: dict[str, Any]) -> str:
                 _change(row, "accuracy", "to_first_row").text(100, 2) if place else "",
                 f"{loss['mean']:.3f} ± {loss['std']:.3f}",
                 _change(row, "loss", "to_row_before").text(1, 3) if place else "",
-                IN_THE_PAPER.get(name, ""),
+                _in_the_paper(name),
             ]
         )
     explanation = (
@@ -231,13 +231,23 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
+def _in_the_paper(name: str) -> str:
+    """The accuracy of a row in the paper's table, and in brackets the change to the row before that it has there."""
+    if name not in IN_THE_PAPER:
+        return "–"
+    rows = list(IN_THE_PAPER)
+    place = rows.index(name)
+    change = IN_THE_PAPER[name] - IN_THE_PAPER[rows[place - 1]]
+    return f"{IN_THE_PAPER[name]:.2f}" + (f" ({change:+.2f})" if place else "")
+
+
 def picture(result: dict[str, Any], path: Path) -> None:
     """Test error and loss of every row with its seeds, and the change that each row brings."""
     rows = result["rows"]
     figure, panels = pyplot.subplot_mosaic(
         [["error", "error change", "loss", "loss change", "paper"]],
         figsize=(16.5, 5.8),
-        width_ratios=[1, 1, 1, 1, 0.62],
+        width_ratios=[1, 1, 1, 1, 0.45],
         layout="constrained",
     )
     for what, title, decimals, linear in (
@@ -268,12 +278,11 @@ def picture(result: dict[str, Any], path: Path) -> None:
         changes_panel.set_xticks([-10 * linear, -linear, 0, linear, 10 * linear])
         changes_panel.xaxis.set_major_formatter("{x:+g}")
         changes_panel.margins(x=0.15)
-    report.dress(panels["paper"], "In the paper", "")
+    report.dress(panels["paper"], "The paper's (%)", "")
     panels["paper"].spines[:].set_visible(False)
     panels["paper"].set_xticks([])
     for place, name in enumerate(rows):
-        text = textwrap.fill(IN_THE_PAPER.get(name, "–"), 24)
-        panels["paper"].text(0, place, text, va="center", fontsize=9)
+        panels["paper"].text(0, place, _in_the_paper(name), va="center", fontsize=9)
     for name, panel in panels.items():
         panel.set_yticks(range(len(rows)), list(rows) if name == "error" else [""] * len(rows))
         panel.set_ylim(len(rows) - 0.5, -0.5)

@@ -95,6 +95,7 @@ class Measurement:
         host: the samples of steps over 161 parameters of one element, back to back.
         host_alternating: the same where every step has new gradients and follows another contestant's.
         works: what each contestant does.
+        peaks: bytes of memory of each contestant.
         moved: bytes that each of ours and the plain loops read and write.
         parameters: the chosen ones, as `cast_model` leaves them.
         backend: of the contestant called `OURS`.
@@ -105,6 +106,7 @@ class Measurement:
     host: dict[str, list[Section]]
     host_alternating: dict[str, list[Section]]
     works: dict[str, Work]
+    peaks: dict[str, int]
     moved: dict[str, int]
     parameters: Sequence[Tensor]
     backend: str
@@ -131,7 +133,9 @@ def measure(options: argparse.Namespace) -> Measurement:
         head_start=True,
     )
     works = {entry.contestant.name: entry.work for entry in entries}
-    del entries, candidates
+    taking_part = [candidate for candidate in candidates if candidate.name in works]
+    del entries
+    peaks = {candidate.name: step_lineup.peak_bytes(candidate, device) for candidate in taking_part}
 
     candidates = step_lineup.of_tiny_parameters(TINY_SET, dtype, device, backends)
     entries, out_of_host = step_lineup.assemble(candidates, device)
@@ -147,6 +151,7 @@ def measure(options: argparse.Namespace) -> Measurement:
         host=host,
         host_alternating=host_alternating,
         works=works,
+        peaks=peaks,
         moved={**ours, **moved},
         parameters=parameters,
         backend=backends[0],
@@ -208,6 +213,7 @@ def summarise(options: argparse.Namespace, arguments: Sequence[str], found: Meas
                 "ours_is_faster_by": asdict(ratios(step[name], step[OURS])),
                 "rounds_that_waited_for_the_host": sum(section.waited for section in found.step[name]),
                 "bytes": work.traffic(found.parameters),
+                "peak_memory_bytes": found.peaks[name],
                 "work": asdict(work),
             }
             for name, work in found.works.items()
@@ -258,6 +264,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{row['work']['low_bytes']:g}",
             f"{row['work']['fp32_bytes']:g}",
             f"{row['bytes'] / 1e6:,.1f}",
+            f"{row['peak_memory_bytes'] / 1e6:,.1f}",
             row["work"]["keeps"],
             row["work"]["overflow"],
         ]
@@ -267,7 +274,8 @@ def markdown(result: dict[str, Any]) -> str:
         "what a step does",
         "bytes, 16-bit element",
         "bytes, FP32 element",
-        "MB",
+        "MB moved",
+        "peak memory, MB",
         "keeps",
         "unscales and skips",
     ]

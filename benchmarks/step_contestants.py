@@ -69,10 +69,17 @@ CAST_WORK = Work("FP32 weights, 16-bit copies, FP32 momentum", 44, 32, FUSED_WOR
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant of the step benchmark and what it does."""
+    """A contestant of the step benchmark.
+
+    Attributes:
+        contestant: the step, and what gives it new gradients.
+        work: what the step does.
+        kept_bytes: of the gradients that are kept to be given again, which training would not have.
+    """
 
     contestant: Contestant
     work: Work
+    kept_bytes: int
 
 
 def give_gradients(parameters: Sequence[Tensor], *, in_place: bool = False) -> Callable[[], None]:
@@ -100,11 +107,27 @@ def give_gradients(parameters: Sequence[Tensor], *, in_place: bool = False) -> C
     return copy if in_place else renew
 
 
-def contestant(
-    name: str, step: Callable[[], object], renew: Callable[[], None], *, graph: bool
-) -> Contestant:
-    """The step as a contestant: called each time, or captured in a CUDA graph once and replayed."""
-    return Contestant(name, gpu.capture(step) if graph else step, renew)
+def entry(
+    name: str,
+    step: Callable[[], object],
+    parameters: Iterable[Tensor],
+    renew: Callable[[], None],
+    work: Work,
+    *,
+    graph: bool = False,
+) -> Entry:
+    """The step as a contestant: called each time, or captured in a CUDA graph once and replayed.
+
+    Args:
+        name: of the contestant.
+        step: the work that is timed.
+        parameters: that it updates.
+        renew: what `give_gradients` returned for them.
+        work: what the step does.
+        graph: replay the step as a CUDA graph.
+    """
+    contestant = Contestant(name, gpu.capture(step) if graph else step, renew)
+    return Entry(contestant, work, sum(parameter.nbytes for parameter in parameters))
 
 
 def ours(
@@ -124,7 +147,7 @@ def ours(
     )
     optimizer.scale(torch.ones((), device=device))
     renew = give_gradients(parameters, in_place=graph)
-    return Entry(contestant(name, optimizer.step, renew, graph=graph), OUR_WORK)
+    return entry(name, optimizer.step, parameters, renew, OUR_WORK, graph=graph)
 
 
 def grad_scaler(
@@ -161,7 +184,7 @@ def grad_scaler(
         scaler.step(optimizer)
         scaler.update()
 
-    return Entry(contestant(name, step, renew, graph=graph), work)
+    return entry(name, step, parameters, renew, work, graph=graph)
 
 
 def casts_in_place(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fused_tricks
-from benchmarks import gpu, parameter_sets, step_peers
+from benchmarks import gpu, memory, parameter_sets, step_peers
 from benchmarks.step_contestants import (
     CAST_WORK,
     FOR_LOOP,
@@ -136,6 +136,23 @@ def assemble(candidates: Iterable[Candidate], device: torch.device) -> tuple[lis
         else:
             entries.append(entry)
     return entries, left_out
+
+
+def peak_bytes(candidate: Candidate, device: torch.device) -> int:
+    """The most bytes that the tensors of a contestant held at once: weights, gradients, state, and what a step makes.
+
+    Counted from its construction to the end of its second step.
+    """
+    kept = 0
+
+    def two_steps() -> None:
+        nonlocal kept
+        entry = candidate.build()
+        kept = entry.kept_bytes
+        entry.contestant.run()
+        entry.contestant.run()
+
+    return memory.peak_bytes(two_steps, device) - kept
 
 
 def _ours(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_tricks
-from benchmarks.step_contestants import HYPERPARAMETERS, Entry, Work, contestant, give_gradients, grad_scaler
+from benchmarks.step_contestants import HYPERPARAMETERS, Entry, Work, entry, give_gradients, grad_scaler
 
 APEX = "Apex FusedSGD"
 APEX_MASTERS = "Apex kernels, with masters"
@@ -90,7 +90,7 @@ def apex_masters(name: str, module: nn.Module, dtype: torch.dtype, device: torch
             )
         is_first = False
 
-    return Entry(contestant(name, step, give_gradients(parameters), graph=False), APEX_MASTERS_WORK)
+    return entry(name, step, parameters, give_gradients(parameters), APEX_MASTERS_WORK)
 
 
 def flashoptim(
@@ -113,4 +113,4 @@ def flashoptim(
     optimizer = make(
         [{"params": group} for group in by_dtype if group], **HYPERPARAMETERS, master_weight_bits=bits
     )
-    return Entry(contestant(name, optimizer.step, give_gradients(parameters), graph=False), work)
+    return entry(name, optimizer.step, parameters, give_gradients(parameters), work)

@@ -45,6 +45,7 @@ class Point:
         speed: how much longer than ours each takes, round by round.
         bytes: that our step reads and writes.
         limit_ms: the time of these bytes at the copy loop's bandwidth.
+        peak_memory_bytes: by contestant; of networks only.
         left_out: who could not take part, and why.
     """
 
@@ -56,6 +57,7 @@ class Point:
     speed: dict[str, Spread]
     bytes: int
     limit_ms: float
+    peak_memory_bytes: dict[str, int]
     left_out: dict[str, str]
 
 
@@ -79,7 +81,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(name: str, options: argparse.Namespace, copy: Contestant, copied: int) -> Point:
+def measure(
+    name: str, options: argparse.Namespace, copy: Contestant, copied: int, *, with_memory: bool
+) -> Point:
     """Times everybody on one set of parameters.
 
     Args:
@@ -87,6 +91,7 @@ def measure(name: str, options: argparse.Namespace, copy: Contestant, copied: in
         options: the command line.
         copy: the copy loop, which takes its turn.
         copied: bytes that it reads and writes.
+        with_memory: find the peak memory as well, which takes long where there are many tensors.
     """
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     backends, unusable = step_lineup.usable_backends(device)
@@ -100,6 +105,12 @@ def measure(name: str, options: argparse.Namespace, copy: Contestant, copied: in
     sections = interleave(contestants, rounds=rounds, warmup=1, device=device, between=evict, head_start=True)
     times = {who: [section.device for section in found] for who, found in sections.items()}
 
+    del entries, contestants
+    peaks = {
+        candidate.name: step_lineup.peak_bytes(candidate, device)
+        for candidate in candidates
+        if with_memory and candidate.name in times
+    }
     parameters = list(fused_tricks.cast_model(parameter_sets.build(name), dtype).parameters())
     moved = OUR_WORK.traffic(parameters)
     copy_times = times.pop(COPY)
@@ -112,6 +123,7 @@ def measure(name: str, options: argparse.Namespace, copy: Contestant, copied: in
         {who: ratios(found, times[OURS]) for who, found in times.items()},
         moved,
         Spread.of(copy_times).median * moved / copied * 1e3,
+        peaks,
         {**unusable, **left_out},
     )
 
@@ -131,7 +143,7 @@ def sweeps(options: argparse.Namespace) -> dict[str, list[Point]]:
         ],
     }
     return {
-        kind: [measure(name, options, copy, moved[COPY]) for name in of_kind]
+        kind: [measure(name, options, copy, moved[COPY], with_memory=kind == "models") for name in of_kind]
         for kind, of_kind in names.items()
     }
 
@@ -191,6 +203,12 @@ def markdown(result: dict[str, Any]) -> str:
             "Time of the others / ours, our bytes an element, and limit / our time (our share of the copy bandwidth):",
             report.table([*columns, *others, "bytes", "share"], shares),
         ]
+        if kind == "models":
+            peaks = [
+                [*start, *(_megabytes(point["peak_memory_bytes"], name) for name in names)]
+                for start, point in zip(head, points)
+            ]
+            parts += ["Peak memory, MB:", report.table([*columns, *names], peaks)]
     left_out = {
         name: reason
         for points in result["sweeps"].values()
@@ -204,6 +222,10 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _text(spreads: dict[str, Any], name: str, decimals: int) -> str:
     return Spread(**spreads[name]).text(decimals) if name in spreads else "–"
+
+
+def _megabytes(sizes: dict[str, int], name: str) -> str:
+    return f"{sizes[name] / 1e6:,.1f}" if name in sizes else "–"
 
 
 def picture(result: dict[str, Any], path: Path) -> None:

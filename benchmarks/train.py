@@ -30,6 +30,7 @@ from benchmarks.harness import Clock, Section, Spread, ratios
 from benchmarks.train_contestants import Recipe, Trainer
 
 WARMUP_STEPS = 5
+MEMORY_STEPS = 4
 BASELINE = "torch.amp, fused"
 
 
@@ -200,7 +201,10 @@ def measure_memory(
     shape = (options.batch_size, 3, options.image_size, options.image_size)
     for _ in tqdm(range(options.seeds), desc="peak memory", leave=False):
         for name, record in records.items():
-            record.peaks.append(memory.peak_bytes(name, build_model, recipe, shape))
+            training = functools.partial(
+                train_contestants.train_from_scratch, name, build_model, recipe, shape, MEMORY_STEPS
+            )
+            record.peaks.append(memory.peak_bytes(training, recipe.device))
 
 
 def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -139,3 +140,28 @@ def build(name: str, model: nn.Module, recipe: Recipe) -> Trainer:
     if recipe.compile_mode is not None:
         trainer.model.compile(mode=recipe.compile_mode)
     return trainer
+
+
+def train_from_scratch(
+    name: str,
+    build_model: Callable[[], nn.Module],
+    recipe: Recipe,
+    images: tuple[int, ...],
+    steps: int,
+) -> None:
+    """Makes a contestant and trains it for some steps on random images.
+
+    Args:
+        name: one of `NAMES`.
+        build_model: makes the model.
+        recipe: how to train.
+        images: the shape of a batch, (n, 3, height, width).
+        steps: how many.
+    """
+    model = build_model().to(recipe.device).to(memory_format=torch.channels_last)
+    trainer = build(name, model, recipe)
+    batch = torch.randn(images).to(recipe.device, memory_format=torch.channels_last)
+    labels = torch.zeros(images[0], dtype=torch.int64, device=recipe.device)
+    for _ in range(steps):
+        trainer.backward(trainer.forward(batch, labels))
+        trainer.update()

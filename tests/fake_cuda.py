@@ -65,6 +65,9 @@ class FakeCuda:
             "current_stream": lambda: stream,
             "stream": lambda stream: contextlib.nullcontext(),
             "get_device_properties": lambda device: properties,
+            "memory_allocated": lambda device: 0,
+            "max_memory_allocated": lambda device: 2**30,
+            "reset_peak_memory_stats": lambda device: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(gpu, "is_gpu", lambda device: True)

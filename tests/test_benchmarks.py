@@ -122,6 +122,7 @@ def test_step_reports_every_contestant(stepped: Path) -> None:
     assert set(result["bandwidth"]) == {OURS, COPY, SCALE}
     assert set(result["host"]) == {FUSED, OURS}
     assert not result["left_out"]
+    assert all(row["peak_memory_bytes"] > 0 for row in result["contestants"].values())
     page = (stepped / "step.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in page for name in names)
     assert (stepped / "step.png").read_bytes().startswith(PNG)
@@ -144,6 +145,7 @@ def test_step_sizes_reports_every_set_and_its_limit(tmp_path: Path) -> None:
         assert set(point["ms"]) == {FOR_LOOP, FOREACH, FUSED, FUSED_CASTS, FUSED_NEW_CASTS, OURS}
         assert point["limit_ms"] > 0
     assert points[1]["bytes"] == 22 * 100
+    assert set(points[0]["peak_memory_bytes"]) == set(points[0]["ms"])
     page = (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
     assert all(f"| {point['name']} |" in page for point in points)
     assert (tmp_path / "step_sizes.png").read_bytes().startswith(PNG)
@@ -204,6 +206,16 @@ def test_the_bytes_stated_of_torch_amp_are_those_of_its_operations(name: str) ->
     with CountedBytes() as counted:
         entry.contestant.run()
     assert round(counted.bytes / 100_000, 1) == entry.work.low_bytes
+
+
+@pytest.mark.parametrize(("name", "bytes_an_element"), [(FOR_LOOP, 16), (FOREACH, 16), (FUSED, 12)])
+def test_peak_memory_is_of_weights_gradients_state_and_temporary_tensors(
+    name: str, bytes_an_element: int
+) -> None:
+    candidates = step_lineup.of_a_model("synthetic:1:100000", torch.float16, torch.device("cpu"), ["cpu"])
+    (candidate,) = (candidate for candidate in candidates if candidate.name == name)
+    peak = step_lineup.peak_bytes(candidate, torch.device("cpu"))
+    assert round(peak / 100_000, 2) == bytes_an_element
 
 
 def test_every_torch_contestant_gets_the_same_gradients_each_round() -> None:
