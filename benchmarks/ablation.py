@@ -247,7 +247,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     figure, panels = pyplot.subplot_mosaic(
         [["error", "error change", "loss", "loss change", "paper"]],
         figsize=(16.5, 5.8),
-        width_ratios=[1, 1, 1, 1, 0.45],
+        width_ratios=[1, 1, 1, 1, 0.4],
         layout="constrained",
     )
     for what, title, decimals, linear in (
@@ -278,7 +278,8 @@ def picture(result: dict[str, Any], path: Path) -> None:
         changes_panel.set_xticks([-10 * linear, -linear, 0, linear, 10 * linear])
         changes_panel.xaxis.set_major_formatter("{x:+g}")
         changes_panel.margins(x=0.15)
-    report.dress(panels["paper"], "The paper's (%)", "")
+    report.dress(panels["paper"], "In the paper", "")
+    panels["paper"].set_xlabel("top-1 in %", color="#555555")
     panels["paper"].spines[:].set_visible(False)
     panels["paper"].set_xticks([])
     for place, name in enumerate(rows):
