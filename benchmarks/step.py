@@ -134,8 +134,7 @@ def measure(options: argparse.Namespace) -> Measurement:
     )
     works = {entry.contestant.name: entry.work for entry in entries}
     taking_part = [candidate for candidate in candidates if candidate.name in works]
-    del entries
-    peaks = {candidate.name: step_lineup.peak_bytes(candidate, device) for candidate in taking_part}
+    del entries, candidates
 
     candidates = step_lineup.of_tiny_parameters(TINY_SET, dtype, device, backends)
     entries, out_of_host = step_lineup.assemble(candidates, device)
@@ -143,6 +142,7 @@ def measure(options: argparse.Namespace) -> Measurement:
     host = interleave(contestants, rounds=options.host_rounds, warmup=5, device=device, repeats=HOST_REPEATS)
     host_alternating = interleave(contestants, rounds=options.host_rounds, warmup=20, device=device)
 
+    peaks = {candidate.name: step_lineup.peak_bytes(candidate, device) for candidate in taking_part}
     cast = fused_tricks.cast_model(parameter_sets.build(options.parameters), dtype)
     parameters = list(cast.parameters())
     ours = {name: work.traffic(parameters) for name, work in works.items() if name.startswith(OURS)}
