@@ -82,9 +82,13 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def compare(name: str) -> Comparison:
-    """Runs the network in FP32, under autocast and, last, cast."""
+    """Builds the network of that name and compares."""
     torch.manual_seed(0)
-    model, images = build(name)
+    return compare_model(name, *build(name))
+
+
+def compare_model(name: str, model: nn.Module, images: Tensor) -> Comparison:
+    """Runs a network in FP32, under autocast and, last, cast."""
     model.eval()
     expected = _run(model, images)
     autocast = _errors(_run(model, images, autocast=True), expected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +22,7 @@ from .checkpoint import COUNTERS, SCALE_KEYS, import_state, is_asked_for_state
 from .hyper_parameters import check_group, check_max_grad_norm, check_numbers
 from .loss_scale import DynamicLossScale, check_count, parse_loss_scale
 from .plan import MOMENTUM_BUFFER, Plan, build_plan, named_parameters
-from .sharding import local_part
+from .sharding import check_flattened, local_part
 from .step_state import StepState
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ class FusedSGD(Optimizer):
         check_backend(backend)
         check_max_grad_norm(max_grad_norm)
         loss_scale = parse_loss_scale(loss_scale)
+        self._max_grad_norm = max_grad_norm
+        self._loss_scale = loss_scale
         self._partition = SharedGroup(partition_group)
         self._backend = backend
         self._stepper: Stepper | None = None
@@ -139,8 +141,6 @@ class FusedSGD(Optimizer):
                 "fused": fused,
             },
         )
-        self._max_grad_norm = max_grad_norm
-        self._loss_scale = loss_scale
         if isinstance(loss_scale, DynamicLossScale):
             self._step_state = loss_scale.bind(self)
         else:
@@ -361,9 +361,23 @@ class FusedSGD(Optimizer):
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        try:
+            self._check_flattened(len(self.param_groups) - 1)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         if self._stepper is not None and self._stepper.answers_late:
             self._publish()
         self._stepper = self._plan = None
+
+    def _check_flattened(self, index: int) -> None:
+        listed = named_parameters(self.param_groups)
+        decides = self._loss_scale is not None or self._max_grad_norm is not None
+        check_flattened(
+            [(name, param) for name, param, group in listed if group == index],
+            self.param_groups[index],
+            decides and self._partition.group is None,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state in the format of ``torch.optim.SGD``, which can load it.
@@ -376,12 +390,13 @@ class FusedSGD(Optimizer):
         there, as ``torch.distributed.checkpoint`` with ``flatten_optimizer_state_dict=True``. Synchronises.
         """
         self._note_progress()
-        packed = super().state_dict()
-        for group in packed["param_groups"]:
-            rate = applied_rate_of(group["lr"])
-            if rate is not None:
-                group["lr"] = rate.after(group["applied_steps"])
-        return packed
+        hooks = self._optimizer_state_dict_post_hooks
+        # Before those of others, which may put anything in its place.
+        self._optimizer_state_dict_post_hooks = OrderedDict({-1: _write_rates_as_numbers, **hooks})
+        try:
+            return super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
 
     def _note_progress(self) -> None:
         scale, growth_tracker, hysteresis_tracker, _, applied, skipped, _ = self._step_state.read()
@@ -469,3 +484,10 @@ class FusedSGD(Optimizer):
                 self._loss_scale = copy(self._loss_scale)
         if isinstance(self._loss_scale, DynamicLossScale):
             self._step_state = self._loss_scale.bind(self)
+
+
+def _write_rates_as_numbers(optimizer: Optimizer, packed: dict[str, Any]) -> None:
+    for group in packed["param_groups"]:
+        rate = applied_rate_of(group["lr"])
+        if rate is not None:
+            group["lr"] = rate.after(group["applied_steps"])

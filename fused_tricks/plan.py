@@ -362,7 +362,9 @@ def _find_state(
     """The tensor of that name in the first dict that has it, and whether no update is known to have written it."""
     for index, state in enumerate(states):
         value: Tensor | None = state.get(key)
-        if value is not None:
+        if value is None:
+            state.pop(key, None)  # torch.optim.SGD takes None for "not there yet"
+        else:
             value = _fitting_state(entry, state, key, value, step_state)
             if is_distributed(value):
                 entry.distributed[key] = value

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import ref
 
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -151,6 +152,8 @@ class WarmupCosineLR(LRScheduler):
         factor = self.curve.factor(self.last_epoch)
         return [rate * factor for rate in self.base_lrs]
 
+    # torch.compile would guard the number of calls, which is another one each time.
+    @_disable_dynamo
     def step(self, epoch: int | None = None) -> None:
         """Sets the learning rates of the next update.
 

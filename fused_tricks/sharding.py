@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -18,6 +19,33 @@ def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
     # Whoever made one has imported the module; to do so here would take most of the time of `import fused_tricks`.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def check_flattened(named: Iterable[tuple[str, Tensor]], group: dict[str, Any], decides_alone: bool) -> None:
+    """Refuses what would go wrong on parameters that FSDP1 (``FullyShardedDataParallel``) has flattened and divided.
+
+    Args:
+        named: What errors call each parameter of a group, and the parameter.
+        group: The group's options.
+        decides_alone: Whether this process would skip steps, or clip, by its own part of the gradients.
+
+    Raises:
+        ValueError: Weights would not be decayed, because flattened they look like biases; or the processes would not
+            agree.
+    """
+    for name, param in named:
+        if not getattr(param, "_fsdp_flattened", False):
+            continue
+        if not group["bias_decay"] and group["weight_decay"] != 0:
+            raise ValueError(
+                f"{name} was flattened by FSDP1, after which nothing tells weights from biases; use fully_shard "
+                "(FSDP2), or bias_decay=True to decay all"
+            )
+        if decides_alone:
+            raise ValueError(
+                f"{name} was divided by FSDP1, and each process would skip or clip by its own part of the gradient; "
+                "use fully_shard (FSDP2), or pass the process group that divides it as partition_group"
+            )
 
 
 def local_part(tensor: Tensor) -> Tensor:

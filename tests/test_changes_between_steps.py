@@ -80,6 +80,7 @@ STATE_EDITS: dict[str, Callable[[torch.optim.Optimizer, list[Parameter]], None]]
         momentum_buffer=torch.arange(12.0, device=ps[1].device).view(3, 4).t()
     ),
     "deleted": lambda o, ps: o.state[ps[1]].pop("momentum_buffer"),
+    "set to None": lambda o, ps: o.state[ps[1]].update(momentum_buffer=None),
     "cleared": lambda o, ps: o.state.clear(),
     "of one parameter deleted": lambda o, ps: o.state.pop(ps[0]),
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.nn import Linear, Module, Parameter, ReLU, Sequential
+from torch.nn import LayerNorm, Linear, Module, Parameter, ReLU, Sequential
 from torch.nn.parallel import DistributedDataParallel
 
 import ranks
@@ -110,6 +110,26 @@ def train_without_a_part() -> None:
 
 def test_a_process_without_parameters_decides_with_the_others():
     ranks.run(4, train_without_a_part)
+
+
+def train_with_norms() -> None:
+    """torch wants parameters of one dtype, so the norms are cast as well."""
+    torch.manual_seed(0)
+    layers = Sequential(Linear(6, 9), LayerNorm(9), ReLU(), Linear(9, 3))
+    kept = cast_model(deepcopy(layers), torch.float16)
+    with pytest.raises(ValueError, match="same dense type"):
+        ZeroRedundancyOptimizer(kept.parameters(), FusedSGD, lr=0.1)
+    model = cast_model(layers, torch.float16, keep_fp32=[])
+    before = [p.detach().clone() for p in model.parameters()]
+    zero = train_zero(model, list(range(STEPS)))
+    assert zero.optim.stats().skipped_steps == 2
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    first, second = gathered(model)
+    assert_all_same_bits(first, second)
+
+
+def test_a_model_with_norms_is_cast_whole():
+    ranks.run(2, train_with_norms)
 
 
 def train_under_grad_scaler() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from comparison import assert_all_same_bits, assert_same_bits, parameters, set_gradients
-from fused_tricks import DynamicLossScale, FusedSGD, cast_model
+from fused_tricks import DynamicLossScale, FusedSGD, WarmupCosineLR, cast_model
 
 EXACT_COMPILERS = ["eager", "aot_eager"]
 """Those that leave the arithmetic to torch's own kernels."""
@@ -34,7 +35,7 @@ class Training:
         layers: Any = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4))
         self.model: Any = cast_model(layers, dtype)
         self.optimizer = FusedSGD(self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, **options)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 50)
+        self.schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 50)
         self.loss = self.scaled_loss
         self.step = self.whole_step
 
@@ -84,6 +85,25 @@ def test_a_compiled_model_gives_the_bits_of_the_eager_one_and_takes_every_batch(
     eager, compiled = Training(loss_scale="dynamic"), Training(loss_scale="dynamic")
     compiled.model = torch.compile(compiled.model, backend=compiler, fullgraph=True)
     assert_all_same_bits(compiled.run(8), eager.run(8))
+
+
+@pytest.mark.parametrize("count", ["calls", "applied"])
+def test_a_schedule_inside_a_compiled_step_is_followed_and_not_compiled(count: Any) -> None:
+    def result(compiled: bool) -> list[Tensor]:
+        training = Training(loss_scale="dynamic")
+        training.optimizer.register_step_post_hook(lambda *args: None)
+        schedule = WarmupCosineLR(training.optimizer, total_steps=12, warmup_steps=3, count=count)
+
+        def step(images: Tensor, targets: Tensor) -> Tensor:
+            loss = training.whole_step(images, targets)
+            schedule.step()
+            return loss
+
+        training.step = torch.compile(step, backend="aot_eager") if compiled else step
+        training.schedule = SimpleNamespace(step=lambda: None)
+        return training.run(10, (2,))
+
+    assert_all_same_bits(result(compiled=True), result(compiled=False))
 
 
 def test_inductor_trains_to_nearly_the_same_weights() -> None:

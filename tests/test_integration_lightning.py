@@ -134,6 +134,17 @@ def test_the_optimizers_own_loss_scale_needs_two_hooks(tmp_path: Path) -> None:
     assert all(not torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
 
 
+def test_with_the_hooks_the_optimizer_clips_and_nothing_else_runs_before_the_step(tmp_path: Path) -> None:
+    class Observed(LossScaledNetwork):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            raise AssertionError("the documentation says that it is not called")
+
+    ours = Observed(loss_scale=DynamicLossScale(init_scale=64.0))
+    theirs = LossScaledNetwork(loss_scale=DynamicLossScale(init_scale=64.0))
+    clipped = trained(tmp_path, ours, gradient_clip_val=1e-4)
+    assert_all_same_bits(clipped, trained(tmp_path, theirs))
+
+
 def test_without_the_hooks_a_loss_scale_is_refused_and_not_forgotten(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a closure cannot be combined with loss scaling"):
         trained(tmp_path, Network(loss_scale="dynamic"))

@@ -29,7 +29,7 @@ from comparison import (
     set_gradients,
     snapshot,
 )
-from fused_tricks import FusedSGD
+from fused_tricks import FusedSGD, WarmupCosineLR
 
 (SGD_INFO,) = [info for info in optim_db if info.optim_cls is torch.optim.SGD]
 INPUTS = SGD_INFO.optim_inputs_func(device="cpu")
@@ -299,6 +299,15 @@ def test_state_dict_hooks_are_called_and_may_replace_the_state_dict(backend, dev
     assert state["extra"] == 1
     optimizer.load_state_dict(state)
     assert seen == ["pre", "load pre", "load post"]
+
+
+def test_a_state_dict_hook_may_return_what_is_no_state_dict_and_finds_a_finished_one(backend, device):
+    optimizer = FusedSGD(parameters([(3,)], device=device), lr=0.5, backend=backend)
+    WarmupCosineLR(optimizer, total_steps=4, count="applied")
+    optimizer.register_state_dict_post_hook(lambda o, state: {"optimizer": state})
+    state = optimizer.state_dict()
+    assert list(state) == ["optimizer"]
+    assert state["optimizer"]["param_groups"][0]["lr"] == 0.5
 
 
 def test_a_subclass_may_wrap_the_step(backend, device):
