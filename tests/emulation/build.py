@@ -31,7 +31,7 @@ _SOURCES = [
 _FLAGS = [
     "-std=c++17",
     "-O1",
-    "-g",
+    "-g1",
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=off",
