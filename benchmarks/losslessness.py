@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ BASELINE = "torch.amp, for-loop"
 FUSED = "torch.amp, fused"
 ROUNDED = "fused_tricks, begun from rounded weights"
 TESTS = 8
-"""How often the test accuracy is measured in a training, at equal distances."""
+"""How often the test accuracy is measured in a training, at equal distances; less often if it has fewer steps."""
 
 
 @dataclass
@@ -83,12 +84,17 @@ def full_precision(trainer: Trainer) -> dict[str, Tensor]:
     return trainer.model.state_dict()
 
 
+def steps_tested(steps: int) -> list[int]:
+    """After which steps of a training the test accuracy is measured; after each where there are fewer than `TESTS`."""
+    return sorted({steps * (test + 1) // TESTS for test in range(TESTS)} - {0})
+
+
 def train_all(
     images: data.Images, recipe: Recipe, options: argparse.Namespace, steps: int
 ) -> dict[str, Curves]:
     """Trains all contestants for every seed, step by step on the same batches."""
     curves: dict[str, Curves] = {}
-    tested = {steps * (test + 1) // TESTS for test in range(TESTS)}
+    tested = steps_tested(steps)
     for seed in range(options.seeds):
         torch.manual_seed(seed)
         model = small_resnet(images.classes, options.blocks)
@@ -132,15 +138,20 @@ def distances(curves: Sequence[Sequence[float]], others: Sequence[Sequence[float
     return [abs(a - b) for curve, other in zip(curves, others) for a, b in zip(curve, other)]
 
 
+def largest(values: Sequence[float]) -> float:
+    """The largest value; nan where there is a nan, which every comparison, and so `max`, passes over."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
 def summarise(curves: dict[str, Curves]) -> dict[str, Any]:
     """The raw curves; how far each contestant is from the baseline, and how far the baseline's seeds are apart."""
     baseline = curves[BASELINE]
 
     def summary(losses: list[float], accuracies: list[float]) -> dict[str, float]:
         return {
-            "largest_loss": max(losses),
+            "largest_loss": largest(losses),
             "mean_loss": statistics.fmean(losses),
-            "largest_accuracy": max(accuracies),
+            "largest_accuracy": largest(accuracies),
         }
 
     pairs = list(itertools.permutations(range(len(baseline.losses)), 2))
@@ -165,6 +176,7 @@ def summarise(curves: dict[str, Curves]) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     """The result as a page with one table for each precision."""
     sections = []
+    tests = len(next(iter(result["precisions"].values()))["contestants"][BASELINE]["accuracies"][0])
     for precision, summary in result["precisions"].items():
         header = [
             "contestant",
@@ -186,8 +198,9 @@ def markdown(result: dict[str, Any]) -> str:
         rows.append([f"{BASELINE}, between its seeds", *_distance_texts(summary["between_seeds"]), "", ""])
         sections += [f"## {precision}", report.table(header, rows)]
     explanation = (
-        f"Differences are absolute, from *{BASELINE}* of the same seed, over all steps and seeds; 0 is exact. Accuracy "
-        f"is measured {TESTS} times in a training. Weights are compared bit for bit, masters where there are some."
+        f"Differences are absolute, from *{BASELINE}* of the same seed, over all steps and seeds; 0 is exact, and "
+        f"nan is where a loss was not a number, or infinite on both sides. Accuracy is measured {tests} times in a "
+        "training. Weights are compared bit for bit, masters where there are some."
     )
     return "\n\n".join(
         [
@@ -203,9 +216,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _distance_texts(distance: dict[str, float]) -> list[str]:
     return [
-        f"{distance['largest_loss']:.3g}",
-        f"{distance['mean_loss']:.3g}",
-        f"{100 * distance['largest_accuracy']:.3g}",
+        report.number(distance["largest_loss"], ".3g"),
+        report.number(distance["mean_loss"], ".3g"),
+        report.number(100 * distance["largest_accuracy"], ".3g"),
     ]
 
 
@@ -226,15 +239,13 @@ def picture(result: dict[str, Any], path: Path) -> None:
             if name != FUSED:
                 loss.plot(steps, list(zip(*own["losses"])), **looks[name])
                 percent = [[100 * value for value in test] for test in zip(*own["accuracies"])]
-                tested.plot(
-                    [len(steps) * (test + 1) // TESTS for test in range(TESTS)], percent, **looks[name]
-                )
+                tested.plot(steps_tested(len(steps)), percent, **looks[name])
             if name != BASELINE:
-                largest = [
-                    max(distances([ours], [theirs]))
+                farthest = [
+                    largest(distances([ours], [theirs]))
                     for ours, theirs in zip(zip(*own["losses"]), zip(*baseline["losses"]))
                 ]
-                distance.plot(steps, largest, label=f"{name}, largest of all seeds", **looks[name])
+                distance.plot(steps, farthest, label=f"{name}, largest of all seeds", **looks[name])
         apart = [
             statistics.fmean(abs(a - b) for a, b in itertools.combinations(step, 2))
             for step in zip(*baseline["losses"])

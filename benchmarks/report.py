@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,10 +29,28 @@ GREYS = ("#C4C4C4", "#A0A0A0", "#7A7A7A", "#5A5A5A", "#404040")
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes a result, indented, with each list of plain values on one line."""
-    text = json.dumps(result, indent=2, ensure_ascii=False)
+    """Writes a result, indented, with each list of plain values on one line.
+
+    Numbers that JSON has no word for become strings that ``float`` reads: "inf", "-inf" and "nan".
+    """
+    text = json.dumps(_strict(result), indent=2, ensure_ascii=False, allow_nan=False)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value: float, form: str) -> str:
+    """The number in the form of a format string, such as ``.3g``; ∞ where it is infinite."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return format(value, form)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

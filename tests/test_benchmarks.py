@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,16 @@ def test_json_keeps_a_list_of_numbers_on_one_line_and_every_bit(tmp_path: Path) 
     text = (tmp_path / "result.json").read_text(encoding="utf-8")
     assert json.loads(text) == result
     assert "[ 0.1, 0.3333333333333333 ]" in text
+
+
+def test_json_is_strict_where_a_number_is_not_finite(tmp_path: Path) -> None:
+    report.write_json(tmp_path / "result.json", {"losses": [[0.5, math.inf], (-math.inf, math.nan)]})
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    text = (tmp_path / "result.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=refuse) == {"losses": [[0.5, "inf"], ["-inf", "nan"]]}
 
 
 @pytest.mark.parametrize("name", ["resnet1", "synthetic:3", "synthetic:0:5", "synthetic:a:b"])
