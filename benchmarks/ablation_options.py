@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import data, gpu, report
-from benchmarks.train import positive
+from benchmarks.options import positive, positive_number
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blocks", type=positive, default=2, help="residual blocks in each of the network's three stages"
     )
-    parser.add_argument("--lr", type=float, default=0.4, help="learning rate for a batch of 256")
+    parser.add_argument("--lr", type=positive_number, default=0.4, help="learning rate for a batch of 256")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype",
@@ -32,14 +32,6 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         help="of low precision; float16 on a GPU and bfloat16 on a CPU unless given",
     )
     parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR")
-
-
-def several(text: str) -> int:
-    """A number of seeds of the command line, from which a spread can be had."""
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, got {text}")
-    return value
 
 
 def load_images(

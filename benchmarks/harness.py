@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -158,6 +160,13 @@ def interleave(
                 mean = Section(section.host / repeats, section.device / repeats, section.waited)
                 samples[contestant.name].append(mean)
     return samples
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation; None for the deviation of a single value, and of values that are not all finite."""
+    if not all(map(math.isfinite, values)):
+        return sum(values) / len(values), None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:

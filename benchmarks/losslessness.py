@@ -25,7 +25,9 @@ from tqdm import tqdm
 import fused_tricks
 from benchmarks import ablation_options, data, gpu, machine, report, train_contestants
 from benchmarks.ablation_network import small_resnet
-from benchmarks.train import accuracy, batches, positive
+from benchmarks.harness import mean_and_deviation
+from benchmarks.options import positive, several
+from benchmarks.train import accuracy, batches
 from benchmarks.train_contestants import OURS, Recipe, Trainer
 
 BASELINE = "torch.amp, for-loop"
@@ -56,7 +58,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     parser.add_argument("--epochs", type=positive, default=2)
     parser.add_argument(
         "--seeds",
-        type=ablation_options.several,
+        type=several,
         default=3,
         help="repeat with this many initial weights and orders",
     )
@@ -188,8 +190,8 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         rows = []
         for name, own in summary["contestants"].items():
-            final = [100 * curve[-1] for curve in own["accuracies"]]
-            numbers = f"{statistics.fmean(final):.2f} ± {statistics.stdev(final):.2f}"
+            final = mean_and_deviation([curve[-1] for curve in own["accuracies"]])
+            numbers = report.mean_text(*final, 100, 2)
             equal = f"{sum(own['same_weights'])} of {len(own['same_weights'])} seeds"
             if name == BASELINE:
                 rows.append([name, "", "", "", "", numbers])

@@ -53,6 +53,12 @@ def number(value: float, form: str) -> str:
     return format(value, form)
 
 
+def mean_text(mean: float, deviation: float | None, factor: float, decimals: int) -> str:
+    """``mean ± standard deviation``, both times the factor; the mean alone where there is no deviation."""
+    text = number(factor * mean, f".{decimals}f")
+    return text if deviation is None else f"{text} ± {factor * deviation:.{decimals}f}"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is left-aligned, the others right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import fused_tricks
 from benchmarks import data, gpu, machine, memory, report, train_contestants
-from benchmarks.harness import Clock, Section, Spread, ratios
+from benchmarks.harness import Clock, Section, Spread, mean_and_deviation, ratios
+from benchmarks.options import positive
 from benchmarks.train_contestants import Recipe, Trainer
 
 WARMUP_STEPS = 5
@@ -49,14 +50,6 @@ class Record:
     def step_seconds(self) -> list[float]:
         steps = zip(self.forwards, self.backwards, self.updates)
         return [sum(section.device for section in sections) for sections in steps]
-
-
-def positive(text: str) -> int:
-    """An integer of the command line that is at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
@@ -212,6 +205,7 @@ def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str
     summary = {}
     for name, record in records.items():
         accuracies = record.accuracies
+        mean, deviation = mean_and_deviation(accuracies)
         summary[name] = {
             "images_per_second": asdict(Spread.of(batch_size / seconds for seconds in record.step_seconds)),
             "speed_over_baseline": asdict(ratios(records[BASELINE].step_seconds, record.step_seconds)),
@@ -220,8 +214,8 @@ def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str
             "optimizer_ms": asdict(Spread.of(update.device * 1e3 for update in record.updates)),
             "optimizer_host_us": asdict(Spread.of(update.host * 1e6 for update in record.updates)),
             "peak_memory_mib": asdict(Spread.of(peak / 2**20 for peak in record.peaks)),
-            "accuracy_mean": statistics.fmean(accuracies),
-            "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+            "accuracy_mean": mean,
+            "accuracy_std": deviation,
             "accuracies": accuracies,
             "losses": record.losses,
         }
@@ -251,7 +245,7 @@ def markdown(result: dict[str, Any]) -> str:
             Spread(**row["optimizer_ms"]).text(2),
             Spread(**row["optimizer_host_us"]).text(0),
             Spread(**row["peak_memory_mib"]).text(1),
-            f"{row['accuracy_mean']:.2%} ± {row['accuracy_std']:.2%}".replace("%", ""),
+            report.mean_text(row["accuracy_mean"], row["accuracy_std"], 100, 2),
         ]
         for name, row in result["contestants"].items()
     ]

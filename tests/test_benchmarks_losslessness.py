@@ -80,9 +80,9 @@ def test_the_largest_difference_is_over_all_steps_and_seeds() -> None:
 def test_a_loss_that_is_not_finite_is_never_called_exact(
     ours: list[float], expected: float, swapped: bool
 ) -> None:
-    losses = [[[1.0, 1.0]], [ours]]
-    theirs, ours = reversed(losses) if swapped else losses
-    curves = {BASELINE: Curves(theirs, [[0.5]], [True]), OURS: Curves(ours, [[0.5]], [True])}
+    losses = [[1.0, 1.0], ours]
+    first, second = reversed(losses) if swapped else losses
+    curves = {BASELINE: Curves([first], [[0.5]], [True]), OURS: Curves([second], [[0.5]], [True])}
     distance = summarise({name: double(curve) for name, curve in curves.items()})["contestants"][OURS][
         "distance"
     ]
