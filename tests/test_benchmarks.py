@@ -297,6 +297,28 @@ def test_a_data_set_that_no_package_ships_needs_a_folder() -> None:
         data.load("cifar10", None, 32)
 
 
+def folder_of_images(folder: Path, **classes: list[str]) -> str:
+    """A folder that an image folder can be, with one image for each class of train and val."""
+    image = pytest.importorskip("PIL.Image")
+    for part, names in classes.items():
+        for name in names:
+            (folder / part / name).mkdir(parents=True)
+            image.new("RGB", (8, 8)).save(folder / part / name / "image.png")
+    return str(folder)
+
+
+def test_an_image_folder_is_read_where_train_and_val_have_the_same_classes(tmp_path: Path) -> None:
+    folder = folder_of_images(tmp_path, train=["ant", "bee"], val=["ant", "bee"])
+    images = data.load("imagefolder", folder, 8)
+    assert images.classes == 2 and [label for _, label in images.test] == [0, 1]
+
+
+def test_an_image_folder_whose_train_and_val_differ_in_classes_is_refused(tmp_path: Path) -> None:
+    folder = folder_of_images(tmp_path, train=["ant", "bee", "cat"], val=["bee", "cat", "dog", "eel"])
+    with pytest.raises(ValueError, match="only train has ant and only val has dog, eel"):
+        data.load("imagefolder", folder, 8)
+
+
 def test_digits_are_split_without_overlap_and_resized() -> None:
     images = data.load("digits", None, 12)
     pixels, label = images.train[0]
