@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import SymmetricalLogLocator
@@ -24,8 +23,8 @@ from tqdm import tqdm
 from benchmarks import ablation_options, data, gpu, machine, report
 from benchmarks.ablation_log import OutcomeLog
 from benchmarks.ablation_recipe import ROWS, Outcome, Recipe, Setting, train_once
+from benchmarks.command_line import positive, several
 from benchmarks.harness import mean_and_deviation
-from benchmarks.options import positive, several
 
 CONFIDENCE = 0.95
 # Top-1 accuracy in % of its Table 4: ResNet-50 on ImageNet, batch 256 for the first row and 1024 for the others.
@@ -364,9 +363,7 @@ def _draw_change(axes: Axes, place: int, change: Difference, decimals: int) -> N
 def main(arguments: Sequence[str]) -> None:
     """Trains what is missing, and writes ablation.json, ablation.md and ablation.png."""
     options, setting, images = parse(arguments)
-    gpu.use(setting.device)
-    if gpu.is_gpu(setting.device):
-        torch.backends.cudnn.deterministic = True
+    gpu.use(setting.device, deterministic=True)
     record = machine.describe("benchmarks.ablation", arguments, setting.device)
     log = open_log(options.output / "ablation.jsonl", options, setting, record)
     outcomes = train_all({row.name: (row, setting) for row in ROWS}, images, range(options.seeds), log)
@@ -377,11 +374,8 @@ def main(arguments: Sequence[str]) -> None:
         "confidence": CONFIDENCE,
         "rows": summarise(outcomes, setting, len(images.train)),  # type: ignore[arg-type]
     }
-    report.write_json(options.output / "ablation.json", result)
-    (options.output / "ablation.md").write_text(markdown(result), encoding="utf-8")
-    picture(result, options.output / "ablation.png")
+    report.write(options.output, result, markdown(result), picture)
     log.path.unlink()
-    print(markdown(result))
 
 
 if __name__ == "__main__":

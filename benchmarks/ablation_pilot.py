@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from benchmarks import ablation, gpu, machine, report
 from benchmarks.ablation_recipe import ROWS as ALL_ROWS
 from benchmarks.ablation_recipe import Recipe
@@ -64,9 +62,7 @@ def _cells(row: dict[str, list[float]]) -> list[str]:
 def main(arguments: Sequence[str]) -> None:
     """Trains what is missing, and writes ablation_pilot.json and ablation_pilot.md."""
     options, setting, images = ablation.parse(arguments)
-    gpu.use(setting.device)
-    if gpu.is_gpu(setting.device):
-        torch.backends.cudnn.deterministic = True
+    gpu.use(setting.device, deterministic=True)
     record = machine.describe("benchmarks.ablation_pilot", arguments, setting.device)
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     log = ablation.open_log(options.output / "ablation_pilot.jsonl", options, setting, record)
@@ -96,10 +92,8 @@ def main(arguments: Sequence[str]) -> None:
         "rates": rates,
         "lowest_loss_at": best if math.isfinite(losses[best]) else None,
     }
-    report.write_json(options.output / "ablation_pilot.json", result)
-    (options.output / "ablation_pilot.md").write_text(markdown(result), encoding="utf-8")
+    report.write(options.output, result, markdown(result))
     log.path.unlink()
-    print(markdown(result))
 
 
 if __name__ == "__main__":

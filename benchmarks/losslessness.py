@@ -25,14 +25,14 @@ from tqdm import tqdm
 import fused_tricks
 from benchmarks import ablation_options, data, gpu, machine, report, train_contestants
 from benchmarks.ablation_network import small_resnet
+from benchmarks.command_line import positive, several
 from benchmarks.harness import mean_and_deviation
-from benchmarks.options import positive, several
+from benchmarks.names import FOR_LOOP, FUSED, OURS
 from benchmarks.train import accuracy, batches
-from benchmarks.train_contestants import OURS, Recipe, Trainer
+from benchmarks.train_contestants import Recipe, Trainer
 
-BASELINE = "torch.amp, for-loop"
-FUSED = "torch.amp, fused"
-ROUNDED = "fused_tricks, begun from rounded weights"
+BASELINE = FOR_LOOP
+ROUNDED = f"{OURS}, begun from rounded weights"
 TESTS = 8
 """How often the test accuracy is measured in a training, at equal distances; less often if it has fewer steps."""
 
@@ -281,9 +281,7 @@ def main(arguments: Sequence[str]) -> None:
     """Trains, and writes losslessness.json, losslessness.md and losslessness.png."""
     options, images = parse(arguments)
     device, dtype = ablation_options.device_and_dtype(options)
-    gpu.use(device)
-    if gpu.is_gpu(device):
-        torch.backends.cudnn.deterministic = True
+    gpu.use(device, deterministic=True)
     steps = options.epochs * (len(images.train) // options.batch_size)  # type: ignore[arg-type]
     precisions = {}
     for precision in (torch.float32, dtype):
@@ -306,11 +304,7 @@ def main(arguments: Sequence[str]) -> None:
         "baseline": BASELINE,
         "precisions": precisions,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "losslessness.json", result)
-    (options.output / "losslessness.md").write_text(markdown(result), encoding="utf-8")
-    picture(result, options.output / "losslessness.png")
-    print(markdown(result))
+    report.write(options.output, result, markdown(result), picture)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,51 @@ RESULTS = Path(__file__).parent / "results"
 OURS_COLOUR = "#0072B2"
 MARK_COLOUR = "#D55E00"
 GREYS = ("#C4C4C4", "#A0A0A0", "#7A7A7A", "#5A5A5A", "#404040")
+
+
+def output_folder(text: str) -> Path:
+    """A folder of the command line, made where there is none, that files can be written to."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from error
+    return folder
+
+
+def output_file(text: str) -> Path:
+    """A file of the command line, whose folder is made where there is none."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, and the name of a file is needed")
+    return output_folder(str(path.parent)) / path.name
+
+
+def add_output_to(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--output``."""
+    parser.add_argument(
+        "--output", type=output_folder, default=str(RESULTS), metavar="DIR", help="folder for the result"
+    )
+
+
+def write(
+    folder: Path,
+    result: Mapping[str, Any],
+    page: str,
+    picture: Callable[[dict[str, Any], Path], None] | None = None,
+) -> None:
+    """Writes a result as NAME.json, NAME.md and, where it has one, its picture as NAME.png, and prints the page.
+
+    NAME is the result's benchmark.
+    """
+    name = result["benchmark"]
+    write_json(folder / f"{name}.json", result)
+    (folder / f"{name}.md").write_text(page, encoding="utf-8")
+    if picture is not None:
+        picture(dict(result), folder / f"{name}.png")
+    print(page)
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:

@@ -12,13 +12,10 @@ from torch import Tensor, nn
 import fused_tricks
 from benchmarks import gpu
 from benchmarks.harness import Contestant
+from benchmarks.names import FUSED
 
-OURS = "fused_tricks"
-FOR_LOOP = "torch.amp, for-loop"
-FOREACH = "torch.amp, foreach"
-FUSED = "torch.amp, fused"
-FUSED_CASTS = "torch.amp, fused, with casts"
-FUSED_NEW_CASTS = "torch.amp, fused, with casts into new tensors"
+FUSED_CASTS = f"{FUSED}, with casts"
+FUSED_NEW_CASTS = f"{FUSED}, with casts into new tensors"
 COPY = "copy loop"
 SCALE = "in-place loop"
 

@@ -12,15 +12,12 @@ from torch import nn
 
 import fused_tricks
 from benchmarks import gpu, memory, parameter_sets, step_peers
+from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
 from benchmarks.step_contestants import (
     CAST_WORK,
-    FOR_LOOP,
-    FOREACH,
-    FUSED,
     FUSED_CASTS,
     FUSED_NEW_CASTS,
     FUSED_WORK,
-    OURS,
     SEPARATE_WORK,
     Entry,
     casts_in_place,

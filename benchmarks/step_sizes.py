@@ -13,17 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 import fused_tricks
-from benchmarks import gpu, machine, parameter_sets, report, step_lineup
+from benchmarks import command_line, gpu, machine, parameter_sets, report, step_lineup
 from benchmarks.harness import Contestant, Spread, interleave, ratios
-from benchmarks.step_contestants import COPY, OUR_WORK, OURS, cache_eviction, loops
+from benchmarks.names import OURS
+from benchmarks.step_contestants import COPY, OUR_WORK, cache_eviction, loops
 
 MODELS = ("resnet18", "resnet50", "resnet152", "mobilenet_v3_large", "vit_b_16")
 TENSOR_COUNTS = (1, 10, 100, 1_000, 10_000, 100_000)
@@ -67,18 +65,39 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks.step_sizes",
         description="Times the optimizer step of torch.amp and of fused_tricks on many sets of parameters.",
     )
-    parser.add_argument("--models", nargs="*", default=list(MODELS), metavar="NAME")
-    parser.add_argument("--tensor-counts", nargs="*", type=int, default=list(TENSOR_COUNTS), metavar="N")
-    parser.add_argument("--element-counts", nargs="*", type=int, default=list(ELEMENT_COUNTS), metavar="N")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of timed steps on each set, about")
     parser.add_argument(
-        "--most-rounds", type=int, default=100, help="on each set; at least 5 run in any case"
+        "--models", nargs="*", type=command_line.parameter_set, default=list(MODELS), metavar="NAME"
     )
-    parser.add_argument("--loop-mib", type=int, default=256, help="size of each buffer of the copy loop")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR")
+    parser.add_argument(
+        "--tensor-counts", nargs="*", type=command_line.positive, default=list(TENSOR_COUNTS), metavar="N"
+    )
+    parser.add_argument(
+        "--element-counts", nargs="*", type=_elements, default=list(ELEMENT_COUNTS), metavar="N"
+    )
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    command_line.add_device_to(parser)
+    parser.add_argument(
+        "--seconds", type=command_line.positive_number, default=10.0, help="of timed steps on each set, about"
+    )
+    parser.add_argument(
+        "--most-rounds",
+        type=command_line.positive,
+        default=100,
+        help="on each set; at least 5 run in any case",
+    )
+    parser.add_argument(
+        "--loop-mib", type=command_line.positive, default=256, help="size of each buffer of the copy loop"
+    )
+    report.add_output_to(parser)
     return parser.parse_args(arguments)
+
+
+def _elements(text: str) -> int:
+    """A number of elements that `ELEMENT_TENSORS` tensors can share evenly."""
+    value = int(text)
+    if value < 1 or value % ELEMENT_TENSORS:
+        raise argparse.ArgumentTypeError(f"must be a positive multiple of {ELEMENT_TENSORS}, got {text}")
+    return value
 
 
 def measure(
@@ -93,7 +112,7 @@ def measure(
         copied: bytes that it reads and writes.
         with_memory: find the peak memory as well, which takes long where there are many tensors.
     """
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    device, dtype = options.device, getattr(torch, options.dtype)
     backends, unusable = step_lineup.usable_backends(device)
     candidates = step_lineup.of_a_model(name, dtype, device, backends)
     entries, left_out = step_lineup.assemble(candidates, device)
@@ -130,7 +149,7 @@ def measure(
 
 def sweeps(options: argparse.Namespace) -> dict[str, list[Point]]:
     """Measures the sets of each kind: networks, growing numbers of tensors, growing numbers of elements."""
-    device = torch.device(options.device)
+    device = options.device
     gpu.use(device)
     plain_loops, moved = loops(options.loop_mib, device)
     (copy,) = (loop for loop in plain_loops if loop.name == COPY)
@@ -138,8 +157,7 @@ def sweeps(options: argparse.Namespace) -> dict[str, list[Point]]:
         "models": options.models,
         "tensors": [f"synthetic:{count}:{TENSOR_SIZE}" for count in options.tensor_counts],
         "elements": [
-            f"synthetic:{ELEMENT_TENSORS}:{max(1, count // ELEMENT_TENSORS)}"
-            for count in options.element_counts
+            f"synthetic:{ELEMENT_TENSORS}:{count // ELEMENT_TENSORS}" for count in options.element_counts
         ],
     }
     return {
@@ -152,7 +170,7 @@ def summarise(
     options: argparse.Namespace, arguments: Sequence[str], found: dict[str, list[Point]]
 ) -> dict[str, Any]:
     """The result as JSON-able values."""
-    device = torch.device(options.device)
+    device = options.device
     return {
         "benchmark": "step_sizes",
         "machine": machine.describe("benchmarks.step_sizes", arguments, device),
@@ -287,11 +305,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measures, and writes step_sizes.json, step_sizes.md and step_sizes.png."""
     options = parse(arguments)
     result = summarise(options, arguments, sweeps(options))
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "step_sizes.json", result)
-    (options.output / "step_sizes.md").write_text(markdown(result), encoding="utf-8")
-    picture(result, options.output / "step_sizes.png")
-    print(markdown(result))
+    report.write(options.output, result, markdown(result), picture)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import fused_tricks
-from benchmarks import data, gpu, machine, memory, report, train_contestants
+from benchmarks import command_line, data, gpu, machine, memory, report, train_contestants
+from benchmarks.command_line import network, positive
 from benchmarks.harness import Clock, Section, Spread, mean_and_deviation, ratios
-from benchmarks.options import positive
+from benchmarks.names import FUSED, OURS
 from benchmarks.train_contestants import Recipe, Trainer
 
 WARMUP_STEPS = 5
 MEMORY_STEPS = 4
-BASELINE = "torch.amp, fused"
+BASELINE = FUSED
 
 
 @dataclass
@@ -58,7 +59,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
         prog="python -m benchmarks.train",
         description="Trains with torch.amp and with fused_tricks, side by side.",
     )
-    parser.add_argument("--model", default="resnet18", help="a torchvision classification model")
+    parser.add_argument(
+        "--model", type=network, default="resnet18", help="a torchvision classification model"
+    )
     parser.add_argument("--dataset", default="mnist", choices=data.NAMES)
     parser.add_argument(
         "--data", metavar="DIR", help="folder of cifar10 or imagefolder; nothing is downloaded"
@@ -73,7 +76,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     parser.add_argument(
         "--seeds", type=positive, default=3, help="repeat with this many initial weights and orders"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command_line.add_device_to(parser)
     parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
@@ -84,10 +87,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     )
     parser.add_argument(
         "--compile",
-        metavar="MODE",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
         help="of torch.compile, for all contestants; reduce-overhead replays CUDA graphs on a GPU",
     )
-    parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR")
+    report.add_output_to(parser)
     options = parser.parse_args(arguments)
     try:
         images = data.load(options.dataset, options.data, options.image_size)
@@ -270,7 +273,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     """The table as panels of bars, where the time of a step goes, and the training loss."""
     rows = result["contestants"]
     names = list(rows)
-    colour = report.colours(names, [train_contestants.OURS])
+    colour = report.colours(names, [OURS])
     figure, panels = pyplot.subplot_mosaic(
         [["speed", "optimizer", "memory", "accuracy"], ["time", "time", "loss", "loss"]],
         figsize=(13.5, 7.6),
@@ -338,7 +341,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Trains, and writes train.json, train.md and train.png."""
     options, images = parse(arguments)
-    device = torch.device(options.device)
+    device = options.device
     gpu.use(device)
     dtype_name = options.dtype or ("float16" if device.type == "cuda" else "bfloat16")
     steps = options.steps or options.epochs * (len(images.train) // options.batch_size)  # type: ignore[arg-type]
@@ -365,11 +368,7 @@ def main(arguments: Sequence[str]) -> None:
         "baseline": BASELINE,
         "contestants": summarise(records, options.batch_size),
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "train.json", result)
-    (options.output / "train.md").write_text(markdown(result), encoding="utf-8")
-    picture(result, options.output / "train.png")
-    print(markdown(result))
+    report.write(options.output, result, markdown(result), picture)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fused_tricks
+from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
 
-OURS = "fused_tricks"
-TORCH_FORMS = {
-    "torch.amp, for-loop": "for-loop",
-    "torch.amp, foreach": "foreach",
-    "torch.amp, fused": "fused",
-}
+TORCH_FORMS = {FOR_LOOP: "for-loop", FOREACH: "foreach", FUSED: "fused"}
 NAMES = (*TORCH_FORMS, OURS)
 
 

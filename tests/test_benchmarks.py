@@ -31,16 +31,8 @@ from benchmarks import (
     train_contestants,
 )
 from benchmarks.harness import Clock, Contestant, Spread, interleave, ratios
-from benchmarks.step_contestants import (
-    COPY,
-    FOR_LOOP,
-    FOREACH,
-    FUSED,
-    FUSED_CASTS,
-    FUSED_NEW_CASTS,
-    OURS,
-    SCALE,
-)
+from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
+from benchmarks.step_contestants import COPY, FUSED_CASTS, FUSED_NEW_CASTS, SCALE
 
 TRAIN = ["--dataset", "digits", "--image-size", "16", "--batch-size", "8", "--device", "cpu", "--seeds", "1"]
 STEP = ["--rounds", "2", "--host-rounds", "2", "--loop-mib", "1", "--device", "cpu"]
@@ -79,16 +71,14 @@ def test_training_reports_every_contestant(trained: Path) -> None:
 
 def test_training_in_fp32_gives_the_losses_of_torch_sgd_bit_for_bit(trained: Path) -> None:
     rows = read(trained, "train")["contestants"]
-    assert rows[train_contestants.OURS]["losses"] == rows["torch.amp, for-loop"]["losses"]
-    assert len(set(rows[train_contestants.OURS]["losses"][0])) == 3
+    assert rows[OURS]["losses"] == rows["torch.amp, for-loop"]["losses"]
+    assert len(set(rows[OURS]["losses"][0])) == 3
 
 
 def test_training_in_low_precision_starts_from_the_same_weights_and_batch(tmp_path: Path) -> None:
     train.main([*TRAIN, "--steps", "2", "--dtype", "bfloat16", "--output", str(tmp_path)])
     rows = read(tmp_path, "train")["contestants"]
-    torch_losses, our_losses = (
-        rows[name]["losses"][0] for name in ("torch.amp, fused", train_contestants.OURS)
-    )
+    torch_losses, our_losses = (rows[name]["losses"][0] for name in ("torch.amp, fused", OURS))
     assert our_losses[0] == pytest.approx(torch_losses[0], rel=0.02)
 
 
@@ -100,6 +90,12 @@ def test_training_in_low_precision_starts_from_the_same_weights_and_batch(tmp_pa
         (["--seeds", "0"], "argument --seeds: must be at least 1"),
         (["--batch-size", "0"], "argument --batch-size: must be at least 1"),
         (["--steps", "many"], "argument --steps: invalid positive value: 'many'"),
+        (["--model", "resnet19"], "torchvision.models has no classification network 'resnet19'"),
+        (["--compile", "fast"], "argument --compile: invalid choice: 'fast'"),
+        (["--device", "xpu"], "argument --device: 'xpu' cannot be "),
+        (["--device", "meta"], "argument --device: 'meta' cannot be timed; choose cpu or cuda"),
+        (["--device", "gpu"], "argument --device: 'gpu' cannot be used: "),
+        (["--output", "/dev/null/x"], "argument --output: cannot write to /dev/null/x: Not a directory"),
         (["--batch-size", "2000"], "--batch-size 2000: digits has only 1437 images"),
         (["--dataset", "cifar10"], "name its folder with --data"),
         (["--dataset", "cifar10", "--data", "nowhere"], "nowhere holds no folder cifar-10-batches-py"),
@@ -114,6 +110,40 @@ def test_training_refuses_a_command_line_that_cannot_be_run(
         train.parse([*TRAIN, *arguments])
     assert raised.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "argument --rounds: must be at least 1"),
+        (["--host-rounds", "0"], "argument --host-rounds: must be at least 1"),
+        (["--loop-mib", "-1"], "argument --loop-mib: must be at least 1"),
+        (
+            ["--parameters", "resnet1"],
+            "argument --parameters: unknown parameter set 'resnet1'; choose one of",
+        ),
+        (["--backend", "fast"], "--backend fast: unknown; choose from cuda"),
+        (["--backend", "cuda"], "--backend cuda: backend='cuda' "),
+        (["--output", "/dev/null"], "argument --output: cannot write to /dev/null: "),
+    ],
+    ids=str,
+)
+def test_the_step_benchmark_refuses_a_command_line_that_cannot_be_run(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        step.parse([*STEP, *arguments])
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "-100", "150", "10"])
+def test_elements_that_the_tensors_cannot_share_evenly_are_refused(
+    capsys: pytest.CaptureFixture[str], count: str
+) -> None:
+    with pytest.raises(SystemExit):
+        step_sizes.parse([f"--element-counts={count}"])
+    assert f"must be a positive multiple of 100, got {count}" in capsys.readouterr().err
 
 
 def test_step_reports_every_contestant(stepped: Path) -> None:
@@ -131,7 +161,7 @@ def test_step_reports_every_contestant(stepped: Path) -> None:
 
 def test_step_sizes_reports_every_set_and_its_limit(tmp_path: Path) -> None:
     sets = ["--models", "resnet18", "--tensor-counts", "1", "3", "--element-counts", "100", "1000"]
-    quick = ["--seconds", "0", "--loop-mib", "1", "--device", "cpu", "--output", str(tmp_path)]
+    quick = ["--seconds", "0.001", "--loop-mib", "1", "--device", "cpu", "--output", str(tmp_path)]
     step_sizes.main([*sets, *quick])
     result = read(tmp_path, "step_sizes")
     points = [point for sweep in result["sweeps"].values() for point in sweep]

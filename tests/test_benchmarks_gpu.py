@@ -20,14 +20,11 @@ pytest.importorskip("torchvision", reason="the benchmarks take their networks fr
 import emulation  # adds a backend
 from benchmarks import gpu, step, step_contestants, step_lineup, step_peers
 from benchmarks.harness import Clock, Contestant, interleave
+from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
 from benchmarks.step_contestants import (
     COPY,
-    FOR_LOOP,
-    FOREACH,
-    FUSED,
     FUSED_CASTS,
     FUSED_NEW_CASTS,
-    OURS,
     SCALE,
     Entry,
     give_gradients,
