@@ -231,6 +231,9 @@ def summarise(options: argparse.Namespace, arguments: Sequence[str], found: Meas
             }
             for name, work in found.works.items()
         },
+        "samples_ms": {
+            name: [float(f"{seconds * 1e3:.6g}") for seconds in samples] for name, samples in step.items()
+        },
         "left_out": found.left_out,
         "bandwidth": {
             name: {

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import math
+import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +29,13 @@ from tqdm import tqdm
 import fused_tricks
 from benchmarks import command_line, data, gpu, machine, memory, report, train_contestants
 from benchmarks.command_line import network, positive
-from benchmarks.harness import Clock, Section, Spread, mean_and_deviation, ratios
+from benchmarks.harness import Clock, Section, Spread, mean_and_deviation, ratios, shuffled
 from benchmarks.names import FUSED, OURS
 from benchmarks.train_contestants import Recipe, Trainer
 
 WARMUP_STEPS = 5
 MEMORY_STEPS = 4
+LINE_STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 BASELINE = FUSED
 
 
@@ -135,23 +138,22 @@ def train(
     options: argparse.Namespace,
     steps: int,
 ) -> tuple[dict[str, Record], list[float]]:
-    """Trains all contestants for every seed, taking turns step by step in an order that rotates.
+    """Trains all contestants for every seed, taking turns step by step in a random order that the seed decides.
 
     Returns:
         What each did, and the seconds in which the batch of each step was loaded, once for all of them.
     """
     loading: list[Section] = []
-    records = {name: Record() for name in train_contestants.NAMES}
+    names = train_contestants.names(recipe)
+    records = {name: Record() for name in names}
     clock = Clock(recipe.device)
     warmup = min(WARMUP_STEPS, steps - 1)
     progress = tqdm(total=options.seeds * steps, unit="step", desc="training", leave=False)
     for seed in range(options.seeds):
         torch.manual_seed(seed)
+        dice = random.Random(seed)
         model = build_model().to(recipe.device).to(memory_format=torch.channels_last)
-        trainers = {
-            name: train_contestants.build(name, copy.deepcopy(model), recipe)
-            for name in train_contestants.NAMES
-        }
+        trainers = {name: train_contestants.build(name, copy.deepcopy(model), recipe) for name in names}
         for record in records.values():
             record.losses.append([])
         loader = batches(images, options.batch_size, steps, seed)
@@ -162,8 +164,7 @@ def train(
             labels = labels.to(recipe.device)
             clock.mark()
             loading += clock.sections()
-            turn = step % len(trainers)
-            for name in (*train_contestants.NAMES[turn:], *train_contestants.NAMES[:turn]):
+            for name in shuffled(list(trainers), dice):
                 trainer, record = trainers[name], records[name]
                 for group in trainer.optimizer.param_groups:
                     group["lr"] = recipe.lr * (1 + math.cos(math.pi * step / steps)) / 2
@@ -321,7 +322,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
             range(len(names)), names if panel in ("speed", "time") else [""] * len(names)
         )
 
-    for name, line_colour, style in zip(names, colour, ("-", (0, (5, 2)), (0, (1, 1.5)), "-")):
+    for name, line_colour, style in zip(names, colour, itertools.cycle(LINE_STYLES)):
         losses = [statistics.fmean(step) for step in zip(*rows[name]["losses"])]
         smooth = [statistics.fmean(losses[max(0, end - 10) : end]) for end in range(1, len(losses) + 1)]
         panels["loss"].plot(smooth, color=line_colour, linestyle=style, linewidth=1.5, label=name)

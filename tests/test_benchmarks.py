@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import statistics
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,8 @@ from benchmarks import (
 )
 from benchmarks.harness import Clock, Contestant, Spread, interleave, ratios
 from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
-from benchmarks.step_contestants import COPY, FUSED_CASTS, FUSED_NEW_CASTS, SCALE
+from benchmarks.step_contestants import CASTS, COPY, FUSED_CASTS, FUSED_NEW_CASTS, SCALE
+from benchmarks.step_lineup import FORMS
 
 TRAIN = ["--dataset", "digits", "--image-size", "16", "--batch-size", "8", "--device", "cpu", "--seeds", "1"]
 STEP = ["--rounds", "2", "--host-rounds", "2", "--loop-mib", "1", "--device", "cpu"]
@@ -80,6 +84,32 @@ def test_training_in_low_precision_starts_from_the_same_weights_and_batch(tmp_pa
     rows = read(tmp_path, "train")["contestants"]
     torch_losses, our_losses = (rows[name]["losses"][0] for name in ("torch.amp, fused", OURS))
     assert our_losses[0] == pytest.approx(torch_losses[0], rel=0.02)
+    unscaled = rows[train_contestants.UNSCALED]["losses"][0]
+    assert unscaled == pytest.approx(torch_losses, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loss_scaling", "expected"),
+    [(torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float16, True, False)],
+)
+def test_only_bf16_with_loss_scaling_has_a_row_without_it(
+    dtype: torch.dtype, loss_scaling: bool, expected: bool
+) -> None:
+    recipe = train_contestants.Recipe(torch.device("cpu"), dtype, loss_scaling, lr=0.1)
+    assert (train_contestants.UNSCALED in train_contestants.names(recipe)) is expected
+
+
+def test_the_row_without_a_scaler_scales_no_loss() -> None:
+    recipe = train_contestants.Recipe(torch.device("cpu"), torch.bfloat16, loss_scaling=True, lr=0.1)
+    module = torch.nn.Linear(2, 2)
+    trainer = train_contestants.build(train_contestants.UNSCALED, module, recipe)
+    trainer.backward(module.bias.sum())
+    assert module.bias.grad.tolist() == [1, 1]
+
+
+def test_a_single_seed_has_no_deviation(trained: Path) -> None:
+    assert read(trained, "train")["contestants"][OURS]["accuracy_std"] is None
+    assert "±" not in (trained / "train.md").read_text(encoding="utf-8").replace("mean ± standard", "")
 
 
 @pytest.mark.parametrize(
@@ -148,15 +178,23 @@ def test_elements_that_the_tensors_cannot_share_evenly_are_refused(
 
 def test_step_reports_every_contestant(stepped: Path) -> None:
     result = read(stepped, "step")
-    names = {FOR_LOOP, FOREACH, FUSED, FUSED_CASTS, FUSED_NEW_CASTS, OURS}
+    names = {*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS}
     assert set(result["contestants"]) == names
     assert set(result["bandwidth"]) == {OURS, COPY, SCALE}
-    assert set(result["host"]) == {FUSED, OURS}
+    assert set(result["host"]) == {*FORMS, OURS}
     assert not result["left_out"]
     assert all(row["peak_memory_bytes"] > 0 for row in result["contestants"].values())
     page = (stepped / "step.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in page for name in names)
     assert (stepped / "step.png").read_bytes().startswith(PNG)
+
+
+def test_the_ratios_of_a_step_can_be_taken_anew_from_its_samples(stepped: Path) -> None:
+    result = read(stepped, "step")
+    samples = result["samples_ms"]
+    assert set(samples) == {*result["contestants"], COPY, SCALE}
+    ratio = statistics.median(a / b for a, b in zip(samples[FUSED], samples[OURS]))
+    assert ratio == pytest.approx(result["contestants"][FUSED]["ours_is_faster_by"]["median"], rel=1e-5)
 
 
 def test_step_sizes_reports_every_set_and_its_limit(tmp_path: Path) -> None:
@@ -173,7 +211,7 @@ def test_step_sizes_reports_every_set_and_its_limit(tmp_path: Path) -> None:
         (100, 1000),
     ]
     for point in points:
-        assert set(point["ms"]) == {FOR_LOOP, FOREACH, FUSED, FUSED_CASTS, FUSED_NEW_CASTS, OURS}
+        assert set(point["ms"]) == {*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS}
         assert point["limit_ms"] > 0
     assert points[1]["bytes"] == 22 * 100
     assert set(points[0]["peak_memory_bytes"]) == set(points[0]["ms"])
@@ -209,13 +247,15 @@ def test_a_step_moves_22_bytes_for_a_low_precision_element_and_24_for_an_fp32_on
 class CountedBytes(TorchDispatchMode):
     """Adds up what operations read and write: arguments that are not just overwritten; what they change or make."""
 
+    MOVE_NOTHING = (torch.ops.aten.detach.default, torch.ops.aten.empty_like.default)
+
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        if operation.is_view or operation is torch.ops.aten.detach.default:
+        if operation.is_view or operation in self.MOVE_NOTHING:
             return result
         overwrites = operation is torch.ops.aten.copy_.default
         for argument, value in zip(operation._schema.arguments, args):
@@ -228,15 +268,22 @@ class CountedBytes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", [FOR_LOOP, FOREACH, FUSED, FUSED_CASTS, FUSED_NEW_CASTS])
-def test_the_bytes_stated_of_torch_amp_are_those_of_its_operations(name: str) -> None:
-    candidates = step_lineup.of_a_model("synthetic:1:100000", torch.float16, torch.device("cpu"), ["cpu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", [*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS])
+def test_the_bytes_stated_of_plain_operations_are_those_that_they_are_called_with(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Ours is the reference here, which is made of torch's operations as well."""
+    if dtype == torch.float32 and name not in (*FORMS, OURS):
+        return
+    candidates = step_lineup.of_a_model("synthetic:1:100000", dtype, torch.device("cpu"), ["reference"])
     (candidate,) = (candidate for candidate in candidates if candidate.name == name)
     ((entry,), _) = step_lineup.assemble([candidate], torch.device("cpu"))
     entry.contestant.prepare()
     with CountedBytes() as counted:
         entry.contestant.run()
-    assert round(counted.bytes / 100_000, 1) == entry.work.low_bytes
+    stated = entry.work.fp32_bytes if dtype == torch.float32 else entry.work.low_bytes
+    assert round(counted.bytes / 100_000, 1) == stated
 
 
 @pytest.mark.parametrize(("name", "bytes_an_element"), [(FOR_LOOP, 16), (FOREACH, 16), (FUSED, 12)])
@@ -260,16 +307,33 @@ def test_every_torch_contestant_gets_the_same_gradients_each_round() -> None:
     assert all(torch.equal(old, parameter.grad) for old, parameter in zip(before, module.parameters()))
 
 
-def test_interleaving_rotates_who_goes_first_and_keeps_a_sample_a_round() -> None:
+def order_of_runs(rounds: int) -> tuple[list[str], dict[str, int]]:
+    """The order of three contestants in each round, warm-up included, and how many samples each has."""
     order: list[str] = []
     samples = interleave(
         [Contestant(name, lambda name=name: order.append(name)) for name in "abc"],
-        rounds=3,
+        rounds=rounds,
         warmup=1,
         device=torch.device("cpu"),
     )
-    assert "".join(order) == "abcbcacababc"
-    assert {name: len(sections) for name, sections in samples.items()} == {"a": 3, "b": 3, "c": 3}
+    turns = ["".join(order[begin : begin + 3]) for begin in range(0, len(order), 3)]
+    return turns, {name: len(sections) for name, sections in samples.items()}
+
+
+def test_interleaving_runs_everybody_once_a_round_and_keeps_a_sample_a_round() -> None:
+    turns, samples = order_of_runs(rounds=3)
+    assert ["".join(sorted(turn)) for turn in turns] == ["abc"] * 4
+    assert samples == {"a": 3, "b": 3, "c": 3}
+
+
+def test_interleaving_draws_a_new_order_each_round_so_that_nobody_always_follows_the_same_one() -> None:
+    turns, _ = order_of_runs(rounds=60)
+    counts = Counter(pair for turn in turns for pair in itertools.pairwise(turn))
+    assert len(counts) == 6 and max(counts.values()) < 2 * min(counts.values())
+
+
+def test_interleaving_has_the_same_order_in_each_run() -> None:
+    assert order_of_runs(rounds=9) == order_of_runs(rounds=9)
 
 
 def test_interleaving_prepares_once_for_runs_back_to_back_and_one_before_them() -> None:

@@ -20,15 +20,16 @@ pytest.importorskip("torchvision", reason="the benchmarks take their networks fr
 import emulation  # adds a backend
 from benchmarks import gpu, step, step_contestants, step_lineup, step_peers
 from benchmarks.harness import Clock, Contestant, interleave
-from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
+from benchmarks.names import FUSED, OURS
 from benchmarks.step_contestants import (
+    CASTS,
     COPY,
-    FUSED_CASTS,
     FUSED_NEW_CASTS,
     SCALE,
     Entry,
     give_gradients,
 )
+from benchmarks.step_lineup import FORMS
 from comparison import assert_all_same_bits
 from fake_cuda import FakeCuda
 from fused_tricks import FusedSGD, cast_model
@@ -82,10 +83,10 @@ def page(folder: Path) -> str:
 
 def test_one_command_measures_every_backend_and_its_graph(result: dict[str, Any]) -> None:
     ours = {f"{name}{graph}" for name in (OURS, f"{OURS}, cpu") for graph in ("", GRAPH)}
-    theirs = {FOR_LOOP, FOREACH, FUSED, f"{FUSED}{GRAPH}", FUSED_CASTS, FUSED_NEW_CASTS}
+    theirs = {*FORMS, *(f"{form}{CASTS}" for form in FORMS), f"{FUSED}{GRAPH}", FUSED_NEW_CASTS}
     assert set(result["contestants"]) == ours | theirs
     assert set(result["bandwidth"]) == ours | {COPY, SCALE}
-    assert set(result["host"]) == ours | {FUSED, f"{FUSED}{GRAPH}"}
+    assert set(result["host"]) == ours | {*FORMS, f"{FUSED}{GRAPH}"}
     assert "(backend emulated_cuda)" in result["setting"]
 
 
@@ -195,7 +196,7 @@ def test_a_step_that_cannot_be_captured_is_listed_with_the_reason(
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     candidates = step_lineup.of_tiny_parameters("synthetic:2:3", torch.float16, CPU, ["reference"])
     entries, left_out = step_lineup.assemble(candidates, CPU)
-    assert [entry.contestant.name for entry in entries] == [FUSED, OURS]
+    assert [entry.contestant.name for entry in entries] == [*FORMS, OURS]
     reason = "RuntimeError: operation not permitted when stream is capturing"
     assert left_out == {f"{FUSED}{GRAPH}": reason, f"{OURS}{GRAPH}": reason}
 
