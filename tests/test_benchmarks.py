@@ -24,6 +24,7 @@ pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm
 from benchmarks import (
     cast_models,
     data,
+    machine,
     parameter_sets,
     report,
     step,
@@ -213,20 +214,65 @@ def test_step_sizes_reports_every_set_and_its_limit(tmp_path: Path) -> None:
     for point in points:
         assert set(point["ms"]) == {*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS}
         assert point["limit_ms"] > 0
+        assert point["gb_per_second"]["median"] == pytest.approx(
+            point["bytes"] / point["ms"][OURS]["median"] / 1e6
+        )
+        assert point["share_of_copy"]["median"] > 0 and point["host_us"] == {}
     assert points[1]["bytes"] == 22 * 100
+    assert [point["limit_ms"] / point["bytes"] for point in points] == pytest.approx(
+        [point["loop_ms"][SCALE]["median"] / (3 * 2**20) for point in points]
+    )
     assert set(points[0]["peak_memory_bytes"]) == set(points[0]["ms"])
     page = (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
     assert all(f"| {point['name']} |" in page for point in points)
     assert (tmp_path / "step_sizes.png").read_bytes().startswith(PNG)
 
 
+QUICK = ["--seconds", "0.001", "--most-rounds", "1", "--loop-mib", "1", "--device", "cpu"]
+
+
+def test_step_sizes_draws_each_sweep_that_has_a_point_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(
+        report,
+        "save_figure",
+        lambda figure, *others: titles.extend(axes.get_title(loc="left") for axes in figure.axes),
+    )
+    step_sizes.main(
+        ["--models", "--tensor-counts", "2", "--element-counts", *QUICK, "--output", str(tmp_path)]
+    )
+    page = (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
+    assert [title for title in titles if title] == [step_sizes.HEADINGS["tensors"]]
+    assert "step_sizes.png" in page and step_sizes.HEADINGS["elements"] not in page
+
+
+def test_step_sizes_of_networks_only_has_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_sizes, "sweeps", lambda options: {"models": [], "tensors": [], "elements": []})
+    step_sizes.main([*QUICK, "--output", str(tmp_path)])
+    assert "png" not in (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "step_sizes.png").exists()
+
+
 def test_every_result_says_where_and_how_it_was_measured(trained: Path, stepped: Path) -> None:
     for folder, benchmark in ((trained, "train"), (stepped, "step")):
-        machine = read(folder, benchmark)["machine"]
-        assert machine["command"].startswith(f"python -m benchmarks.{benchmark} ")
-        assert machine["threads"] == torch.get_num_threads()
-        assert machine["versions"]["torch"] == torch.__version__
-        assert {"cpu", "cores", "date", "gpu"} <= set(machine)
+        found = read(folder, benchmark)["machine"]
+        assert f"python -m benchmarks.{benchmark} " in found["command"]
+        assert found["threads"] == torch.get_num_threads()
+        assert found["versions"]["torch"] == torch.__version__
+        assert {"cpu", "cores", "date", "gpu"} <= set(found)
+
+
+@pytest.mark.parametrize(("threads", "prefix"), [("3", "OMP_NUM_THREADS=3 "), (None, "")])
+def test_the_command_has_the_number_of_threads_before_it_where_that_is_set(
+    monkeypatch: pytest.MonkeyPatch, threads: str | None, prefix: str
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    command = machine.describe("benchmarks.step", ["--rounds", "1"], torch.device("cpu"))["command"]
+    assert command == f"{prefix}python -m benchmarks.step --rounds 1"
 
 
 def test_budgets_about_the_step_are_stated_for_resnet50_on_the_cpu_only(stepped: Path) -> None:
@@ -268,14 +314,19 @@ class CountedBytes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", [*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS])
+# Casts to FP32 leave no element that is 16-bit.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in (*FORMS, OURS)),
+        *((name, torch.float16) for name in (*FORMS, OURS, FUSED_NEW_CASTS)),
+        *((f"{form}{CASTS}", torch.float16) for form in FORMS),
+    ],
+)
 def test_the_bytes_stated_of_plain_operations_are_those_that_they_are_called_with(
     name: str, dtype: torch.dtype
 ) -> None:
     """Ours is the reference here, which is made of torch's operations as well."""
-    if dtype == torch.float32 and name not in (*FORMS, OURS):
-        return
     candidates = step_lineup.of_a_model("synthetic:1:100000", dtype, torch.device("cpu"), ["reference"])
     (candidate,) = (candidate for candidate in candidates if candidate.name == name)
     ((entry,), _) = step_lineup.assemble([candidate], torch.device("cpu"))

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
 import emulation  # adds a backend
-from benchmarks import gpu, step, step_contestants, step_lineup, step_peers
+from benchmarks import gpu, step, step_contestants, step_lineup, step_peers, step_sizes
 from benchmarks.harness import Clock, Contestant, interleave
 from benchmarks.names import FUSED, OURS
 from benchmarks.step_contestants import (
@@ -271,6 +271,27 @@ def test_peers_that_are_installed_take_part(tmp_path: Path, fake_cuda: FakeCuda,
     result = run(tmp_path, "--backend", "reference")
     assert result["left_out"] == {}
     assert set(PEERS) < set(result["contestants"])
+
+
+def test_step_sizes_has_host_times_that_do_not_wait_behind_the_head_start(
+    tmp_path: Path, fake_cuda: FakeCuda
+) -> None:
+    sets = [
+        "--models",
+        "--tensor-counts",
+        "2",
+        "--element-counts",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path),
+    ]
+    step_sizes.main([*sets, "--seconds", "0.001", "--most-rounds", "1", "--loop-mib", "1"])
+    (point,) = json.loads((tmp_path / "step_sizes.json").read_text(encoding="utf-8"))["sweeps"]["tensors"]
+    assert set(point["host_us"]) == set(point["ms"])
+    assert "Host time, µs a step:" in (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
+    # One warm-up and five rounds of times are behind the head start, and none of the others.
+    assert fake_cuda.log.count("sleep") == 6 * (len(point["ms"]) + 2)
 
 
 def test_apex_has_no_contestant_with_bf16_masters(fake_cuda: FakeCuda, peers: None) -> None:
