@@ -35,7 +35,8 @@ help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
 	@echo "make test     run the tests; PYTEST_ARGS='-k overflow' chooses some"
 	@echo "make test-torches  one wheel in clean environments with several torches: TORCHES='$(TORCHES)'"
-	@echo "make bench    measure training against torch.amp; BENCH_ARGS=--help lists the options"
+	@echo "make bench    measure training and the step against torch.amp, into build/benchmarks;"
+	@echo "              BENCH_ARGS goes to the training, and BENCH_ARGS=--help lists its options"
 	@echo "make lint     ruff, mypy and clang-format; needs no build"
 	@echo "make format   let ruff and clang-format rewrite the files"
 	@echo "make clean    remove what was built; $(VENV) stays"
@@ -64,7 +65,8 @@ build/wheel: $(STAMPS)/build
 	$(IN_VENV) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $@ .
 
 bench: $(STAMPS)/build $(STAMPS)/bench
-	$(IN_VENV) -m benchmarks.train $(BENCH_ARGS)
+	$(IN_VENV) -m benchmarks.train --output build/benchmarks --seeds 2 $(BENCH_ARGS)
+	$(if $(filter -h --help,$(BENCH_ARGS)),,$(IN_VENV) -m benchmarks.step --rounds 20 --host-rounds 50 --output build/benchmarks)
 
 lint: $(STAMPS)/lint
 	$(IN_VENV) -m ruff check

@@ -7,24 +7,24 @@ goes on after the last training that was finished. benchmarks/README.md says how
 from __future__ import annotations
 
 import argparse
-import statistics
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import SymmetricalLogLocator
 from scipy import stats
 from tqdm import tqdm
 
 from benchmarks import ablation_options, data, gpu, machine, report
 from benchmarks.ablation_log import OutcomeLog
 from benchmarks.ablation_recipe import ROWS, Outcome, Recipe, Setting, train_once
-from benchmarks.train import positive
+from benchmarks.command_line import positive, several
+from benchmarks.harness import mean_and_deviation
 
 CONFIDENCE = 0.95
 # Top-1 accuracy in % of its Table 4: ResNet-50 on ImageNet, batch 256 for the first row and 1024 for the others.
@@ -40,7 +40,10 @@ IN_THE_PAPER = {
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference between two rows, seed by seed, and the ends of its confidence interval."""
+    """Mean difference between two rows, seed by seed, and the ends of its confidence interval.
+
+    They are not finite where a training diverged; then nothing can be said of noise.
+    """
 
     mean: float
     low: float
@@ -50,10 +53,17 @@ class Difference:
     def between(cls, before: Sequence[float], after: Sequence[float]) -> Difference:
         """Of two rows with the same seeds, at least two, in the same order; Student's t interval."""
         differences = [b - a for a, b in zip(before, after)]
-        mean = statistics.fmean(differences)
-        error = statistics.stdev(differences) / len(differences) ** 0.5
+        mean, deviation = mean_and_deviation(differences)
+        if deviation is None:
+            return cls(mean, math.nan, math.nan)
+        error = deviation / len(differences) ** 0.5
         half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error
         return cls(mean, mean - half, mean + half)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a training of one of the rows did."""
+        return not math.isfinite(self.mean)
 
     @property
     def within_noise(self) -> bool:
@@ -61,7 +71,9 @@ class Difference:
         return self.low <= 0 <= self.high
 
     def text(self, factor: float, decimals: int) -> str:
-        """``mean (low … high)``, in bold where it is more than noise."""
+        """``mean (low … high)``, in bold where it is more than noise; or ``diverged``."""
+        if self.diverged:
+            return "diverged"
         numbers = (factor * number for number in (self.mean, self.low, self.high))
         text = "{} ({} … {})".format(*(f"{number:+.{decimals}f}" for number in numbers))
         return text if self.within_noise else f"**{text}**"
@@ -79,7 +91,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Setting, data.I
     parser.add_argument("--epochs", type=positive, default=8)
     parser.add_argument(
         "--seeds",
-        type=ablation_options.several,
+        type=several,
         default=5,
         help="repeat every row with this many initial weights and orders",
     )
@@ -167,10 +179,11 @@ def summarise(outcomes: dict[str, list[Outcome]], setting: Setting, count: int) 
                 [getattr(outcome, what) for outcome in outcomes[name]]
                 for name in (row.name, before.name, first.name)
             )
+            mean, deviation = mean_and_deviation(values)
             columns[what] = {
                 "seeds": values,
-                "mean": statistics.fmean(values),
-                "std": statistics.stdev(values),
+                "mean": mean,
+                "std": deviation,
                 "to_row_before": asdict(Difference.between(values_before, values)),
                 "to_first_row": asdict(Difference.between(values_first, values)),
             }
@@ -206,10 +219,10 @@ def markdown(result: dict[str, Any]) -> str:
                 str(row["batch_size"]),
                 f"{row['lr']:g}",
                 str(row["steps"]),
-                f"{100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f}",
+                report.mean_text(accuracy["mean"], accuracy["std"], 100, 2),
                 _change(row, "accuracy", "to_row_before").text(100, 2) if place else "",
                 _change(row, "accuracy", "to_first_row").text(100, 2) if place else "",
-                f"{loss['mean']:.3f} ± {loss['std']:.3f}",
+                report.mean_text(loss["mean"], loss["std"], 1, 3),
                 _change(row, "loss", "to_row_before").text(1, 3) if place else "",
                 _in_the_paper(name),
             ]
@@ -217,7 +230,8 @@ def markdown(result: dict[str, Any]) -> str:
     explanation = (
         "Each row has the tricks of the rows before it and one more. Numbers are mean ± standard deviation over seeds; "
         f"a difference is taken seed by seed, and its mean stands before its {CONFIDENCE:.0%} confidence interval "
-        "(Student's t). **Bold**: the interval does not have zero in it. Everything else is within noise."
+        "(Student's t). **Bold**: the interval does not have zero in it. Everything else is "
+        "within noise, but for *diverged*: a loss was infinite, and there is no difference to speak of."
     )
     return "\n\n".join(
         [
@@ -255,21 +269,33 @@ def picture(result: dict[str, Any], path: Path) -> None:
         ("loss", "Test loss", 3, 0.05),
     ):
         values_panel, changes_panel = panels[what], panels[f"{what} change"]
+        drawn: list[float] = []
         for place, row in enumerate(rows.values()):
             values, mean, std, change = _lower_is_better(row, what)
-            values_panel.plot(values, [place] * len(values), "o", color=report.GREYS[0], markersize=6)
-            values_panel.errorbar(mean, place, xerr=std, fmt="|", color="black", markersize=14, capsize=3)
-            values_panel.text(
-                max(*values, mean + std), place, f"  {mean:.{decimals}f}", va="center", fontsize=9
+            finite = [value for value in values if math.isfinite(value)]
+            drawn += finite
+            values_panel.plot(finite, [place] * len(finite), "o", color=report.GREYS[0], markersize=6)
+            if std is not None:
+                values_panel.errorbar(mean, place, xerr=std, fmt="|", color="black", markersize=14, capsize=3)
+            values_panel.annotate(
+                "  " + report.number(mean, f".{decimals}f"),
+                (max([*finite, mean + (std or 0)]), place) if std is not None else (1, place),
+                xycoords="data" if std is not None else values_panel.get_yaxis_transform(),
+                va="center",
+                fontsize=9,
             )
-            if place == 0:
+            if place == 0 and math.isfinite(mean):
                 values_panel.axvline(mean, color=report.GREYS[1], linestyle=":", linewidth=1)
-            else:
+            if place:
                 _draw_change(changes_panel, place, change, decimals)
         report.dress(values_panel, title, "dots: seeds · lower")
-        values_panel.set_xscale("log")
+        # Logarithmic down to the smallest value that is not zero, and linear from there, so that a zero is seen.
+        smallest = min((value for value in drawn if value > 0), default=1.0)
+        values_panel.set_xscale("symlog", linthresh=smallest, linscale=0.3)
         values_panel.margins(x=0.2)
-        values_panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        values_panel.xaxis.set_major_locator(
+            SymmetricalLogLocator(base=10, linthresh=smallest, subs=(1, 2, 5))
+        )
         values_panel.xaxis.set_major_formatter("{x:g}")
         values_panel.xaxis.set_minor_formatter("")
         report.dress(changes_panel, "Change to the row before", "grey: within noise · lower")
@@ -297,7 +323,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     )
 
 
-def _lower_is_better(row: dict[str, Any], what: str) -> tuple[list[float], float, float, Difference]:
+def _lower_is_better(row: dict[str, Any], what: str) -> tuple[list[float], float, float | None, Difference]:
     """Values of all seeds, mean, standard deviation and change to the row before, of the error in % or the loss."""
     if what == "loss":
         column = row["loss"]
@@ -306,12 +332,15 @@ def _lower_is_better(row: dict[str, Any], what: str) -> tuple[list[float], float
     return (
         [100 * (1 - value) for value in column["seeds"]],
         100 * (1 - column["mean"]),
-        100 * column["std"],
+        None if column["std"] is None else 100 * column["std"],
         Difference(-100 * change.mean, -100 * change.high, -100 * change.low),
     )
 
 
 def _draw_change(axes: Axes, place: int, change: Difference, decimals: int) -> None:
+    if change.diverged:
+        axes.text(0, place, " diverged", va="center", fontsize=9)
+        return
     noise = change.within_noise
     axes.errorbar(
         change.mean,
@@ -334,9 +363,7 @@ def _draw_change(axes: Axes, place: int, change: Difference, decimals: int) -> N
 def main(arguments: Sequence[str]) -> None:
     """Trains what is missing, and writes ablation.json, ablation.md and ablation.png."""
     options, setting, images = parse(arguments)
-    gpu.use(setting.device)
-    if gpu.is_gpu(setting.device):
-        torch.backends.cudnn.deterministic = True
+    gpu.use(setting.device, deterministic=True)
     record = machine.describe("benchmarks.ablation", arguments, setting.device)
     log = open_log(options.output / "ablation.jsonl", options, setting, record)
     outcomes = train_all({row.name: (row, setting) for row in ROWS}, images, range(options.seeds), log)
@@ -347,11 +374,8 @@ def main(arguments: Sequence[str]) -> None:
         "confidence": CONFIDENCE,
         "rows": summarise(outcomes, setting, len(images.train)),  # type: ignore[arg-type]
     }
-    report.write_json(options.output / "ablation.json", result)
-    (options.output / "ablation.md").write_text(markdown(result), encoding="utf-8")
-    picture(result, options.output / "ablation.png")
+    report.write(options.output, result, markdown(result), picture)
     log.path.unlink()
-    print(markdown(result))
 
 
 if __name__ == "__main__":

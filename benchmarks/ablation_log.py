@@ -24,7 +24,7 @@ class OutcomeLog:
         made_with: whatever decides the outcomes, as plain values.
 
     Raises:
-        ValueError: the file was made with something else.
+        ValueError: the file was made with something else, or does not say with what.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
@@ -46,17 +46,23 @@ class OutcomeLog:
         if not newline:
             self.path.unlink()
             return
-        header, *lines = [json.loads(line) for line in whole.split("\n")]
-        before = header["made_with"]
+        try:
+            header, *lines = [json.loads(line) for line in whole.split("\n")]
+            before = header["made_with"]
+            outcomes = {(line.pop("row"), line.pop("seed")): Outcome(**line) for line in lines}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.path} cannot be gone on with, as its first line does not say what its outcomes were made "
+                "with, or another line is no outcome: delete it to begin anew, or write to another folder with "
+                "--output"
+            ) from error
         differing = [name for name in {**before, **made_with} if before.get(name) != made_with.get(name)]
         if differing:
             raise ValueError(
                 f"{self.path} was begun with another {', '.join(differing)}: delete it to begin anew, or write "
                 "to another folder with --output"
             )
-        for line in lines:
-            row, seed = line.pop("row"), line.pop("seed")
-            self.outcomes[row, seed] = Outcome(**line)
+        self.outcomes = outcomes
         if cut_off:
             self.path.write_text(whole + newline, encoding="utf-8")
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from benchmarks import data, gpu, report
-from benchmarks.train import positive
+from benchmarks import command_line, data, gpu, report
+from benchmarks.command_line import positive, positive_number
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -24,22 +23,14 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blocks", type=positive, default=2, help="residual blocks in each of the network's three stages"
     )
-    parser.add_argument("--lr", type=float, default=0.4, help="learning rate for a batch of 256")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--lr", type=positive_number, default=0.4, help="learning rate for a batch of 256")
+    command_line.add_device_to(parser)
     parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16"),
         help="of low precision; float16 on a GPU and bfloat16 on a CPU unless given",
     )
-    parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR")
-
-
-def several(text: str) -> int:
-    """A number of seeds of the command line, from which a spread can be had."""
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"must be at least 2, got {text}")
-    return value
+    report.add_output_to(parser)
 
 
 def load_images(
@@ -60,9 +51,8 @@ def load_images(
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Where to train, and in which low precision."""
-    device = torch.device(options.device)
-    dtype_name = options.dtype or ("float16" if gpu.is_gpu(device) else "bfloat16")
-    return device, getattr(torch, dtype_name)
+    dtype_name = options.dtype or ("float16" if gpu.is_gpu(options.device) else "bfloat16")
+    return options.device, getattr(torch, dtype_name)
 
 
 def describe(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> str:

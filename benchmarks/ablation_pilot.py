@@ -6,17 +6,16 @@ takes the options of benchmarks.ablation, and goes on where it was killed as tha
 
 from __future__ import annotations
 
-import statistics
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from benchmarks import ablation, gpu, machine, report
 from benchmarks.ablation_recipe import ROWS as ALL_ROWS
 from benchmarks.ablation_recipe import Recipe
+from benchmarks.harness import mean_and_deviation
 
 RATES = (0.1, 0.2, 0.4, 0.8)
 FIRST_SEED = 100
@@ -39,17 +38,23 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "# The learning rate of the ablation",
-            f"{result['setting']}. Numbers are mean ± standard deviation over seeds. The test loss of the small batch "
-            f"is lowest at {result['lowest_loss_at']:g}.",
+            f"{result['setting']}. Numbers are mean ± standard deviation over seeds. {_lowest(result)}",
             report.table(header, lines),
             report.machine_note(result["machine"]) + "\n",
         ]
     )
 
 
+def _lowest(result: dict[str, Any]) -> str:
+    rate = result["lowest_loss_at"]
+    if rate is None:
+        return "The small batch diverged at every learning rate."
+    return f"The test loss of the small batch is lowest at {rate:g}."
+
+
 def _cells(row: dict[str, list[float]]) -> list[str]:
     return [
-        f"{factor * statistics.fmean(row[what]):.{decimals}f} ± {factor * statistics.stdev(row[what]):.{decimals}f}"
+        report.mean_text(*mean_and_deviation(row[what]), factor, decimals)
         for what, factor, decimals in (("accuracy", 100, 2), ("loss", 1, 3))
     ]
 
@@ -57,9 +62,7 @@ def _cells(row: dict[str, list[float]]) -> list[str]:
 def main(arguments: Sequence[str]) -> None:
     """Trains what is missing, and writes ablation_pilot.json and ablation_pilot.md."""
     options, setting, images = ablation.parse(arguments)
-    gpu.use(setting.device)
-    if gpu.is_gpu(setting.device):
-        torch.backends.cudnn.deterministic = True
+    gpu.use(setting.device, deterministic=True)
     record = machine.describe("benchmarks.ablation_pilot", arguments, setting.device)
     seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
     log = ablation.open_log(options.output / "ablation_pilot.jsonl", options, setting, record)
@@ -79,19 +82,18 @@ def main(arguments: Sequence[str]) -> None:
         }
         for lr in RATES
     ]
-    best = min(rates, key=lambda rate: statistics.fmean(rate["rows"][ROWS[0].name]["loss"]))
+    losses = {rate["lr"]: mean_and_deviation(rate["rows"][ROWS[0].name]["loss"])[0] for rate in rates}
+    best = min(losses, key=losses.__getitem__)
     result = {
         "benchmark": "ablation_pilot",
         "machine": record,
         "setting": ablation.describe(options, setting),
         "seeds": list(seeds),
         "rates": rates,
-        "lowest_loss_at": best["lr"],
+        "lowest_loss_at": best if math.isfinite(losses[best]) else None,
     }
-    report.write_json(options.output / "ablation_pilot.json", result)
-    (options.output / "ablation_pilot.md").write_text(markdown(result), encoding="utf-8")
+    report.write(options.output, result, markdown(result))
     log.path.unlink()
-    print(markdown(result))
 
 
 if __name__ == "__main__":

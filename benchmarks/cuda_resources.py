@@ -16,8 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 import fused_tricks
-from benchmarks.report import RESULTS, table
+from benchmarks import machine
+from benchmarks.report import RESULTS, machine_note, table
 from fused_tricks.cuda_toolkit import find_toolkit
 
 PATH = RESULTS / "cuda_resources.md"
@@ -139,7 +142,9 @@ def main() -> None:
     if tool is None or not isinstance(cuda, dict):
         raise SystemExit("this needs an extension built with CUDA, and cuobjdump")
     PATH.parent.mkdir(exist_ok=True)
-    PATH.write_text(as_markdown(kernels(tool, Path(str(load_extension().__file__))), cuda["version"]))
+    page = as_markdown(kernels(tool, Path(str(load_extension().__file__))), cuda["version"])
+    record = machine.describe("benchmarks.cuda_resources", [], torch.device("cpu"))
+    PATH.write_text(f"{page}\n{machine_note(record)}\n", encoding="utf-8")
     print(PATH.read_text())
 
 

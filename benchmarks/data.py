@@ -35,7 +35,7 @@ def load(name: str, folder: str | None, image_size: int) -> Images:
         image_size: height and width that every image is resized to.
 
     Raises:
-        ValueError: an unknown name, or no folder for a set that needs one.
+        ValueError: an unknown name, no folder for a set that needs one, or other classes to train on than to test on.
         FileNotFoundError: the folder does not hold the set.
     """
     if name == "mnist":
@@ -87,5 +87,19 @@ def _on_disk(name: str, folder: str, image_size: int) -> Images:
         return Images(train, test, classes=10)
     if not all(Path(folder, part).is_dir() for part in ("train", "val")):
         raise FileNotFoundError(f"--data {folder} holds no folders train and val")
-    folders = [datasets.ImageFolder(f"{folder}/{part}", transform=transform) for part in ("train", "val")]
-    return Images(folders[0], folders[1], classes=len(folders[0].classes))
+    train, val = (datasets.ImageFolder(f"{folder}/{part}", transform=transform) for part in ("train", "val"))
+    # Each numbers its own folders in alphabetical order, so one more in either shifts the labels behind it.
+    differences = [
+        f"only {part} has {', '.join(sorted(only))}"
+        for part, only in (
+            ("train", {*train.classes} - {*val.classes}),
+            ("val", {*val.classes} - {*train.classes}),
+        )
+        if only
+    ]
+    if differences:
+        raise ValueError(
+            f"--data {folder}: train and val must have the same folders, one for each class, but "
+            + " and ".join(differences)
+        )
+    return Images(train, val, classes=len(train.classes))

@@ -22,10 +22,17 @@ def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def use(device: torch.device) -> None:
-    """Makes the device the current one, on whose current stream everything below happens."""
-    if is_gpu(device) and device.index is not None:
-        torch.cuda.set_device(device)
+def use(device: torch.device, *, deterministic: bool = False) -> None:
+    """Makes the device the current one, on whose current stream everything below happens.
+
+    Args:
+        device: the device.
+        deterministic: have cuDNN take only algorithms that give the same numbers each time.
+    """
+    if is_gpu(device):
+        torch.backends.cudnn.deterministic = deterministic
+        if device.index is not None:
+            torch.cuda.set_device(device)
 
 
 def give_head_start() -> None:

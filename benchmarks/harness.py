@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import random
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy
 import torch
 
 from benchmarks import gpu
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,9 @@ class Contestant:
     prepare: Callable[[], object] = lambda: None
 
 
-def rotated(items: Sequence[Contestant], turn: int) -> list[Contestant]:
-    """The items in their order, begun at another one each turn, so that none always follows the same one."""
-    start = turn % len(items)
-    return [*items[start:], *items[:start]]
+def shuffled(items: Sequence[T], dice: random.Random) -> list[T]:
+    """The items in a random order: in another one each round, so that none always runs behind the same one."""
+    return dice.sample(items, len(items))
 
 
 def interleave(
@@ -125,7 +130,7 @@ def interleave(
     between: Callable[[], object] = lambda: None,
     head_start: bool = False,
 ) -> dict[str, list[Section]]:
-    """Runs every contestant once a round, in an order that rotates, and times each run by itself.
+    """Runs every contestant once a round, in a new random order, the same in each run, and times each run by itself.
 
     Args:
         contestants: who takes part; names must be unique.
@@ -142,9 +147,10 @@ def interleave(
         round by round.
     """
     clock = Clock(device, head_start=head_start)
+    dice = random.Random(0)
     samples: dict[str, list[Section]] = {contestant.name: [] for contestant in contestants}
     for turn in range(warmup + rounds):
-        for contestant in rotated(contestants, turn):
+        for contestant in shuffled(contestants, dice):
             contestant.prepare()
             if repeats > 1:
                 contestant.run()
@@ -158,6 +164,13 @@ def interleave(
                 mean = Section(section.host / repeats, section.device / repeats, section.waited)
                 samples[contestant.name].append(mean)
     return samples
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation; None for the deviation of a single value, and of values that are not all finite."""
+    if not all(map(math.isfinite, values)):
+        return sum(values) / len(values), None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:

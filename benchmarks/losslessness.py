@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,14 +25,16 @@ from tqdm import tqdm
 import fused_tricks
 from benchmarks import ablation_options, data, gpu, machine, report, train_contestants
 from benchmarks.ablation_network import small_resnet
-from benchmarks.train import accuracy, batches, positive
-from benchmarks.train_contestants import OURS, Recipe, Trainer
+from benchmarks.command_line import positive, several
+from benchmarks.harness import mean_and_deviation
+from benchmarks.names import FOR_LOOP, FUSED, OURS
+from benchmarks.train import accuracy, batches
+from benchmarks.train_contestants import Recipe, Trainer
 
-BASELINE = "torch.amp, for-loop"
-FUSED = "torch.amp, fused"
-ROUNDED = "fused_tricks, begun from rounded weights"
+BASELINE = FOR_LOOP
+ROUNDED = f"{OURS}, begun from rounded weights"
 TESTS = 8
-"""How often the test accuracy is measured in a training, at equal distances."""
+"""How often the test accuracy is measured in a training, at equal distances; less often if it has fewer steps."""
 
 
 @dataclass
@@ -55,7 +58,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     parser.add_argument("--epochs", type=positive, default=2)
     parser.add_argument(
         "--seeds",
-        type=ablation_options.several,
+        type=several,
         default=3,
         help="repeat with this many initial weights and orders",
     )
@@ -83,12 +86,17 @@ def full_precision(trainer: Trainer) -> dict[str, Tensor]:
     return trainer.model.state_dict()
 
 
+def steps_tested(steps: int) -> list[int]:
+    """After which steps of a training the test accuracy is measured; after each where there are fewer than `TESTS`."""
+    return sorted({steps * (test + 1) // TESTS for test in range(TESTS)} - {0})
+
+
 def train_all(
     images: data.Images, recipe: Recipe, options: argparse.Namespace, steps: int
 ) -> dict[str, Curves]:
     """Trains all contestants for every seed, step by step on the same batches."""
     curves: dict[str, Curves] = {}
-    tested = {steps * (test + 1) // TESTS for test in range(TESTS)}
+    tested = steps_tested(steps)
     for seed in range(options.seeds):
         torch.manual_seed(seed)
         model = small_resnet(images.classes, options.blocks)
@@ -132,15 +140,20 @@ def distances(curves: Sequence[Sequence[float]], others: Sequence[Sequence[float
     return [abs(a - b) for curve, other in zip(curves, others) for a, b in zip(curve, other)]
 
 
+def largest(values: Sequence[float]) -> float:
+    """The largest value; nan where there is a nan, which every comparison, and so `max`, passes over."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
 def summarise(curves: dict[str, Curves]) -> dict[str, Any]:
     """The raw curves; how far each contestant is from the baseline, and how far the baseline's seeds are apart."""
     baseline = curves[BASELINE]
 
     def summary(losses: list[float], accuracies: list[float]) -> dict[str, float]:
         return {
-            "largest_loss": max(losses),
+            "largest_loss": largest(losses),
             "mean_loss": statistics.fmean(losses),
-            "largest_accuracy": max(accuracies),
+            "largest_accuracy": largest(accuracies),
         }
 
     pairs = list(itertools.permutations(range(len(baseline.losses)), 2))
@@ -165,6 +178,7 @@ def summarise(curves: dict[str, Curves]) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> str:
     """The result as a page with one table for each precision."""
     sections = []
+    tests = len(next(iter(result["precisions"].values()))["contestants"][BASELINE]["accuracies"][0])
     for precision, summary in result["precisions"].items():
         header = [
             "contestant",
@@ -176,8 +190,8 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         rows = []
         for name, own in summary["contestants"].items():
-            final = [100 * curve[-1] for curve in own["accuracies"]]
-            numbers = f"{statistics.fmean(final):.2f} ± {statistics.stdev(final):.2f}"
+            final = mean_and_deviation([curve[-1] for curve in own["accuracies"]])
+            numbers = report.mean_text(*final, 100, 2)
             equal = f"{sum(own['same_weights'])} of {len(own['same_weights'])} seeds"
             if name == BASELINE:
                 rows.append([name, "", "", "", "", numbers])
@@ -186,8 +200,9 @@ def markdown(result: dict[str, Any]) -> str:
         rows.append([f"{BASELINE}, between its seeds", *_distance_texts(summary["between_seeds"]), "", ""])
         sections += [f"## {precision}", report.table(header, rows)]
     explanation = (
-        f"Differences are absolute, from *{BASELINE}* of the same seed, over all steps and seeds; 0 is exact. Accuracy "
-        f"is measured {TESTS} times in a training. Weights are compared bit for bit, masters where there are some."
+        f"Differences are absolute, from *{BASELINE}* of the same seed, over all steps and seeds; 0 is exact, and "
+        f"nan is where a loss was not a number, or infinite on both sides. Accuracy is measured {tests} times in a "
+        "training. Weights are compared bit for bit, masters where there are some."
     )
     return "\n\n".join(
         [
@@ -203,9 +218,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _distance_texts(distance: dict[str, float]) -> list[str]:
     return [
-        f"{distance['largest_loss']:.3g}",
-        f"{distance['mean_loss']:.3g}",
-        f"{100 * distance['largest_accuracy']:.3g}",
+        report.number(distance["largest_loss"], ".3g"),
+        report.number(distance["mean_loss"], ".3g"),
+        report.number(100 * distance["largest_accuracy"], ".3g"),
     ]
 
 
@@ -226,15 +241,13 @@ def picture(result: dict[str, Any], path: Path) -> None:
             if name != FUSED:
                 loss.plot(steps, list(zip(*own["losses"])), **looks[name])
                 percent = [[100 * value for value in test] for test in zip(*own["accuracies"])]
-                tested.plot(
-                    [len(steps) * (test + 1) // TESTS for test in range(TESTS)], percent, **looks[name]
-                )
+                tested.plot(steps_tested(len(steps)), percent, **looks[name])
             if name != BASELINE:
-                largest = [
-                    max(distances([ours], [theirs]))
+                farthest = [
+                    largest(distances([ours], [theirs]))
                     for ours, theirs in zip(zip(*own["losses"]), zip(*baseline["losses"]))
                 ]
-                distance.plot(steps, largest, label=f"{name}, largest of all seeds", **looks[name])
+                distance.plot(steps, farthest, label=f"{name}, largest of all seeds", **looks[name])
         apart = [
             statistics.fmean(abs(a - b) for a, b in itertools.combinations(step, 2))
             for step in zip(*baseline["losses"])
@@ -268,9 +281,7 @@ def main(arguments: Sequence[str]) -> None:
     """Trains, and writes losslessness.json, losslessness.md and losslessness.png."""
     options, images = parse(arguments)
     device, dtype = ablation_options.device_and_dtype(options)
-    gpu.use(device)
-    if gpu.is_gpu(device):
-        torch.backends.cudnn.deterministic = True
+    gpu.use(device, deterministic=True)
     steps = options.epochs * (len(images.train) // options.batch_size)  # type: ignore[arg-type]
     precisions = {}
     for precision in (torch.float32, dtype):
@@ -293,11 +304,7 @@ def main(arguments: Sequence[str]) -> None:
         "baseline": BASELINE,
         "precisions": precisions,
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "losslessness.json", result)
-    (options.output / "losslessness.md").write_text(markdown(result), encoding="utf-8")
-    picture(result, options.output / "losslessness.png")
-    print(markdown(result))
+    report.write(options.output, result, markdown(result), picture)
 
 
 if __name__ == "__main__":

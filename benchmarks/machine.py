@@ -28,6 +28,13 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _command(module: str, arguments: Sequence[str]) -> str:
+    """The command line, with the number of threads that the environment asks for before it."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    prefix = f"OMP_NUM_THREADS={shlex.quote(threads)} " if threads else ""
+    return prefix + shlex.join(["python", "-m", module, *arguments])
+
+
 def describe(module: str, arguments: Sequence[str], device: torch.device) -> dict[str, object]:
     """A JSON-able record of where, when and how a benchmark ran.
 
@@ -38,7 +45,7 @@ def describe(module: str, arguments: Sequence[str], device: torch.device) -> dic
     """
     on_gpu = gpu.is_gpu(device)
     return {
-        "command": shlex.join(["python", "-m", module, *arguments]),
+        "command": _command(module, arguments),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

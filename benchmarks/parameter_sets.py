@@ -9,6 +9,22 @@ from torch import nn
 MODELS = ("resnet18", "resnet50", "resnet152", "mobilenet_v3_small", "mobilenet_v3_large", "vit_b_16")
 
 
+def check(name: str) -> None:
+    """Refuses what `build` does not know.
+
+    Raises:
+        ValueError: `name` is neither one of `MODELS` nor ``synthetic:N:SIZE``.
+    """
+    kind, _, sizes = name.partition(":")
+    count, _, size = sizes.partition(":")
+    is_synthetic = kind == "synthetic" and count.isdecimal() and size.isdecimal() and int(count) and int(size)
+    if name not in MODELS and not is_synthetic:
+        raise ValueError(
+            f"unknown parameter set {name!r}; choose one of {', '.join(MODELS)}, or synthetic:N:SIZE with "
+            "two positive integers, such as synthetic:161:1"
+        )
+
+
 def build(name: str) -> nn.Module:
     """A module that holds the parameters, in FP32.
 
@@ -18,13 +34,8 @@ def build(name: str) -> nn.Module:
     Raises:
         ValueError: any other name.
     """
+    check(name)
     if name in MODELS:
         return torchvision.models.get_model(name)
-    kind, _, sizes = name.partition(":")
-    count, _, size = sizes.partition(":")
-    if kind != "synthetic" or not (count.isdecimal() and size.isdecimal() and int(count) and int(size)):
-        raise ValueError(
-            f"unknown parameter set {name!r}; choose one of {', '.join(MODELS)}, or synthetic:N:SIZE with "
-            "two positive integers, such as synthetic:161:1"
-        )
-    return nn.ParameterList([torch.randn(int(size)) * 0.02 for _ in range(int(count))])
+    count, size = map(int, name.split(":")[1:])
+    return nn.ParameterList([torch.randn(size) * 0.02 for _ in range(count)])

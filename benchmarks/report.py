@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,80 @@ MARK_COLOUR = "#D55E00"
 GREYS = ("#C4C4C4", "#A0A0A0", "#7A7A7A", "#5A5A5A", "#404040")
 
 
+def output_folder(text: str) -> Path:
+    """A folder of the command line, made where there is none, that files can be written to."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {text}: {error.strerror}") from error
+    return folder
+
+
+def output_file(text: str) -> Path:
+    """A file of the command line, whose folder is made where there is none."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, and the name of a file is needed")
+    return output_folder(str(path.parent)) / path.name
+
+
+def add_output_to(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--output``."""
+    parser.add_argument(
+        "--output", type=output_folder, default=str(RESULTS), metavar="DIR", help="folder for the result"
+    )
+
+
+def write(
+    folder: Path,
+    result: Mapping[str, Any],
+    page: str,
+    picture: Callable[[dict[str, Any], Path], None] | None = None,
+) -> None:
+    """Writes a result as NAME.json, NAME.md and, where it has one, its picture as NAME.png, and prints the page.
+
+    NAME is the result's benchmark.
+    """
+    name = result["benchmark"]
+    write_json(folder / f"{name}.json", result)
+    (folder / f"{name}.md").write_text(page, encoding="utf-8")
+    if picture is not None:
+        picture(dict(result), folder / f"{name}.png")
+    print(page)
+
+
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes a result, indented, with each list of plain values on one line."""
-    text = json.dumps(result, indent=2, ensure_ascii=False)
+    """Writes a result, indented, with each list of plain values on one line.
+
+    Numbers that JSON has no word for become strings that ``float`` reads: "inf", "-inf" and "nan".
+    """
+    text = json.dumps(_strict(result), indent=2, ensure_ascii=False, allow_nan=False)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def number(value: float, form: str) -> str:
+    """The number in the form of a format string, such as ``.3g``; ∞ where it is infinite."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return format(value, form)
+
+
+def mean_text(mean: float, deviation: float | None, factor: float, decimals: int) -> str:
+    """``mean ± standard deviation``, both times the factor; the mean alone where there is no deviation."""
+    text = number(factor * mean, f".{decimals}f")
+    return text if deviation is None else f"{text} ± {factor * deviation:.{decimals}f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -20,13 +20,12 @@ from matplotlib import pyplot
 from torch import Tensor
 
 import fused_tricks
-from benchmarks import gpu, machine, parameter_sets, report, step_lineup
+from benchmarks import command_line, gpu, machine, parameter_sets, report, step_lineup
 from benchmarks.harness import Section, Spread, interleave, ratios
+from benchmarks.names import FUSED, OURS
 from benchmarks.step_contestants import (
     COPY,
-    FUSED,
     FUSED_CASTS,
-    OURS,
     Work,
     cache_eviction,
     loops,
@@ -64,26 +63,40 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description="Times the optimizer step of torch.amp and of fused_tricks.",
     )
     sets = ", ".join(parameter_sets.MODELS)
-    parser.add_argument("--parameters", default="resnet50", metavar="SET", help=f"{sets} or synthetic:N:SIZE")
+    parser.add_argument(
+        "--parameters",
+        type=command_line.parameter_set,
+        default="resnet50",
+        metavar="SET",
+        help=f"{sets} or synthetic:N:SIZE",
+    )
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16"), default="float16", help="of our parameters"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command_line.add_device_to(parser)
     parser.add_argument(
         "--backend",
         action="append",
         metavar="NAME",
         help="of fused_tricks; may be repeated; every one that is usable here and made for the device unless given",
     )
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=command_line.positive, default=60)
     parser.add_argument(
-        "--host-rounds", type=int, default=200, help="rounds of the step over tiny parameters"
+        "--host-rounds",
+        type=command_line.positive,
+        default=200,
+        help="rounds of the step over tiny parameters",
     )
     parser.add_argument(
-        "--loop-mib", type=int, default=256, help="size of each buffer of the two plain loops"
+        "--loop-mib",
+        type=command_line.positive,
+        default=256,
+        help="size of each buffer of the two plain loops",
     )
-    parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR")
-    return parser.parse_args(arguments)
+    report.add_output_to(parser)
+    options = parser.parse_args(arguments)
+    command_line.check_backends(parser, options.backend or [], options.device)
+    return options
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,7 @@ class Measurement:
 
 def measure(options: argparse.Namespace) -> Measurement:
     """Times every contestant and the plain loops on the chosen parameters, and the host on tiny ones."""
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    device, dtype = options.device, getattr(torch, options.dtype)
     gpu.use(device)
     backends, left_out = step_lineup.usable_backends(device)
     if options.backend:
@@ -193,7 +206,7 @@ def budgets(
 
 def summarise(options: argparse.Namespace, arguments: Sequence[str], found: Measurement) -> dict[str, Any]:
     """The result as JSON-able values; every spread is of the rounds."""
-    device = torch.device(options.device)
+    device = options.device
     step = {name: [section.device for section in sections] for name, sections in found.step.items()}
     host = {name: [section.host for section in sections] for name, sections in found.host.items()}
     alternating = {
@@ -217,6 +230,9 @@ def summarise(options: argparse.Namespace, arguments: Sequence[str], found: Meas
                 "work": asdict(work),
             }
             for name, work in found.works.items()
+        },
+        "samples_ms": {
+            name: [float(f"{seconds * 1e3:.6g}") for seconds in samples] for name, samples in step.items()
         },
         "left_out": found.left_out,
         "bandwidth": {
@@ -368,11 +384,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measures, and writes step.json, step.md and step.png."""
     options = parse(arguments)
     result = summarise(options, arguments, measure(options))
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "step.json", result)
-    (options.output / "step.md").write_text(markdown(result), encoding="utf-8")
-    picture(result, options.output / "step.png")
-    print(markdown(result))
+    report.write(options.output, result, markdown(result), picture)
 
 
 if __name__ == "__main__":

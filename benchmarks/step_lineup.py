@@ -12,25 +12,28 @@ from torch import nn
 
 import fused_tricks
 from benchmarks import gpu, memory, parameter_sets, step_peers
+from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
 from benchmarks.step_contestants import (
-    CAST_WORK,
-    FOR_LOOP,
-    FOREACH,
-    FUSED,
-    FUSED_CASTS,
+    CASTS,
     FUSED_NEW_CASTS,
     FUSED_WORK,
-    OURS,
     SEPARATE_WORK,
+    Casts,
     Entry,
     casts_in_place,
     casts_to_new,
     grad_scaler,
     ours,
+    with_casts,
 )
 from fused_tricks.backends import BACKENDS
 
 GRAPH = ", CUDA graph"
+FORMS: dict[str, Any] = {
+    FOR_LOOP: {"foreach": False, "fused": False},
+    FOREACH: {"foreach": True},
+    FUSED: {"fused": True},
+}
 
 
 @dataclass(frozen=True)
@@ -80,23 +83,10 @@ def of_a_model(
     module = partial(parameter_sets.build, parameters)
     low = [p.dtype == dtype for p in fused_tricks.cast_model(module(), dtype).parameters()]
 
-    def amp(name: str, **form: Any) -> Candidate:
-        work = FUSED_WORK if form.get("fused") else SEPARATE_WORK
-        sgd = partial(torch.optim.SGD, **form)
-        return Candidate(name, lambda: grad_scaler(name, module(), device, sgd, work))
-
-    def amp_with_casts(name: str, casts: Callable[..., Callable[..., Callable[[], None]]]) -> Candidate:
-        sgd = partial(torch.optim.SGD, fused=True)
-        return Candidate(
-            name, lambda: grad_scaler(name, module(), device, sgd, CAST_WORK, casts=casts(low, dtype))
-        )
-
     candidates = [
-        amp(FOR_LOOP, foreach=False, fused=False),
-        amp(FOREACH, foreach=True),
-        amp(FUSED, fused=True),
-        amp_with_casts(FUSED_CASTS, casts_in_place),
-        amp_with_casts(FUSED_NEW_CASTS, casts_to_new),
+        *_torch_amp(module, device),
+        *_torch_amp(module, device, CASTS, casts_in_place(low, dtype)),
+        _amp(FUSED_NEW_CASTS, FUSED, module, device, casts_to_new(low, dtype)),
     ]
     if gpu.is_gpu(device):
         candidates += [_fused_graph(module, device), *_peers(module, dtype, device)]
@@ -108,8 +98,7 @@ def of_tiny_parameters(
 ) -> list[Candidate]:
     """Those whose host time is measured; arguments as of `of_a_model`."""
     module = partial(parameter_sets.build, parameters)
-    sgd = partial(torch.optim.SGD, fused=True)
-    candidates = [Candidate(FUSED, lambda: grad_scaler(FUSED, module(), device, sgd, FUSED_WORK))]
+    candidates = _torch_amp(module, device)
     if gpu.is_gpu(device):
         candidates.append(_fused_graph(module, device))
     return candidates + _ours(module, dtype, device, backends)
@@ -153,6 +142,22 @@ def peak_bytes(candidate: Candidate, device: torch.device) -> int:
         entry.contestant.run()
 
     return memory.peak_bytes(two_steps, device) - kept
+
+
+def _torch_amp(
+    module: Callable[[], nn.Module], device: torch.device, suffix: str = "", casts: Casts | None = None
+) -> list[Candidate]:
+    return [_amp(f"{form}{suffix}", form, module, device, casts) for form in FORMS]
+
+
+def _amp(
+    name: str, form: str, module: Callable[[], nn.Module], device: torch.device, casts: Casts | None
+) -> Candidate:
+    sgd = partial(torch.optim.SGD, **FORMS[form])
+    work = FUSED_WORK if form == FUSED else SEPARATE_WORK
+    if casts:
+        work = with_casts(work)
+    return Candidate(name, lambda: grad_scaler(name, module(), device, sgd, work, casts=casts))
 
 
 def _ours(

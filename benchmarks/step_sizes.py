@@ -1,7 +1,8 @@
 """How the cost of an optimizer step depends on the parameters: well-known networks, many tensors, many elements.
 
 ``python -m benchmarks.step_sizes`` times the contestants of ``benchmarks.step`` on each of them, beside the time that
-the bytes of our step take at the bandwidth of a plain copy loop. benchmarks/README.md says how each number is measured.
+the bytes of our step take at the bandwidth of a plain loop in place. benchmarks/README.md says how each number
+is measured.
 """
 
 from __future__ import annotations
@@ -13,17 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 import fused_tricks
-from benchmarks import gpu, machine, parameter_sets, report, step_lineup
+from benchmarks import command_line, gpu, machine, parameter_sets, report, step_lineup
 from benchmarks.harness import Contestant, Spread, interleave, ratios
-from benchmarks.step_contestants import COPY, OUR_WORK, OURS, cache_eviction, loops
+from benchmarks.names import OURS
+from benchmarks.step_contestants import CASTS, COPY, SCALE, cache_eviction, loops
 
 MODELS = ("resnet18", "resnet50", "resnet152", "mobilenet_v3_large", "vit_b_16")
 TENSOR_COUNTS = (1, 10, 100, 1_000, 10_000, 100_000)
@@ -43,8 +42,12 @@ class Point:
         rounds: how often everybody ran.
         ms: milliseconds of a step, by contestant.
         speed: how much longer than ours each takes, round by round.
+        host_us: microseconds until the calls of a step returned, by contestant; on a GPU only.
+        loop_ms: of the plain loops, which take their turns.
         bytes: that our step reads and writes.
-        limit_ms: the time of these bytes at the copy loop's bandwidth.
+        gb_per_second: our step's bandwidth.
+        share_of_copy: the same over the copy loop's, round by round.
+        limit_ms: the time of our bytes at the in-place loop's bandwidth.
         peak_memory_bytes: by contestant; of networks only.
         left_out: who could not take part, and why.
     """
@@ -55,7 +58,11 @@ class Point:
     rounds: int
     ms: dict[str, Spread]
     speed: dict[str, Spread]
+    host_us: dict[str, Spread]
+    loop_ms: dict[str, Spread]
     bytes: int
+    gb_per_second: Spread
+    share_of_copy: Spread
     limit_ms: float
     peak_memory_bytes: dict[str, int]
     left_out: dict[str, str]
@@ -67,43 +74,74 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks.step_sizes",
         description="Times the optimizer step of torch.amp and of fused_tricks on many sets of parameters.",
     )
-    parser.add_argument("--models", nargs="*", default=list(MODELS), metavar="NAME")
-    parser.add_argument("--tensor-counts", nargs="*", type=int, default=list(TENSOR_COUNTS), metavar="N")
-    parser.add_argument("--element-counts", nargs="*", type=int, default=list(ELEMENT_COUNTS), metavar="N")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of timed steps on each set, about")
     parser.add_argument(
-        "--most-rounds", type=int, default=100, help="on each set; at least 5 run in any case"
+        "--models", nargs="*", type=command_line.parameter_set, default=list(MODELS), metavar="NAME"
     )
-    parser.add_argument("--loop-mib", type=int, default=256, help="size of each buffer of the copy loop")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR")
+    parser.add_argument(
+        "--tensor-counts", nargs="*", type=command_line.positive, default=list(TENSOR_COUNTS), metavar="N"
+    )
+    parser.add_argument(
+        "--element-counts", nargs="*", type=_elements, default=list(ELEMENT_COUNTS), metavar="N"
+    )
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
+    command_line.add_device_to(parser)
+    parser.add_argument(
+        "--seconds", type=command_line.positive_number, default=10.0, help="of timed steps on each set, about"
+    )
+    parser.add_argument(
+        "--most-rounds",
+        type=command_line.positive,
+        default=100,
+        help="on each set; at least 5 run in any case",
+    )
+    parser.add_argument(
+        "--loop-mib", type=command_line.positive, default=256, help="size of each buffer of the copy loop"
+    )
+    report.add_output_to(parser)
     return parser.parse_args(arguments)
 
 
+def _elements(text: str) -> int:
+    """A number of elements that `ELEMENT_TENSORS` tensors can share evenly."""
+    value = int(text)
+    if value < 1 or value % ELEMENT_TENSORS:
+        raise argparse.ArgumentTypeError(f"must be a positive multiple of {ELEMENT_TENSORS}, got {text}")
+    return value
+
+
 def measure(
-    name: str, options: argparse.Namespace, copy: Contestant, copied: int, *, with_memory: bool
+    name: str,
+    options: argparse.Namespace,
+    plain_loops: Sequence[Contestant],
+    moved: dict[str, int],
+    *,
+    with_memory: bool,
 ) -> Point:
     """Times everybody on one set of parameters.
 
     Args:
         name: of the set.
         options: the command line.
-        copy: the copy loop, which takes its turn.
-        copied: bytes that it reads and writes.
+        plain_loops: take their turns.
+        moved: bytes that each of them reads and writes.
         with_memory: find the peak memory as well, which takes long where there are many tensors.
     """
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    device, dtype = options.device, getattr(torch, options.dtype)
     backends, unusable = step_lineup.usable_backends(device)
     candidates = step_lineup.of_a_model(name, dtype, device, backends)
     entries, left_out = step_lineup.assemble(candidates, device)
-    contestants = [*(entry.contestant for entry in entries), copy]
+    contestants = [*(entry.contestant for entry in entries), *plain_loops]
     evict = cache_eviction(device)
     trial = interleave(contestants, rounds=1, warmup=1, device=device, between=evict)
     seconds = sum(section.host for (section,) in trial.values())
     rounds = max(5, min(options.most_rounds, round(options.seconds / seconds)))
     sections = interleave(contestants, rounds=rounds, warmup=1, device=device, between=evict, head_start=True)
     times = {who: [section.device for section in found] for who, found in sections.items()}
+    # On an idle device: behind the head start, who reads a verdict on the host would wait for that, too.
+    hosts = interleave(contestants, rounds=rounds, warmup=1, device=device) if gpu.is_gpu(device) else {}
+    loop_times = {loop.name: times.pop(loop.name) for loop in plain_loops}
+    parameters = list(fused_tricks.cast_model(parameter_sets.build(name), dtype).parameters())
+    (ours,) = (entry.work.traffic(parameters) for entry in entries if entry.contestant.name == OURS)
 
     del entries, contestants
     peaks = {
@@ -111,9 +149,7 @@ def measure(
         for candidate in candidates
         if with_memory and candidate.name in times
     }
-    parameters = list(fused_tricks.cast_model(parameter_sets.build(name), dtype).parameters())
-    moved = OUR_WORK.traffic(parameters)
-    copy_times = times.pop(COPY)
+    bandwidth = [ours / seconds for seconds in times[OURS]]
     return Point(
         name,
         len(parameters),
@@ -121,8 +157,12 @@ def measure(
         rounds,
         {who: Spread.of(s * 1e3 for s in found) for who, found in times.items()},
         {who: ratios(found, times[OURS]) for who, found in times.items()},
-        moved,
-        Spread.of(copy_times).median * moved / copied * 1e3,
+        {who: Spread.of(s.host * 1e6 for s in hosts[who]) for who in times if who in hosts},
+        {who: Spread.of(s * 1e3 for s in found) for who, found in loop_times.items()},
+        ours,
+        Spread.of(rate / 1e9 for rate in bandwidth),
+        ratios(bandwidth, [moved[COPY] / seconds for seconds in loop_times[COPY]]),
+        Spread.of(loop_times[SCALE]).median * ours / moved[SCALE] * 1e3,
         peaks,
         {**unusable, **left_out},
     )
@@ -130,20 +170,18 @@ def measure(
 
 def sweeps(options: argparse.Namespace) -> dict[str, list[Point]]:
     """Measures the sets of each kind: networks, growing numbers of tensors, growing numbers of elements."""
-    device = torch.device(options.device)
+    device = options.device
     gpu.use(device)
     plain_loops, moved = loops(options.loop_mib, device)
-    (copy,) = (loop for loop in plain_loops if loop.name == COPY)
     names = {
         "models": options.models,
         "tensors": [f"synthetic:{count}:{TENSOR_SIZE}" for count in options.tensor_counts],
         "elements": [
-            f"synthetic:{ELEMENT_TENSORS}:{max(1, count // ELEMENT_TENSORS)}"
-            for count in options.element_counts
+            f"synthetic:{ELEMENT_TENSORS}:{count // ELEMENT_TENSORS}" for count in options.element_counts
         ],
     }
     return {
-        kind: [measure(name, options, copy, moved[COPY], with_memory=kind == "models") for name in of_kind]
+        kind: [measure(name, options, plain_loops, moved, with_memory=kind == "models") for name in of_kind]
         for kind, of_kind in names.items()
     }
 
@@ -152,7 +190,7 @@ def summarise(
     options: argparse.Namespace, arguments: Sequence[str], found: dict[str, list[Point]]
 ) -> dict[str, Any]:
     """The result as JSON-able values."""
-    device = torch.device(options.device)
+    device = options.device
     return {
         "benchmark": "step_sizes",
         "machine": machine.describe("benchmarks.step_sizes", arguments, device),
@@ -173,9 +211,10 @@ def markdown(result: dict[str, Any]) -> str:
     parts = [
         "# The optimizer step on many sets of parameters",
         f"{result['setting']}. Numbers are median (lower – upper quartile) over rounds; ratios are taken within each "
-        "round. *Limit* is the time of the bytes that our step moves at the bandwidth of the plain copy loop.",
-        "![Both sweeps as a picture](step_sizes.png)",
+        "round. *Limit* is the time that the bytes of our step take at the bandwidth of the in-place loop.",
     ]
+    if _drawn(result):
+        parts.append("![The sweeps as a picture](step_sizes.png)")
     for kind, points in result["sweeps"].items():
         if not points:
             continue
@@ -191,7 +230,9 @@ def markdown(result: dict[str, Any]) -> str:
                 *start,
                 *(_text(point["speed"], name, 2) for name in others),
                 f"{point['bytes'] / point['elements']:.1f}",
+                Spread(**point["gb_per_second"]).text(1),
                 f"{point['limit_ms'] / point['ms'][OURS]['median']:.2f}",
+                Spread(**point["share_of_copy"]).text(2),
             ]
             for start, point in zip(head, points)
         ]
@@ -200,9 +241,18 @@ def markdown(result: dict[str, Any]) -> str:
             f"## {HEADINGS[kind]}",
             "ms a step:",
             report.table([*columns, *names, "limit"], times),
-            "Time of the others / ours, our bytes an element, and limit / our time (our share of the copy bandwidth):",
-            report.table([*columns, *others, "bytes", "share"], shares),
+            "Time of the others / ours; of our step, bytes an element, bandwidth, limit / time, and share of the copy "
+            "loop's bandwidth:",
+            report.table(
+                [*columns, *others, "bytes", "GB/s", "limit / time", "share of the copy loop"], shares
+            ),
         ]
+        if points[0]["host_us"]:
+            hosts = [
+                [*start, *(_text(point["host_us"], name, 0) for name in names)]
+                for start, point in zip(head, points)
+            ]
+            parts += ["Host time, µs a step:", report.table([*columns, *names], hosts)]
         if kind == "models":
             peaks = [
                 [*start, *(_megabytes(point["peak_memory_bytes"], name) for name in names)]
@@ -228,13 +278,19 @@ def _megabytes(sizes: dict[str, int], name: str) -> str:
     return f"{sizes[name] / 1e6:,.1f}" if name in sizes else "–"
 
 
+def _drawn(result: dict[str, Any]) -> list[str]:
+    """The kinds of sets that the picture shows."""
+    return [kind for kind in ("tensors", "elements") if result["sweeps"][kind]]
+
+
 def picture(result: dict[str, Any], path: Path) -> None:
-    """Two panels, both axes logarithmic: time over tensors, and over elements."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
-    for panel, kind in zip(panels, ("tensors", "elements")):
-        points = result["sweeps"][kind]
-        if points:
-            _draw(panel, kind, points)
+    """A panel for each sweep, both axes logarithmic: time over tensors, and over elements."""
+    kinds = _drawn(result)
+    figure, panels = pyplot.subplots(
+        1, len(kinds), figsize=(6.5 * len(kinds), 7), layout="constrained", squeeze=False
+    )
+    for panel, kind in zip(panels[0], kinds):
+        _draw(panel, kind, result["sweeps"][kind])
     report.save_figure(
         figure,
         path,
@@ -255,6 +311,7 @@ def _draw(panel: Axes, kind: str, points: list[dict[str, Any]]) -> None:
             [row["median"] for _, row in rows],
             marker="o",
             color=colour,
+            linestyle=":" if CASTS in name else "-",
             linewidth=2.5 if name in ours else 1.5,
             label=name,
             zorder=3 if name in ours else 2,
@@ -271,7 +328,7 @@ def _draw(panel: Axes, kind: str, points: list[dict[str, Any]]) -> None:
         [point["limit_ms"] for point in points],
         color=report.MARK_COLOUR,
         linestyle="--",
-        label="limit: our bytes at the copy loop's bandwidth",
+        label="limit: our bytes at the in-place loop's bandwidth",
     )
     panel.set_xscale("log")
     panel.set_yscale("log")
@@ -280,18 +337,15 @@ def _draw(panel: Axes, kind: str, points: list[dict[str, Any]]) -> None:
     panel.set_title(HEADINGS[kind], loc="left", fontsize=11, fontweight="bold")
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="#E3E3E3", linewidth=0.8)
-    panel.legend(frameon=False, fontsize=9)
+    # Below the panel, where it covers no line.
+    panel.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1))
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measures, and writes step_sizes.json, step_sizes.md and step_sizes.png."""
     options = parse(arguments)
     result = summarise(options, arguments, sweeps(options))
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "step_sizes.json", result)
-    (options.output / "step_sizes.md").write_text(markdown(result), encoding="utf-8")
-    picture(result, options.output / "step_sizes.png")
-    print(markdown(result))
+    report.write(options.output, result, markdown(result), picture if _drawn(result) else None)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import math
+import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +27,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import fused_tricks
-from benchmarks import data, gpu, machine, memory, report, train_contestants
-from benchmarks.harness import Clock, Section, Spread, ratios
+from benchmarks import command_line, data, gpu, machine, memory, report, train_contestants
+from benchmarks.command_line import network, positive
+from benchmarks.harness import Clock, Section, Spread, mean_and_deviation, ratios, shuffled
+from benchmarks.names import FUSED, OURS
 from benchmarks.train_contestants import Recipe, Trainer
 
 WARMUP_STEPS = 5
 MEMORY_STEPS = 4
-BASELINE = "torch.amp, fused"
+LINE_STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+BASELINE = FUSED
 
 
 @dataclass
@@ -51,21 +56,15 @@ class Record:
         return [sum(section.device for section in sections) for sections in steps]
 
 
-def positive(text: str) -> int:
-    """An integer of the command line that is at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     """Reads the command line, and loads the images that it names."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train",
         description="Trains with torch.amp and with fused_tricks, side by side.",
     )
-    parser.add_argument("--model", default="resnet18", help="a torchvision classification model")
+    parser.add_argument(
+        "--model", type=network, default="resnet18", help="a torchvision classification model"
+    )
     parser.add_argument("--dataset", default="mnist", choices=data.NAMES)
     parser.add_argument(
         "--data", metavar="DIR", help="folder of cifar10 or imagefolder; nothing is downloaded"
@@ -80,7 +79,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     parser.add_argument(
         "--seeds", type=positive, default=3, help="repeat with this many initial weights and orders"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command_line.add_device_to(parser)
     parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
@@ -91,10 +90,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     )
     parser.add_argument(
         "--compile",
-        metavar="MODE",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
         help="of torch.compile, for all contestants; reduce-overhead replays CUDA graphs on a GPU",
     )
-    parser.add_argument("--output", type=Path, default=report.RESULTS, metavar="DIR")
+    report.add_output_to(parser)
     options = parser.parse_args(arguments)
     try:
         images = data.load(options.dataset, options.data, options.image_size)
@@ -139,23 +138,22 @@ def train(
     options: argparse.Namespace,
     steps: int,
 ) -> tuple[dict[str, Record], list[float]]:
-    """Trains all contestants for every seed, taking turns step by step in an order that rotates.
+    """Trains all contestants for every seed, taking turns step by step in a random order that the seed decides.
 
     Returns:
         What each did, and the seconds in which the batch of each step was loaded, once for all of them.
     """
     loading: list[Section] = []
-    records = {name: Record() for name in train_contestants.NAMES}
+    names = train_contestants.names(recipe)
+    records = {name: Record() for name in names}
     clock = Clock(recipe.device)
     warmup = min(WARMUP_STEPS, steps - 1)
     progress = tqdm(total=options.seeds * steps, unit="step", desc="training", leave=False)
     for seed in range(options.seeds):
         torch.manual_seed(seed)
+        dice = random.Random(seed)
         model = build_model().to(recipe.device).to(memory_format=torch.channels_last)
-        trainers = {
-            name: train_contestants.build(name, copy.deepcopy(model), recipe)
-            for name in train_contestants.NAMES
-        }
+        trainers = {name: train_contestants.build(name, copy.deepcopy(model), recipe) for name in names}
         for record in records.values():
             record.losses.append([])
         loader = batches(images, options.batch_size, steps, seed)
@@ -166,8 +164,7 @@ def train(
             labels = labels.to(recipe.device)
             clock.mark()
             loading += clock.sections()
-            turn = step % len(trainers)
-            for name in (*train_contestants.NAMES[turn:], *train_contestants.NAMES[:turn]):
+            for name in shuffled(list(trainers), dice):
                 trainer, record = trainers[name], records[name]
                 for group in trainer.optimizer.param_groups:
                     group["lr"] = recipe.lr * (1 + math.cos(math.pi * step / steps)) / 2
@@ -212,6 +209,7 @@ def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str
     summary = {}
     for name, record in records.items():
         accuracies = record.accuracies
+        mean, deviation = mean_and_deviation(accuracies)
         summary[name] = {
             "images_per_second": asdict(Spread.of(batch_size / seconds for seconds in record.step_seconds)),
             "speed_over_baseline": asdict(ratios(records[BASELINE].step_seconds, record.step_seconds)),
@@ -220,8 +218,8 @@ def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str
             "optimizer_ms": asdict(Spread.of(update.device * 1e3 for update in record.updates)),
             "optimizer_host_us": asdict(Spread.of(update.host * 1e6 for update in record.updates)),
             "peak_memory_mib": asdict(Spread.of(peak / 2**20 for peak in record.peaks)),
-            "accuracy_mean": statistics.fmean(accuracies),
-            "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+            "accuracy_mean": mean,
+            "accuracy_std": deviation,
             "accuracies": accuracies,
             "losses": record.losses,
         }
@@ -251,7 +249,7 @@ def markdown(result: dict[str, Any]) -> str:
             Spread(**row["optimizer_ms"]).text(2),
             Spread(**row["optimizer_host_us"]).text(0),
             Spread(**row["peak_memory_mib"]).text(1),
-            f"{row['accuracy_mean']:.2%} ± {row['accuracy_std']:.2%}".replace("%", ""),
+            report.mean_text(row["accuracy_mean"], row["accuracy_std"], 100, 2),
         ]
         for name, row in result["contestants"].items()
     ]
@@ -276,7 +274,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     """The table as panels of bars, where the time of a step goes, and the training loss."""
     rows = result["contestants"]
     names = list(rows)
-    colour = report.colours(names, [train_contestants.OURS])
+    colour = report.colours(names, [OURS])
     figure, panels = pyplot.subplot_mosaic(
         [["speed", "optimizer", "memory", "accuracy"], ["time", "time", "loss", "loss"]],
         figsize=(13.5, 7.6),
@@ -324,7 +322,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
             range(len(names)), names if panel in ("speed", "time") else [""] * len(names)
         )
 
-    for name, line_colour, style in zip(names, colour, ("-", (0, (5, 2)), (0, (1, 1.5)), "-")):
+    for name, line_colour, style in zip(names, colour, itertools.cycle(LINE_STYLES)):
         losses = [statistics.fmean(step) for step in zip(*rows[name]["losses"])]
         smooth = [statistics.fmean(losses[max(0, end - 10) : end]) for end in range(1, len(losses) + 1)]
         panels["loss"].plot(smooth, color=line_colour, linestyle=style, linewidth=1.5, label=name)
@@ -344,7 +342,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Trains, and writes train.json, train.md and train.png."""
     options, images = parse(arguments)
-    device = torch.device(options.device)
+    device = options.device
     gpu.use(device)
     dtype_name = options.dtype or ("float16" if device.type == "cuda" else "bfloat16")
     steps = options.steps or options.epochs * (len(images.train) // options.batch_size)  # type: ignore[arg-type]
@@ -371,11 +369,7 @@ def main(arguments: Sequence[str]) -> None:
         "baseline": BASELINE,
         "contestants": summarise(records, options.batch_size),
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    report.write_json(options.output / "train.json", result)
-    (options.output / "train.md").write_text(markdown(result), encoding="utf-8")
-    picture(result, options.output / "train.png")
-    print(markdown(result))
+    report.write(options.output, result, markdown(result), picture)
 
 
 if __name__ == "__main__":

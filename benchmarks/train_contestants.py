@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,14 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fused_tricks
+from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
 
-OURS = "fused_tricks"
-TORCH_FORMS = {
-    "torch.amp, for-loop": "for-loop",
-    "torch.amp, foreach": "foreach",
-    "torch.amp, fused": "fused",
-}
+TORCH_FORMS = {FOR_LOOP: "for-loop", FOREACH: "foreach", FUSED: "fused"}
 NAMES = (*TORCH_FORMS, OURS)
+UNSCALED = f"{FUSED}, no GradScaler"
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,13 @@ class Recipe:
     compile_mode: str | None = None
 
 
+def names(recipe: Recipe) -> tuple[str, ...]:
+    """Who takes part. BF16 has FP32's range, and PyTorch's examples scale no loss in it: that is a row of its own."""
+    if recipe.dtype == torch.bfloat16 and recipe.loss_scaling:
+        return (*TORCH_FORMS, UNSCALED, OURS)
+    return NAMES
+
+
 class Trainer(Protocol):
     """One contestant with its own model and optimizer."""
 
@@ -68,7 +72,7 @@ class Trainer(Protocol):
 
 
 class TorchAmp:
-    """Autocast, `GradScaler` and `torch.optim.SGD`, set up as PyTorch's "Automatic Mixed Precision examples" does."""
+    """Autocast, `GradScaler` and `torch.optim.SGD`, as PyTorch's "Automatic Mixed Precision examples" has them."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, form: str) -> None:
         self.model = model
@@ -133,10 +137,14 @@ class FusedTricks:
 
 
 def build(name: str, model: nn.Module, recipe: Recipe) -> Trainer:
-    """The contestant of that name (one of `NAMES`), training `model`, which it may change in place."""
-    trainer: Trainer = (
-        FusedTricks(model, recipe) if name == OURS else TorchAmp(model, recipe, TORCH_FORMS[name])
-    )
+    """The contestant of that name (one of `names`), training `model`, which it may change in place."""
+    trainer: Trainer
+    if name == OURS:
+        trainer = FusedTricks(model, recipe)
+    elif name == UNSCALED:
+        trainer = TorchAmp(model, replace(recipe, loss_scaling=False), TORCH_FORMS[FUSED])
+    else:
+        trainer = TorchAmp(model, recipe, TORCH_FORMS[name])
     if recipe.compile_mode is not None:
         trainer.model.compile(mode=recipe.compile_mode)
     return trainer
@@ -152,7 +160,7 @@ def train_from_scratch(
     """Makes a contestant and trains it for some steps on random images.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `names`.
         build_model: makes the model.
         recipe: how to train.
         images: the shape of a batch, (n, 3, height, width).

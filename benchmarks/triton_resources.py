@@ -14,12 +14,14 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import machine
 from benchmarks.cuda_resources import USAGE, cuobjdump
-from benchmarks.report import RESULTS, table
+from benchmarks.report import RESULTS, machine_note, table
 from fused_tricks.backends.triton import IS_INTERPRETED
 from fused_tricks.backends.triton.launch import (
     compile_for,
@@ -184,7 +186,8 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(result))
     else:
         PATH.parent.mkdir(exist_ok=True)
-        PATH.write_text(as_markdown(found))
+        record = machine.describe("benchmarks.triton_resources", arguments, torch.device("cpu"))
+        PATH.write_text(f"{as_markdown(found)}\n{machine_note(record)}\n", encoding="utf-8")
         print(PATH.read_text())
 
 

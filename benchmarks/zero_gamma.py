@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torchvision import models
 from tqdm import tqdm
 
 from benchmarks import machine
-from benchmarks.report import table
+from benchmarks.report import output_file, table
 from benchmarks.weightless import weightless
 from fused_tricks import norm_layers, zero_gamma
 
@@ -129,7 +128,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zero_gamma", description=__doc__)
     parser.add_argument("--torchvision", nargs="*", default=models.list_models(models), metavar="MODEL")
     parser.add_argument("--timm", nargs="*", default=timm_families(), metavar="MODEL")
-    parser.add_argument("--output", type=Path, default=Path("docs/zero_gamma.md"), metavar="FILE")
+    parser.add_argument("--output", type=output_file, default="docs/zero_gamma.md", metavar="FILE")
     return parser.parse_args(arguments)
 
 
@@ -142,7 +141,6 @@ def main(arguments: Sequence[str]) -> None:
     text += section("torchvision", in_torchvision(tqdm(options.torchvision)), "`zero_init_residual`")
     if options.timm:
         text += section("timm, one model of each family", in_timm(tqdm(options.timm)), "timm's own")
-    options.output.parent.mkdir(exist_ok=True)
     options.output.write_text(text, encoding="utf-8")
 
 

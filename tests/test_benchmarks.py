@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm
 from benchmarks import (
     cast_models,
     data,
+    machine,
     parameter_sets,
     report,
     step,
@@ -29,17 +31,9 @@ from benchmarks import (
     train,
     train_contestants,
 )
-from benchmarks.harness import Clock, Contestant, Spread, interleave, ratios
-from benchmarks.step_contestants import (
-    COPY,
-    FOR_LOOP,
-    FOREACH,
-    FUSED,
-    FUSED_CASTS,
-    FUSED_NEW_CASTS,
-    OURS,
-    SCALE,
-)
+from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
+from benchmarks.step_contestants import CASTS, COPY, FUSED_CASTS, FUSED_NEW_CASTS, SCALE
+from benchmarks.step_lineup import FORMS
 
 TRAIN = ["--dataset", "digits", "--image-size", "16", "--batch-size", "8", "--device", "cpu", "--seeds", "1"]
 STEP = ["--rounds", "2", "--host-rounds", "2", "--loop-mib", "1", "--device", "cpu"]
@@ -78,17 +72,41 @@ def test_training_reports_every_contestant(trained: Path) -> None:
 
 def test_training_in_fp32_gives_the_losses_of_torch_sgd_bit_for_bit(trained: Path) -> None:
     rows = read(trained, "train")["contestants"]
-    assert rows[train_contestants.OURS]["losses"] == rows["torch.amp, for-loop"]["losses"]
-    assert len(set(rows[train_contestants.OURS]["losses"][0])) == 3
+    assert rows[OURS]["losses"] == rows["torch.amp, for-loop"]["losses"]
+    assert len(set(rows[OURS]["losses"][0])) == 3
 
 
 def test_training_in_low_precision_starts_from_the_same_weights_and_batch(tmp_path: Path) -> None:
     train.main([*TRAIN, "--steps", "2", "--dtype", "bfloat16", "--output", str(tmp_path)])
     rows = read(tmp_path, "train")["contestants"]
-    torch_losses, our_losses = (
-        rows[name]["losses"][0] for name in ("torch.amp, fused", train_contestants.OURS)
-    )
+    torch_losses, our_losses = (rows[name]["losses"][0] for name in ("torch.amp, fused", OURS))
     assert our_losses[0] == pytest.approx(torch_losses[0], rel=0.02)
+    unscaled = rows[train_contestants.UNSCALED]["losses"][0]
+    assert unscaled == pytest.approx(torch_losses, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loss_scaling", "expected"),
+    [(torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float16, True, False)],
+)
+def test_only_bf16_with_loss_scaling_has_a_row_without_it(
+    dtype: torch.dtype, loss_scaling: bool, expected: bool
+) -> None:
+    recipe = train_contestants.Recipe(torch.device("cpu"), dtype, loss_scaling, lr=0.1)
+    assert (train_contestants.UNSCALED in train_contestants.names(recipe)) is expected
+
+
+def test_the_row_without_a_scaler_scales_no_loss() -> None:
+    recipe = train_contestants.Recipe(torch.device("cpu"), torch.bfloat16, loss_scaling=True, lr=0.1)
+    module = torch.nn.Linear(2, 2)
+    trainer = train_contestants.build(train_contestants.UNSCALED, module, recipe)
+    trainer.backward(module.bias.sum())
+    assert module.bias.grad.tolist() == [1, 1]
+
+
+def test_a_single_seed_has_no_deviation(trained: Path) -> None:
+    assert read(trained, "train")["contestants"][OURS]["accuracy_std"] is None
+    assert "±" not in (trained / "train.md").read_text(encoding="utf-8").replace("mean ± standard", "")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +117,12 @@ def test_training_in_low_precision_starts_from_the_same_weights_and_batch(tmp_pa
         (["--seeds", "0"], "argument --seeds: must be at least 1"),
         (["--batch-size", "0"], "argument --batch-size: must be at least 1"),
         (["--steps", "many"], "argument --steps: invalid positive value: 'many'"),
+        (["--model", "resnet19"], "torchvision.models has no classification network 'resnet19'"),
+        (["--compile", "fast"], "argument --compile: invalid choice: 'fast'"),
+        (["--device", "xpu"], "argument --device: 'xpu' cannot be "),
+        (["--device", "meta"], "argument --device: 'meta' cannot be timed; choose cpu or cuda"),
+        (["--device", "gpu"], "argument --device: 'gpu' cannot be used: "),
+        (["--output", "/dev/null/x"], "argument --output: cannot write to /dev/null/x: Not a directory"),
         (["--batch-size", "2000"], "--batch-size 2000: digits has only 1437 images"),
         (["--dataset", "cifar10"], "name its folder with --data"),
         (["--dataset", "cifar10", "--data", "nowhere"], "nowhere holds no folder cifar-10-batches-py"),
@@ -115,12 +139,46 @@ def test_training_refuses_a_command_line_that_cannot_be_run(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "argument --rounds: must be at least 1"),
+        (["--host-rounds", "0"], "argument --host-rounds: must be at least 1"),
+        (["--loop-mib", "-1"], "argument --loop-mib: must be at least 1"),
+        (
+            ["--parameters", "resnet1"],
+            "argument --parameters: unknown parameter set 'resnet1'; choose one of",
+        ),
+        (["--backend", "fast"], "--backend fast: unknown; choose from cuda"),
+        (["--backend", "cuda"], "--backend cuda: backend='cuda' "),
+        (["--output", "/dev/null"], "argument --output: cannot write to /dev/null: "),
+    ],
+    ids=str,
+)
+def test_the_step_benchmark_refuses_a_command_line_that_cannot_be_run(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        step.parse([*STEP, *arguments])
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "-100", "150", "10"])
+def test_elements_that_the_tensors_cannot_share_evenly_are_refused(
+    capsys: pytest.CaptureFixture[str], count: str
+) -> None:
+    with pytest.raises(SystemExit):
+        step_sizes.parse([f"--element-counts={count}"])
+    assert f"must be a positive multiple of 100, got {count}" in capsys.readouterr().err
+
+
 def test_step_reports_every_contestant(stepped: Path) -> None:
     result = read(stepped, "step")
-    names = {FOR_LOOP, FOREACH, FUSED, FUSED_CASTS, FUSED_NEW_CASTS, OURS}
+    names = {*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS}
     assert set(result["contestants"]) == names
     assert set(result["bandwidth"]) == {OURS, COPY, SCALE}
-    assert set(result["host"]) == {FUSED, OURS}
+    assert set(result["host"]) == {*FORMS, OURS}
     assert not result["left_out"]
     assert all(row["peak_memory_bytes"] > 0 for row in result["contestants"].values())
     page = (stepped / "step.md").read_text(encoding="utf-8")
@@ -128,9 +186,17 @@ def test_step_reports_every_contestant(stepped: Path) -> None:
     assert (stepped / "step.png").read_bytes().startswith(PNG)
 
 
+def test_the_ratios_of_a_step_can_be_taken_anew_from_its_samples(stepped: Path) -> None:
+    result = read(stepped, "step")
+    samples = result["samples_ms"]
+    assert set(samples) == {*result["contestants"], COPY, SCALE}
+    ratio = statistics.median(a / b for a, b in zip(samples[FUSED], samples[OURS]))
+    assert ratio == pytest.approx(result["contestants"][FUSED]["ours_is_faster_by"]["median"], rel=1e-5)
+
+
 def test_step_sizes_reports_every_set_and_its_limit(tmp_path: Path) -> None:
     sets = ["--models", "resnet18", "--tensor-counts", "1", "3", "--element-counts", "100", "1000"]
-    quick = ["--seconds", "0", "--loop-mib", "1", "--device", "cpu", "--output", str(tmp_path)]
+    quick = ["--seconds", "0.001", "--loop-mib", "1", "--device", "cpu", "--output", str(tmp_path)]
     step_sizes.main([*sets, *quick])
     result = read(tmp_path, "step_sizes")
     points = [point for sweep in result["sweeps"].values() for point in sweep]
@@ -142,22 +208,67 @@ def test_step_sizes_reports_every_set_and_its_limit(tmp_path: Path) -> None:
         (100, 1000),
     ]
     for point in points:
-        assert set(point["ms"]) == {FOR_LOOP, FOREACH, FUSED, FUSED_CASTS, FUSED_NEW_CASTS, OURS}
+        assert set(point["ms"]) == {*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS}
         assert point["limit_ms"] > 0
+        assert point["gb_per_second"]["median"] == pytest.approx(
+            point["bytes"] / point["ms"][OURS]["median"] / 1e6
+        )
+        assert point["share_of_copy"]["median"] > 0 and point["host_us"] == {}
     assert points[1]["bytes"] == 22 * 100
+    assert [point["limit_ms"] / point["bytes"] for point in points] == pytest.approx(
+        [point["loop_ms"][SCALE]["median"] / (3 * 2**20) for point in points]
+    )
     assert set(points[0]["peak_memory_bytes"]) == set(points[0]["ms"])
     page = (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
     assert all(f"| {point['name']} |" in page for point in points)
     assert (tmp_path / "step_sizes.png").read_bytes().startswith(PNG)
 
 
+QUICK = ["--seconds", "0.001", "--most-rounds", "1", "--loop-mib", "1", "--device", "cpu"]
+
+
+def test_step_sizes_draws_each_sweep_that_has_a_point_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(
+        report,
+        "save_figure",
+        lambda figure, *others: titles.extend(axes.get_title(loc="left") for axes in figure.axes),
+    )
+    step_sizes.main(
+        ["--models", "--tensor-counts", "2", "--element-counts", *QUICK, "--output", str(tmp_path)]
+    )
+    page = (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
+    assert [title for title in titles if title] == [step_sizes.HEADINGS["tensors"]]
+    assert "step_sizes.png" in page and step_sizes.HEADINGS["elements"] not in page
+
+
+def test_step_sizes_of_networks_only_has_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_sizes, "sweeps", lambda options: {"models": [], "tensors": [], "elements": []})
+    step_sizes.main([*QUICK, "--output", str(tmp_path)])
+    assert "png" not in (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "step_sizes.png").exists()
+
+
 def test_every_result_says_where_and_how_it_was_measured(trained: Path, stepped: Path) -> None:
     for folder, benchmark in ((trained, "train"), (stepped, "step")):
-        machine = read(folder, benchmark)["machine"]
-        assert machine["command"].startswith(f"python -m benchmarks.{benchmark} ")
-        assert machine["threads"] == torch.get_num_threads()
-        assert machine["versions"]["torch"] == torch.__version__
-        assert {"cpu", "cores", "date", "gpu"} <= set(machine)
+        found = read(folder, benchmark)["machine"]
+        assert f"python -m benchmarks.{benchmark} " in found["command"]
+        assert found["threads"] == torch.get_num_threads()
+        assert found["versions"]["torch"] == torch.__version__
+        assert {"cpu", "cores", "date", "gpu"} <= set(found)
+
+
+@pytest.mark.parametrize(("threads", "prefix"), [("3", "OMP_NUM_THREADS=3 "), (None, "")])
+def test_the_command_has_the_number_of_threads_before_it_where_that_is_set(
+    monkeypatch: pytest.MonkeyPatch, threads: str | None, prefix: str
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    command = machine.describe("benchmarks.step", ["--rounds", "1"], torch.device("cpu"))["command"]
+    assert command == f"{prefix}python -m benchmarks.step --rounds 1"
 
 
 def test_budgets_about_the_step_are_stated_for_resnet50_on_the_cpu_only(stepped: Path) -> None:
@@ -178,13 +289,15 @@ def test_a_step_moves_22_bytes_for_a_low_precision_element_and_24_for_an_fp32_on
 class CountedBytes(TorchDispatchMode):
     """Adds up what operations read and write: arguments that are not just overwritten; what they change or make."""
 
+    MOVE_NOTHING = (torch.ops.aten.detach.default, torch.ops.aten.empty_like.default)
+
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        if operation.is_view or operation is torch.ops.aten.detach.default:
+        if operation.is_view or operation in self.MOVE_NOTHING:
             return result
         overwrites = operation is torch.ops.aten.copy_.default
         for argument, value in zip(operation._schema.arguments, args):
@@ -197,15 +310,27 @@ class CountedBytes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("name", [FOR_LOOP, FOREACH, FUSED, FUSED_CASTS, FUSED_NEW_CASTS])
-def test_the_bytes_stated_of_torch_amp_are_those_of_its_operations(name: str) -> None:
-    candidates = step_lineup.of_a_model("synthetic:1:100000", torch.float16, torch.device("cpu"), ["cpu"])
+# Casts to FP32 leave no element that is 16-bit.
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in (*FORMS, OURS)),
+        *((name, torch.float16) for name in (*FORMS, OURS, FUSED_NEW_CASTS)),
+        *((f"{form}{CASTS}", torch.float16) for form in FORMS),
+    ],
+)
+def test_the_bytes_stated_of_plain_operations_are_those_that_they_are_called_with(
+    name: str, dtype: torch.dtype
+) -> None:
+    """Ours is the reference here, which is made of torch's operations as well."""
+    candidates = step_lineup.of_a_model("synthetic:1:100000", dtype, torch.device("cpu"), ["reference"])
     (candidate,) = (candidate for candidate in candidates if candidate.name == name)
     ((entry,), _) = step_lineup.assemble([candidate], torch.device("cpu"))
     entry.contestant.prepare()
     with CountedBytes() as counted:
         entry.contestant.run()
-    assert round(counted.bytes / 100_000, 1) == entry.work.low_bytes
+    stated = entry.work.fp32_bytes if dtype == torch.float32 else entry.work.low_bytes
+    assert round(counted.bytes / 100_000, 1) == stated
 
 
 @pytest.mark.parametrize(("name", "bytes_an_element"), [(FOR_LOOP, 16), (FOREACH, 16), (FUSED, 12)])
@@ -229,52 +354,6 @@ def test_every_torch_contestant_gets_the_same_gradients_each_round() -> None:
     assert all(torch.equal(old, parameter.grad) for old, parameter in zip(before, module.parameters()))
 
 
-def test_interleaving_rotates_who_goes_first_and_keeps_a_sample_a_round() -> None:
-    order: list[str] = []
-    samples = interleave(
-        [Contestant(name, lambda name=name: order.append(name)) for name in "abc"],
-        rounds=3,
-        warmup=1,
-        device=torch.device("cpu"),
-    )
-    assert "".join(order) == "abcbcacababc"
-    assert {name: len(sections) for name, sections in samples.items()} == {"a": 3, "b": 3, "c": 3}
-
-
-def test_interleaving_prepares_once_for_runs_back_to_back_and_one_before_them() -> None:
-    order: list[str] = []
-    interleave(
-        [Contestant("a", lambda: order.append("run"), lambda: order.append("prepare"))],
-        rounds=1,
-        warmup=1,
-        device=torch.device("cpu"),
-        repeats=2,
-    )
-    assert order == ["prepare", "run", "run", "run"] * 2
-
-
-def test_a_clock_returns_a_section_between_each_two_marks() -> None:
-    clock = Clock(torch.device("cpu"))
-    for _ in range(2):
-        clock.start()
-        clock.mark()
-        clock.mark()
-        assert len(clock.sections()) == 2
-
-
-def test_a_spread_is_the_median_and_the_quartiles() -> None:
-    assert Spread.of([5, 1, 2, 4, 3]) == Spread(3, 2, 4, samples=5)
-    assert ratios([2, 9], [1, 3]).median == 2.5
-
-
-def test_json_keeps_a_list_of_numbers_on_one_line_and_every_bit(tmp_path: Path) -> None:
-    result = {"losses": [[0.1, 1 / 3], [2.0]], "name": "a [b]"}
-    report.write_json(tmp_path / "result.json", result)
-    text = (tmp_path / "result.json").read_text(encoding="utf-8")
-    assert json.loads(text) == result
-    assert "[ 0.1, 0.3333333333333333 ]" in text
-
-
 @pytest.mark.parametrize("name", ["resnet1", "synthetic:3", "synthetic:0:5", "synthetic:a:b"])
 def test_an_unknown_parameter_set_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"unknown parameter set '{name}'"):
@@ -284,6 +363,28 @@ def test_an_unknown_parameter_set_is_refused_by_name(name: str) -> None:
 def test_a_data_set_that_no_package_ships_needs_a_folder() -> None:
     with pytest.raises(ValueError, match="--data"):
         data.load("cifar10", None, 32)
+
+
+def folder_of_images(folder: Path, **classes: list[str]) -> str:
+    """A folder that an image folder can be, with one image for each class of train and val."""
+    image = pytest.importorskip("PIL.Image")
+    for part, names in classes.items():
+        for name in names:
+            (folder / part / name).mkdir(parents=True)
+            image.new("RGB", (8, 8)).save(folder / part / name / "image.png")
+    return str(folder)
+
+
+def test_an_image_folder_is_read_where_train_and_val_have_the_same_classes(tmp_path: Path) -> None:
+    folder = folder_of_images(tmp_path, train=["ant", "bee"], val=["ant", "bee"])
+    images = data.load("imagefolder", folder, 8)
+    assert images.classes == 2 and [label for _, label in images.test] == [0, 1]
+
+
+def test_an_image_folder_whose_train_and_val_differ_in_classes_is_refused(tmp_path: Path) -> None:
+    folder = folder_of_images(tmp_path, train=["ant", "bee", "cat"], val=["bee", "cat", "dog", "eel"])
+    with pytest.raises(ValueError, match="only train has ant and only val has dog, eel"):
+        data.load("imagefolder", folder, 8)
 
 
 def test_digits_are_split_without_overlap_and_resized() -> None:

@@ -20,7 +20,7 @@ pytest.importorskip("scipy", reason="the ablation takes Student's t from scipy")
 
 from scipy import stats
 
-from benchmarks import ablation, ablation_pilot, ablation_recipe
+from benchmarks import ablation, ablation_pilot, ablation_recipe, report
 from benchmarks.ablation import Difference
 from benchmarks.ablation_log import OutcomeLog
 from benchmarks.ablation_network import small_resnet
@@ -102,6 +102,17 @@ def test_outcomes_of_another_setting_are_refused_and_kept(tmp_path: Path) -> Non
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "text", ['{"row": "a", "seed": 0}\n', "[]\n", "no JSON\n", '{"made_with": {}}\n{}\n']
+)
+def test_a_log_that_does_not_say_what_it_was_made_with_is_refused_and_kept(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "log"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="log cannot be gone on with, .*: delete it to begin anew"):
+        OutcomeLog(path, {})
+    assert path.read_text(encoding="utf-8") == text
+
+
 def test_each_row_has_one_trick_more_than_the_row_before() -> None:
     tricks = [{name for name, on in asdict(row).items() if on is True} for row in ROWS]
     assert tricks[0] == set()
@@ -147,6 +158,8 @@ def test_a_difference_is_the_mean_and_students_interval_of_the_pairs() -> None:
     [
         (Difference(0.01, 0.002, 0.018), "**+1.0 (+0.2 … +1.8)**"),
         (Difference(-0.01, -0.03, 0.01), "-1.0 (-3.0 … +1.0)"),
+        (Difference.between([1.0, 2.0], [1.0, math.inf]), "diverged"),
+        (Difference.between([math.inf, math.inf], [1.0, math.inf]), "diverged"),
     ],
 )
 def test_only_a_difference_beyond_noise_is_in_bold(difference: Difference, text: str) -> None:
@@ -175,6 +188,10 @@ def test_a_training_that_diverges_has_an_infinite_loss_and_not_none() -> None:
     ("arguments", "message"),
     [
         (["--seeds", "1"], "argument --seeds: must be at least 2"),
+        (["--lr", "-0.1"], "argument --lr: must be a finite number above 0, got -0.1"),
+        (["--lr", "0"], "argument --lr: must be a finite number above 0"),
+        (["--lr", "nan"], "argument --lr: must be a finite number above 0"),
+        (["--lr", "inf"], "argument --lr: must be a finite number above 0"),
         (["--epochs", "0"], "argument --epochs: must be at least 1"),
         (["--large-batch", "2000"], "--large-batch 2000: digits has only 1437 images"),
         (["--dataset", "cifar10"], "name its folder with --data"),
@@ -182,12 +199,49 @@ def test_a_training_that_diverges_has_an_infinite_loss_and_not_none() -> None:
     ids=str,
 )
 def test_the_ablation_refuses_a_command_line_that_cannot_be_run(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as raised:
-        ablation.parse([*OPTIONS, *arguments])
+        ablation.main([*OPTIONS, "--output", str(tmp_path), *arguments])
     assert raised.value.code == 2
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def diverges_in_a_large_batch(row, setting, images, seed):
+    """One seed of every row with a large batch; the small batch makes no error."""
+    return Outcome(1.0, 0.0, 1.0) if not row.large_batch else replace(OUTCOME, loss=(0.5, math.inf)[seed % 2])
+
+
+def test_a_training_that_diverges_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "train_once", diverges_in_a_large_batch)
+    ablation.main([*OPTIONS, "--output", str(tmp_path)])
+    page = (tmp_path / "ablation.md").read_text(encoding="utf-8")
+    (line,) = (line for line in page.splitlines() if line.startswith("| + warm-up |"))
+    assert "| ∞ | diverged |" in line
+    assert rows_of(tmp_path)["+ warm-up"]["loss"]["seeds"] == [0.5, "inf"]
+
+
+def test_an_error_of_zero_is_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(ablation, "train_once", diverges_in_a_large_batch)
+    monkeypatch.setattr(report, "save_figure", lambda figure, *others: figures.append(figure))
+    ablation.main([*OPTIONS, "--output", str(tmp_path)])
+    (panel,) = (axes for axes in figures[0].axes if axes.get_title(loc="left") == "Test error (%)")
+    figures[0].canvas.draw()
+    left, right = panel.transAxes.transform([(0, 0), (1, 0)])[:, 0]
+    assert left < panel.transData.transform((0, 0))[0] < right
+
+
+def test_the_pilot_calls_no_rate_the_lowest_where_all_diverge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "train_once", lambda *arguments: replace(OUTCOME, loss=math.inf))
+    ablation_pilot.main([*OPTIONS, "--output", str(tmp_path)])
+    page = (tmp_path / "ablation_pilot.md").read_text(encoding="utf-8")
+    assert "diverged at every learning rate" in page and "| ∞ |" in page
 
 
 def test_the_pilot_finds_the_rate_of_the_small_batch_on_seeds_of_its_own(

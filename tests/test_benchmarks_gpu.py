@@ -18,20 +18,18 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
 import emulation  # adds a backend
-from benchmarks import gpu, step, step_contestants, step_lineup, step_peers
+from benchmarks import gpu, step, step_contestants, step_lineup, step_peers, step_sizes
 from benchmarks.harness import Clock, Contestant, interleave
+from benchmarks.names import FUSED, OURS
 from benchmarks.step_contestants import (
+    CASTS,
     COPY,
-    FOR_LOOP,
-    FOREACH,
-    FUSED,
-    FUSED_CASTS,
     FUSED_NEW_CASTS,
-    OURS,
     SCALE,
     Entry,
     give_gradients,
 )
+from benchmarks.step_lineup import FORMS
 from comparison import assert_all_same_bits
 from fake_cuda import FakeCuda
 from fused_tricks import FusedSGD, cast_model
@@ -85,10 +83,10 @@ def page(folder: Path) -> str:
 
 def test_one_command_measures_every_backend_and_its_graph(result: dict[str, Any]) -> None:
     ours = {f"{name}{graph}" for name in (OURS, f"{OURS}, cpu") for graph in ("", GRAPH)}
-    theirs = {FOR_LOOP, FOREACH, FUSED, f"{FUSED}{GRAPH}", FUSED_CASTS, FUSED_NEW_CASTS}
+    theirs = {*FORMS, *(f"{form}{CASTS}" for form in FORMS), f"{FUSED}{GRAPH}", FUSED_NEW_CASTS}
     assert set(result["contestants"]) == ours | theirs
     assert set(result["bandwidth"]) == ours | {COPY, SCALE}
-    assert set(result["host"]) == ours | {FUSED, f"{FUSED}{GRAPH}"}
+    assert set(result["host"]) == ours | {*FORMS, f"{FUSED}{GRAPH}"}
     assert "(backend emulated_cuda)" in result["setting"]
 
 
@@ -198,7 +196,7 @@ def test_a_step_that_cannot_be_captured_is_listed_with_the_reason(
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     candidates = step_lineup.of_tiny_parameters("synthetic:2:3", torch.float16, CPU, ["reference"])
     entries, left_out = step_lineup.assemble(candidates, CPU)
-    assert [entry.contestant.name for entry in entries] == [FUSED, OURS]
+    assert [entry.contestant.name for entry in entries] == [*FORMS, OURS]
     reason = "RuntimeError: operation not permitted when stream is capturing"
     assert left_out == {f"{FUSED}{GRAPH}": reason, f"{OURS}{GRAPH}": reason}
 
@@ -273,6 +271,27 @@ def test_peers_that_are_installed_take_part(tmp_path: Path, fake_cuda: FakeCuda,
     result = run(tmp_path, "--backend", "reference")
     assert result["left_out"] == {}
     assert set(PEERS) < set(result["contestants"])
+
+
+def test_step_sizes_has_host_times_that_do_not_wait_behind_the_head_start(
+    tmp_path: Path, fake_cuda: FakeCuda
+) -> None:
+    sets = [
+        "--models",
+        "--tensor-counts",
+        "2",
+        "--element-counts",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path),
+    ]
+    step_sizes.main([*sets, "--seconds", "0.001", "--most-rounds", "1", "--loop-mib", "1"])
+    (point,) = json.loads((tmp_path / "step_sizes.json").read_text(encoding="utf-8"))["sweeps"]["tensors"]
+    assert set(point["host_us"]) == set(point["ms"])
+    assert "Host time, µs a step:" in (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
+    # One warm-up and five rounds of times are behind the head start, and none of the others.
+    assert fake_cuda.log.count("sleep") == 6 * (len(point["ms"]) + 2)
 
 
 def test_apex_has_no_contestant_with_bf16_masters(fake_cuda: FakeCuda, peers: None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ pytest.importorskip("torchvision", reason="the benchmarks take their networks fr
 pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
 
 from benchmarks import losslessness
-from benchmarks.losslessness import BASELINE, ROUNDED, Curves, summarise
-from benchmarks.train_contestants import OURS
+from benchmarks.losslessness import BASELINE, ROUNDED, TESTS, Curves, steps_tested, summarise
+from benchmarks.names import FUSED, OURS
 
 OPTIONS = ["--dataset", "digits", "--image-size", "8", "--blocks", "1", "--batch-size", "128"]
 OPTIONS += ["--epochs", "1", "--seeds", "2", "--device", "cpu"]
@@ -69,3 +70,61 @@ def test_the_largest_difference_is_over_all_steps_and_seeds() -> None:
     distance = summary["contestants"][OURS]["distance"]
     assert distance == {"largest_loss": 0.5, "mean_loss": 0.1875, "largest_accuracy": 0.25}
     assert summary["between_seeds"] == {"largest_loss": 1.0, "mean_loss": 0.75, "largest_accuracy": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [([1.0, math.nan], math.nan), ([math.nan, 1.0], math.nan), ([1.0, math.inf], math.inf)],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_loss_that_is_not_finite_is_never_called_exact(
+    ours: list[float], expected: float, swapped: bool
+) -> None:
+    losses = [[1.0, 1.0], ours]
+    first, second = reversed(losses) if swapped else losses
+    curves = {BASELINE: Curves([first], [[0.5]], [True]), OURS: Curves([second], [[0.5]], [True])}
+    distance = summarise({name: double(curve) for name, curve in curves.items()})["contestants"][OURS][
+        "distance"
+    ]
+    assert distance["largest_loss"] == pytest.approx(expected, nan_ok=True)
+    text = losslessness._distance_texts(distance)[0]
+    assert text == ("nan" if math.isnan(expected) else "∞")
+
+
+def double(curves: Curves) -> Curves:
+    """The same for two seeds, between which there is a distance."""
+    return Curves(curves.losses * 2, curves.accuracies * 2, curves.same_weights * 2)
+
+
+def test_losses_that_are_infinite_on_both_sides_are_not_called_exact() -> None:
+    curves = double(Curves([[1.0, math.inf]], [[0.5]], [True]))
+    summary = summarise({BASELINE: curves, OURS: curves})
+    assert math.isnan(summary["contestants"][OURS]["distance"]["largest_loss"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(5, [1, 2, 3, 4, 5]), (8, [1, 2, 3, 4, 5, 6, 7, 8]), (124, None)]
+)
+def test_the_accuracy_is_measured_at_equal_distances_and_after_the_last_step(
+    steps: int, expected: list[int] | None
+) -> None:
+    tested = steps_tested(steps)
+    assert tested == expected or (len(tested) == TESTS and tested[-1] == steps)
+
+
+def test_a_training_that_diverges_and_has_fewer_steps_than_tests_is_reported_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 1437 // 256
+    finite, lost = [1.0] * steps, [1.0, math.inf, *[math.nan] * (steps - 2)]
+    tests = [[0.5] * len(steps_tested(steps))]
+    curves = {
+        BASELINE: double(Curves([finite], tests, [True])),
+        FUSED: double(Curves([lost], tests, [False])),
+        OURS: double(Curves([lost], tests, [False])),
+    }
+    monkeypatch.setattr(losslessness, "train_all", lambda *arguments: curves)
+    losslessness.main([*OPTIONS, "--batch-size", "256", "--output", str(tmp_path)])
+    page = (tmp_path / "losslessness.md").read_text(encoding="utf-8")
+    assert f"| {OURS} | nan |" in page and "measured 5 times" in page
+    assert (tmp_path / "losslessness.png").exists()

@@ -1,0 +1,6 @@
+"""What the contestants of several benchmarks are called."""
+
+OURS = "fused_tricks"
+FOR_LOOP = "torch.amp, for-loop"
+FOREACH = "torch.amp, foreach"
+FUSED = "torch.amp, fused"
