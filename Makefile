@@ -65,8 +65,8 @@ build/wheel: $(STAMPS)/build
 	$(IN_VENV) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $@ .
 
 bench: $(STAMPS)/build $(STAMPS)/bench
-	$(IN_VENV) -m benchmarks.train --output build/benchmarks --seeds 2 $(BENCH_ARGS)
-	$(if $(filter -h --help,$(BENCH_ARGS)),,$(IN_VENV) -m benchmarks.step --rounds 20 --host-rounds 50 --output build/benchmarks)
+	$(IN_VENV) -m benchmarks.train --output build/benchmarks --minutes 2 $(BENCH_ARGS)
+	$(if $(filter -h --help,$(BENCH_ARGS)),,$(IN_VENV) -m benchmarks.step --rounds 10 --host-rounds 50 --output build/benchmarks)
 
 lint: $(STAMPS)/lint
 	$(IN_VENV) -m ruff check

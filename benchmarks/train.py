@@ -14,6 +14,7 @@ import math
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ from benchmarks.names import FUSED, OURS
 from benchmarks.train_contestants import Recipe, Trainer
 
 WARMUP_STEPS = 5
-MEMORY_STEPS = 4
+MEMORY_STEPS = 2
 LINE_STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 BASELINE = FUSED
 
@@ -48,7 +49,7 @@ class Record:
     updates: list[Section] = field(default_factory=list)
     losses: list[list[float]] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
-    peaks: list[int] = field(default_factory=list)
+    peak: int = 0
 
     @property
     def step_seconds(self) -> list[float]:
@@ -79,6 +80,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     parser.add_argument(
         "--seeds", type=positive, default=3, help="repeat with this many initial weights and orders"
     )
+    parser.add_argument(
+        "--minutes",
+        type=positive,
+        help="take fewer seeds, then fewer steps, where the training would last longer than about this",
+    )
     command_line.add_device_to(parser)
     parser.add_argument(
         "--dtype",
@@ -105,6 +111,35 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
             f"--batch-size {options.batch_size}: {options.dataset} has only {count} images to train on"
         )
     return options, images
+
+
+def within(minutes: int, seconds_a_step: float, steps: int, seeds: int) -> tuple[int, int]:
+    """How many steps to train and with how many seeds, at most `steps` and `seeds`.
+
+    Args:
+        minutes: that all trainings together may last, unless some steps after those that are not timed take longer.
+        seconds_a_step: of all contestants together.
+        steps: that are wanted for each seed.
+        seeds: that are wanted.
+    """
+    affordable = int(minutes * 60 / seconds_a_step)
+    if affordable >= steps:
+        return steps, min(seeds, affordable // steps)
+    return min(steps, max(affordable, 2 * WARMUP_STEPS)), 1
+
+
+def seconds_a_step(
+    build_model: Callable[[], torch.nn.Module], recipe: Recipe, images: tuple[int, ...]
+) -> float:
+    """About how long a training step of all contestants lasts, from a few steps of one."""
+
+    def seconds(steps: int) -> float:
+        start = time.perf_counter()
+        train_contestants.train_from_scratch(BASELINE, build_model, recipe, images, steps)
+        return time.perf_counter() - start
+
+    seconds(1)
+    return max(seconds(3) - seconds(1), 1e-3) / 2 * len(train_contestants.names(recipe))
 
 
 def batches(images: data.Images, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -137,6 +172,7 @@ def train(
     recipe: Recipe,
     options: argparse.Namespace,
     steps: int,
+    seeds: int,
 ) -> tuple[dict[str, Record], list[float]]:
     """Trains all contestants for every seed, taking turns step by step in a random order that the seed decides.
 
@@ -148,8 +184,8 @@ def train(
     records = {name: Record() for name in names}
     clock = Clock(recipe.device)
     warmup = min(WARMUP_STEPS, steps - 1)
-    progress = tqdm(total=options.seeds * steps, unit="step", desc="training", leave=False)
-    for seed in range(options.seeds):
+    progress = tqdm(total=seeds * steps, unit="step", desc="training", leave=False)
+    for seed in range(seeds):
         torch.manual_seed(seed)
         dice = random.Random(seed)
         model = build_model().to(recipe.device).to(memory_format=torch.channels_last)
@@ -192,16 +228,14 @@ def measure_memory(
     records: dict[str, Record],
     build_model: Callable[[], torch.nn.Module],
     recipe: Recipe,
-    options: argparse.Namespace,
+    images: tuple[int, ...],
 ) -> None:
-    """Adds the peak memory of every contestant to its record, once for each seed."""
-    shape = (options.batch_size, 3, options.image_size, options.image_size)
-    for _ in tqdm(range(options.seeds), desc="peak memory", leave=False):
-        for name, record in records.items():
-            training = functools.partial(
-                train_contestants.train_from_scratch, name, build_model, recipe, shape, MEMORY_STEPS
-            )
-            record.peaks.append(memory.peak_bytes(training, recipe.device))
+    """Sets the peak memory of every contestant in its record."""
+    for name, record in tqdm(records.items(), desc="peak memory", leave=False):
+        training = functools.partial(
+            train_contestants.train_from_scratch, name, build_model, recipe, images, MEMORY_STEPS
+        )
+        record.peak = memory.peak_bytes(training, recipe.device)
 
 
 def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str, Any]]:
@@ -217,7 +251,7 @@ def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str
             "backward_ms": asdict(Spread.of(backward.device * 1e3 for backward in record.backwards)),
             "optimizer_ms": asdict(Spread.of(update.device * 1e3 for update in record.updates)),
             "optimizer_host_us": asdict(Spread.of(update.host * 1e6 for update in record.updates)),
-            "peak_memory_mib": asdict(Spread.of(peak / 2**20 for peak in record.peaks)),
+            "peak_memory_mib": asdict(Spread.of([record.peak / 2**20])),
             "accuracy_mean": mean,
             "accuracy_std": deviation,
             "accuracies": accuracies,
@@ -354,14 +388,21 @@ def main(arguments: Sequence[str]) -> None:
         compile_mode=options.compile,
     )
     build_model = functools.partial(torchvision.models.get_model, options.model, num_classes=images.classes)
-    records, loading = train(images, build_model, recipe, options, steps)
-    measure_memory(records, build_model, recipe, options)
+    shape = (options.batch_size, 3, options.image_size, options.image_size)
+    seeds, cut = options.seeds, ""
+    if options.minutes:
+        wanted = steps, seeds
+        steps, seeds = within(options.minutes, seconds_a_step(build_model, recipe, shape), steps, seeds)
+        if (steps, seeds) != wanted:
+            cut = f" (fewer than wanted, to last about {options.minutes} minutes)"
+    records, loading = train(images, build_model, recipe, options, steps, seeds)
+    measure_memory(records, build_model, recipe, shape)
     result: dict[str, Any] = {
         "benchmark": "train",
         "machine": machine.describe("benchmarks.train", arguments, device),
         "setting": (
             f"{options.model} on {options.dataset} at {options.image_size} × {options.image_size}, batch "
-            f"{options.batch_size}, {steps} steps, {options.seeds} seeds, {dtype_name} on {device.type}, "
+            f"{options.batch_size}, {steps} steps, {seeds} seeds{cut}, {dtype_name} on {device.type}, "
             f"loss scale {options.loss_scale}"
             + (f", torch.compile(mode={options.compile!r})" if options.compile else "")
         ),

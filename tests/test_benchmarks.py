@@ -173,6 +173,15 @@ def test_elements_that_the_tensors_cannot_share_evenly_are_refused(
     assert f"must be a positive multiple of 100, got {count}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("seconds_a_step", "expected"), [(0.1, (100, 3)), (1.2, (100, 1)), (6.0, (20, 1)), (60.0, (10, 1))]
+)
+def test_a_limit_of_minutes_takes_seeds_first_then_steps_and_leaves_some_to_time(
+    seconds_a_step: float, expected: tuple[int, int]
+) -> None:
+    assert train.within(2, seconds_a_step, steps=100, seeds=3) == expected
+
+
 def test_step_reports_every_contestant(stepped: Path) -> None:
     result = read(stepped, "step")
     names = {*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS}
