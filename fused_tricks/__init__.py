@@ -4,8 +4,9 @@ from .full_precision import fp32_state_dict, load_fp32_state_dict
 from .learning_rate import global_batch_size, scale_lr
 from .loss_scale import DynamicLossScale
 from .low_precision import cast_model, norm_layers
-from .optimizer import FusedSGD, StepStats
+from .optimizer import FusedSGD
 from .schedule import WarmupCosineLR
+from .step_stats import StepStats
 from .weight_decay import decay_groups
 from .zero_gamma import zero_gamma_, zero_gamma_names
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from copy import copy, deepcopy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .agreement import SharedGroup, find_agreement
-from .applied_rate import applied_rate_of
+from .applied_rate import write_rates_as_numbers
 from .backends import Stepper, check_backend, stepper_class
 from .backends.request import Outcome, StepRequest
 from .checkpoint import COUNTERS, SCALE_KEYS, import_state, is_asked_for_state
@@ -24,27 +24,10 @@ from .loss_scale import DynamicLossScale, check_count, parse_loss_scale
 from .plan import MOMENTUM_BUFFER, Plan, build_plan, named_parameters
 from .sharding import check_flattened, local_part
 from .step_state import StepState
+from .step_stats import StepStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-class StepStats(NamedTuple):
-    """What :meth:`FusedSGD.stats` reports.
-
-    Attributes:
-        scale: The loss scale that the next ``scale(loss)`` uses; None without loss scaling.
-        applied_steps: Updates applied since the optimizer (or the checkpoint it continues) was made.
-        skipped_steps: Updates skipped because a gradient was not finite.
-        grad_norm: The unscaled L2 norm over all gradients of the last step; None without ``max_grad_norm``.
-        last_step_skipped: Whether the last step was skipped.
-    """
-
-    scale: float | None
-    applied_steps: int
-    skipped_steps: int
-    grad_norm: float | None
-    last_step_skipped: bool
 
 
 class FusedSGD(Optimizer):
@@ -392,7 +375,7 @@ class FusedSGD(Optimizer):
         self._note_progress()
         hooks = self._optimizer_state_dict_post_hooks
         # Before those of others, which may put anything in its place.
-        self._optimizer_state_dict_post_hooks = OrderedDict({-1: _write_rates_as_numbers, **hooks})
+        self._optimizer_state_dict_post_hooks = OrderedDict({-1: write_rates_as_numbers, **hooks})
         try:
             return super().state_dict()
         finally:
@@ -484,10 +467,3 @@ class FusedSGD(Optimizer):
                 self._loss_scale = copy(self._loss_scale)
         if isinstance(self._loss_scale, DynamicLossScale):
             self._step_state = self._loss_scale.bind(self)
-
-
-def _write_rates_as_numbers(optimizer: Optimizer, packed: dict[str, Any]) -> None:
-    for group in packed["param_groups"]:
-        rate = applied_rate_of(group["lr"])
-        if rate is not None:
-            group["lr"] = rate.after(group["applied_steps"])

@@ -1,0 +1,23 @@
+"""What an optimizer tells of its steps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class StepStats(NamedTuple):
+    """What :meth:`fused_tricks.FusedSGD.stats` reports.
+
+    Attributes:
+        scale: The loss scale that the next ``scale(loss)`` uses; None without loss scaling.
+        applied_steps: Updates applied since the optimizer (or the checkpoint it continues) was made.
+        skipped_steps: Updates skipped because a gradient was not finite.
+        grad_norm: The unscaled L2 norm over all gradients of the last step; None without ``max_grad_norm``.
+        last_step_skipped: Whether the last step was skipped.
+    """
+
+    scale: float | None
+    applied_steps: int
+    skipped_steps: int
+    grad_norm: float | None
+    last_step_skipped: bool
