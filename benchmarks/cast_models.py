@@ -11,7 +11,6 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -171,11 +170,10 @@ def main(arguments: Sequence[str]) -> None:
     """Compares and writes cast_models.md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cast_models", description=__doc__)
     parser.add_argument("--models", nargs="+", default=names(), metavar="NAME", help="all of them")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, help="folder for the result")
+    report.add_output_to(parser)
     options = parser.parse_args(arguments)
     comparisons = [compare(name) for name in tqdm(options.models)]
     text = markdown(comparisons, machine.describe("benchmarks.cast_models", arguments, torch.device("cpu")))
-    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "cast_models.md").write_text(text, encoding="utf-8")
     print(text)
 
