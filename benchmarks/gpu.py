@@ -30,7 +30,8 @@ def use(device: torch.device, *, deterministic: bool = False) -> None:
         deterministic: have cuDNN take only algorithms that give the same numbers each time.
     """
     if is_gpu(device):
-        torch.backends.cudnn.deterministic = deterministic
+        if deterministic:
+            torch.backends.cudnn.deterministic = True
         if device.index is not None:
             torch.cuda.set_device(device)
 
