@@ -139,6 +139,7 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
       .def("mark_updated", &Plan::mark_updated)
       .def("cpu_step", &cpu_step, py::arg("groups"), py::arg("state"), py::arg("request"));
 #if defined(FUSED_TRICKS_CUDA)
+  module.def("cuda_unusable_because", &cuda::unusable_because, py::arg("device"));
   py::class_<cuda::Step>(module, "CudaStep", py::module_local())
       .def(py::init<const Plan&>(), py::arg("plan"))
       .def("table_size", &cuda::Step::table_size)

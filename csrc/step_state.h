@@ -21,8 +21,8 @@ struct StepState {
   int32_t skip;  // the last decision
   float inverse_scale;
   float clip;
-  int32_t found;     // used within a launch on a GPU
-  int32_t arrivals;  // likewise
+  int32_t found;      // used within a launch on a GPU
+  uint32_t arrivals;  // likewise
 };
 
 static_assert(offsetof(StepState, grad_norm) == 12, "the Python views rely on it");

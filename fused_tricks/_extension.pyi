@@ -32,6 +32,7 @@ class CudaStep:
 __version__: str
 CPU_COMPARED: int
 
+def cuda_unusable_because(device: int) -> str: ...
 def connect(
     tensor_type: type,
     parameter_type: type,

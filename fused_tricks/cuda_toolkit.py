@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Turing to Blackwell: what PyTorch's CUDA 13 wheels run on. What follows the last one runs from its PTX.
+# Turing to Blackwell: what PyTorch's CUDA 13 wheels run on. GPUs that follow the last one run from its PTX, and those
+# between, such as 11.0, from that of the first one.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 _TARGETS = {"x86_64": ("x86_64-linux",), "aarch64": ("sbsa-linux", "aarch64-linux")}
@@ -108,7 +109,7 @@ def choose_architectures(known: Iterable[str], requested: str | None = None) -> 
         known: What the compiler can compile for, as in the answer of :func:`known_architectures`.
         requested: The value of ``TORCH_CUDA_ARCH_LIST``: versions separated by semicolons or spaces, each with
             ``+PTX`` where later GPUs shall be able to use it, such as ``"8.0;9.0+PTX"``. Where it is missing or
-            empty, those of ``DEFAULT_ARCHITECTURES`` that are known, the last one with ``+PTX``.
+            empty, those of ``DEFAULT_ARCHITECTURES`` that are known, the first and the last one with ``+PTX``.
 
     Raises:
         ValueError: An entry cannot be understood or is not known to the compiler.
@@ -127,7 +128,7 @@ def choose_architectures(known: Iterable[str], requested: str | None = None) -> 
         entries = [version for version in DEFAULT_ARCHITECTURES if version in known]
         if not entries:
             raise ValueError(f"this nvcc compiles for none of {', '.join(DEFAULT_ARCHITECTURES)}")
-        entries[-1] += "+PTX"
+        entries = [entry + "+PTX" * (entry in (entries[0], entries[-1])) for entry in entries]
     return tuple(dict.fromkeys(entries))
 
 

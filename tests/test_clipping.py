@@ -152,6 +152,30 @@ def test_gradients_of_zero_have_norm_zero_and_move_nothing(backend, device, max_
     assert_all_same_bits(params, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["usual", "tiny", "huge", "mixed", "subnormal", "mostly zero"])
+def test_the_norm_is_that_of_fp64_to_a_last_bit(backend, device, dtype, kind):
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(40_003, generator=generator, dtype=torch.float64)
+    limits = torch.finfo(dtype)
+    factor = {
+        "usual": 1.0,
+        "tiny": 4.0 * limits.tiny,
+        "huge": limits.max / 16,
+        "mixed": 10.0
+        ** torch.linspace(*((-4, 4) if dtype == torch.float16 else (-30, 30)), 40_003, dtype=torch.float64),
+        "subnormal": 64 * limits.smallest_normal * limits.eps,
+        "mostly zero": (torch.arange(40_003) % 1009 == 0).double(),
+    }[kind]
+    grad = (values * factor).to(dtype)
+    param = Parameter(torch.zeros(40_003, dtype=dtype, device=device))
+    param.grad = grad.to(device)
+    optimizer = FusedSGD([param], lr=0.0, max_grad_norm=float("inf"), backend=backend)
+    optimizer.step()
+    expected = float(torch.linalg.vector_norm(grad.double()).float())
+    assert optimizer.stats().grad_norm == pytest.approx(expected, rel=2.0**-23, abs=2.0**-149)
+
+
 def test_fp64_parameters_are_clipped_with_the_global_coefficient(backend, device):
     params = parameters([(9,), (9,)], [torch.float64, torch.float32], device)
     before = params[0].detach().cpu().clone()

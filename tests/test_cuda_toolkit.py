@@ -220,9 +220,10 @@ def test_a_compiler_that_names_no_architecture_is_an_error(machine):
 @pytest.mark.parametrize(
     ("known", "requested", "expected"),
     [
-        (KNOWN, None, ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")),
-        (KNOWN, " ", ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")),
-        (("7.0", "8.0", "9.0"), None, ("8.0", "9.0+PTX")),
+        (KNOWN, None, ("7.5+PTX", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")),
+        (KNOWN, " ", ("7.5+PTX", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")),
+        (("7.0", "8.0", "9.0"), None, ("8.0+PTX", "9.0+PTX")),
+        (("7.0", "9.0"), None, ("9.0+PTX",)),
         (KNOWN, "8.0;9.0+PTX", ("8.0", "9.0+PTX")),
         (KNOWN, "8.0 9.0a", ("8.0", "9.0a")),
         (KNOWN, "8.0;8.0;", ("8.0",)),

@@ -38,15 +38,24 @@ __device__ inline void find_grad(const Args& args, const ChunkRecord& chunk, con
                   : reinterpret_cast<const char*>(address & ~GradAddress{1}) + chunk.begin * size_of(grad_type);
 }
 
-// Whether this block is the last of the launch to get here. What thread 0 of the others wrote before is then visible.
+// True in the last block of the launch to get here, which then sees what thread 0 of every other block wrote before.
+// The counter wraps by itself, so that it is right again after two launches that overlapped by mistake.
 __device__ inline bool arrives_last(StepState* state) {
   bool is_last = false;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    is_last = atomicAdd(&state->arrivals, 1) == static_cast<int>(gridDim.x) - 1;
-    __threadfence();
-  }
+  if (threadIdx.x == 0) is_last = arrive(&state->arrivals, gridDim.x - 1) == gridDim.x - 1;
   return __syncthreads_or(is_last) != 0;
+}
+
+// Stores a decision. Leaves `arrivals` to the blocks that count there.
+__device__ inline void store_decision(StepState* to, const StepState& state) {
+  constexpr int kArrivals = offsetof(StepState, arrivals) / sizeof(uint32_t);
+  uint32_t words[sizeof state / sizeof(uint32_t)];
+  memcpy(words, &state, sizeof state);
+  auto* stored = reinterpret_cast<uint32_t*>(to);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof state / sizeof(uint32_t)); ++i) {
+    if (i != kArrivals) store(stored + i, words[i]);
+  }
 }
 
 template <typename Args>
@@ -55,7 +64,6 @@ __device__ inline StepState decided(const Args& args, StepState state, bool foun
   if (args.external_scale != nullptr) request.grad_scale = load(args.external_scale);
   if (args.external_found_inf != nullptr) request.found_inf = load(args.external_found_inf) != 0.0f;
   decide_step(state, found, squares, request);
-  state.arrivals = 0;
   state.found = 0;
   return state;
 }

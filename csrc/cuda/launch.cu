@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.cuh"
 #include "launch.h"
@@ -14,6 +15,15 @@ void check(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // or torch would report it again, for a call of its own
   throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
+}
+
+// As 12.4 of the 12040 that CUDA's functions speak of.
+std::string release(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+
+template <typename Args>
+void add_kernels(std::vector<const void*>& kernels) {
+  kernels.push_back(reinterpret_cast<const void*>(scan_kernel<Args>));
+  kernels.push_back(reinterpret_cast<const void*>(update_kernel<Args>));
 }
 
 template <typename Args>
@@ -31,6 +41,33 @@ void launch(void (*kernel)(Args), const char* name, const Args& args, int64_t bl
 }
 
 }  // namespace
+
+std::string unusable_because(int device) {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    cudaGetLastError();
+    return "there is no driver for NVIDIA GPUs";
+  }
+  if (driver / 1000 < CUDART_VERSION / 1000) {
+    return "the driver supports CUDA " + release(driver) + " and the extension was built with CUDA " +
+           release(CUDART_VERSION) + "; update the driver, or build fused_tricks with a CUDA " +
+           std::to_string(driver / 1000) + " toolkit";
+  }
+  std::vector<const void*> kernels = {reinterpret_cast<const void*>(decide_kernel),
+                                      reinterpret_cast<const void*>(write_kernel)};
+  add_kernels<SmallArguments>(kernels);
+  add_kernels<MediumArguments>(kernels);
+  add_kernels<LargeArguments>(kernels);
+  cudaError_t status = cudaSetDevice(device);
+  for (const void* kernel : kernels) {
+    cudaFuncAttributes attributes;
+    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
+  }
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  return std::string("its kernels cannot be loaded (") + cudaGetErrorString(status) +
+         "); TORCH_CUDA_ARCH_LIST chooses the architectures that fused_tricks is built for";
+}
 
 template <typename Args>
 void launch_scan(const Args& args, int64_t blocks, const Target& target) {

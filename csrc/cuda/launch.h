@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "tables.h"
 
@@ -12,6 +13,10 @@ struct Target {
   int device;
   void* stream;
 };
+
+// Returns why the kernels cannot run on a device; empty where they can. Loads every kernel into the device, which a
+// stream that is being captured does not allow everywhere, and makes the device current.
+std::string unusable_because(int device);
 
 // Each throws std::runtime_error with the name of the call that failed.
 template <typename Args>

@@ -54,10 +54,26 @@ __device__ inline void store_element(T* address, T value) {
   store(address, value);
 }
 
-// Of memory that another block of the same launch has written.
+// Memory that several blocks of one launch read and write.
 template <typename T>
 __device__ inline T load_fresh(const T* address) {
   return *static_cast<const volatile T*>(address);
+}
+
+template <typename T>
+__device__ inline void store_fresh(T* address, T value) {
+  *static_cast<volatile T*>(address) = value;
+}
+
+// Counts from 0 to `last` and starts again; returns the count before. Acquires what every earlier arrival released, and
+// releases what this thread wrote.
+__device__ inline uint32_t arrive(uint32_t* counter, uint32_t last) {
+  uint32_t old;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(__cvta_generic_to_global(counter)), "r"(last)
+               : "memory");
+  return old;
 }
 
 // By intrinsics, because an address out of a table is a generic one to the compiler, and global accesses are cheaper.

@@ -32,16 +32,60 @@ __device__ inline bool is_finite(BFloat16 value) { return (carries<BFloat16>(val
 __device__ inline bool is_finite(float value) { return (carries<float>(bits_of(value)) & 0x80000000u) == 0; }
 __device__ inline bool is_finite(double value) { return ((bits_of(value) >> 52) & 0x7ffu) != 0x7ffu; }
 
+// A sum of squares as two FP32 numbers, which keep more than 40 bits of it: most GPUs have few units for FP64.
+struct SquareSum {
+  float high = 0, low = 0;
+
+  // The square of a 16-bit element is exact in FP32; that of an FP32 element has an error, which fma gives exactly.
+  template <bool kIsExact>
+  __device__ void add(float value) {
+    const float square = mul(value, value);
+    const float total = high + square;
+    const float added = total - high;
+    float error = (high - (total - added)) + (square - added);
+    if (!kIsExact) error += fused_tricks::fma(value, value, -square);
+    high = total;
+    low += error;
+  }
+
+  template <typename T>
+  __device__ void add_word(uint32_t word) {
+    if constexpr (sizeof(T) == 2) {
+      const Pair pair = unpacked<T>(word);
+      add<true>(pair.low);
+      add<true>(pair.high);
+    } else {
+      add<false>(float_of(word));
+    }
+  }
+
+  // False where FP32 may have lost bits: squares overflow, or so many underflow that the others do not hide it.
+  __device__ bool is_reliable() const { return high >= 0x1p-100f && high <= 0x1p126f; }
+};
+
 template <typename T>
 __device__ inline double squares_in(uint32_t word) {
-  const Pair pair = unpacked<T>(word);
-  const double low = to_double(pair.low), high = to_double(pair.high);
-  return low * low + high * high;
+  if constexpr (sizeof(T) == 2) {
+    const Pair pair = unpacked<T>(word);
+    const double low = to_double(pair.low), high = to_double(pair.high);
+    return low * low + high * high;
+  } else {
+    const double value = to_double(float_of(word));
+    return value * value;
+  }
 }
-template <>
-__device__ inline double squares_in<float>(uint32_t word) {
-  const double value = to_double(float_of(word));
-  return value * value;
+
+// The squares of this thread's share of 16-byte vectors, in FP64. Rarely needed, so that it is kept small.
+template <typename T>
+__device__ inline double squares_in_double(const T* grad, int vectors) {
+  constexpr int kPerVector = 16 / sizeof(T);
+  double squares = 0;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) {
+    const Words4 words = load_words(grad + i * kPerVector);
+    squares += squares_in<T>(words.x) + squares_in<T>(words.y) + squares_in<T>(words.z) + squares_in<T>(words.w);
+  }
+  return squares;
 }
 
 // Looks for non-finite elements in this thread's share and adds to the squares.
@@ -53,14 +97,34 @@ __device__ inline bool scan_span(const T* grad, int count, bool measures, double
     if (is_aligned(grad)) {
       constexpr int kPerVector = 16 / sizeof(T);
       const int vectors = count / kPerVector;
-      uint32_t joined = 0;
-#pragma unroll 4
-      for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) {
-        const Words4 words = load_words(grad + i * kPerVector);
-        joined |= carries<T>(words.x) | carries<T>(words.y) | carries<T>(words.z) | carries<T>(words.w);
-        if (measures) {
-          squares += squares_in<T>(words.x) + squares_in<T>(words.y) + squares_in<T>(words.z) + squares_in<T>(words.w);
+      uint32_t joined = 0, magnitudes = 0;
+      SquareSum sum;
+      // So many loads are issued before the first is waited for.
+      constexpr int kRound = 4;
+      for (int first = static_cast<int>(threadIdx.x); first < vectors; first += kRound * kThreads) {
+        Words4 words[kRound];
+#pragma unroll
+        for (int k = 0; k < kRound; ++k) {
+          const int i = first + k * kThreads;
+          words[k] = {0, 0, 0, 0};
+          if (i < vectors) words[k] = load_words(grad + i * kPerVector);
         }
+#pragma unroll
+        for (int k = 0; k < kRound; ++k) {
+          joined |= carries<T>(words[k].x) | carries<T>(words[k].y) | carries<T>(words[k].z) | carries<T>(words[k].w);
+          if (measures) {
+            magnitudes |= words[k].x | words[k].y | words[k].z | words[k].w;
+            sum.add_word<T>(words[k].x);
+            sum.add_word<T>(words[k].y);
+            sum.add_word<T>(words[k].z);
+            sum.add_word<T>(words[k].w);
+          }
+        }
+      }
+      if (sum.is_reliable()) {
+        squares += to_double(sum.high) + to_double(sum.low);
+      } else if ((magnitudes & Exponent<T>::kMagnitude) != 0) {
+        squares += squares_in_double(grad, vectors);
       }
       found = (joined & Exponent<T>::kSign) != 0;
       done = vectors * kPerVector;
@@ -102,7 +166,6 @@ __device__ inline void report(const Tables& tables, bool measures, double* per_w
   if (threadIdx.x == 0) {
     store(tables.verdict, load_fresh(&tables.state->found) != 0 ? 1.0 : 0.0);
     store(&tables.state->found, 0);
-    store(&tables.state->arrivals, 0);
   }
 }
 
@@ -157,7 +220,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
   }
   if (threadIdx.x == 0) {
     const bool found = load_fresh(&tables.state->found) != 0;
-    store(tables.state, decided(args, load(tables.state), found, total));
+    store_decision(tables.state, decided(args, load(tables.state), found, total));
   }
 }
 
@@ -167,7 +230,7 @@ __global__ void __launch_bounds__(kThreads) decide_kernel(const __grid_constant_
   const Tables& tables = args.tables;
   double squares = 0;
   for (int part = 0; part < tables.parts; ++part) squares += load(&tables.verdict[1 + part]);
-  store(tables.state, decided(args, load(tables.state), load(tables.verdict) != 0, squares));
+  store_decision(tables.state, decided(args, load(tables.state), load(tables.verdict) != 0, squares));
 }
 
 }  // namespace fused_tricks::cuda

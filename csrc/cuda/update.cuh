@@ -33,7 +33,7 @@ __device__ inline double learning_rate(const GroupRecord& group, int64_t applied
 // others read that number or none at all, and either says "first".
 __device__ inline bool is_first(const TensorRecord& tensor, const ChunkRecord& chunk, int64_t number) {
   const int64_t first_step = load_fresh(tensor.first_step);
-  if (first_step < 0 && chunk.begin == 0) store(tensor.first_step, number);
+  if (first_step < 0 && chunk.begin == 0) store_fresh(tensor.first_step, number);
   return first_step < 0 || first_step == number;
 }
 
@@ -124,15 +124,22 @@ __device__ inline void store_quads(float* address, const Elements<kCount>& eleme
 
 // Returns the new weights.
 template <int kStride = 4, int kCount>
-__device__ inline Elements<kCount> update_quads_at(const Rule<float>& rule, const Elements<kCount>& grads,
-                                                   float* weight, float* buffer) {
-  auto weights = load_quads<kCount, kStride>(weight);
-  Elements<kCount> buffers(0.0f);
-  if (rule.has_momentum && !rule.first) buffers = load_quads<kCount, kStride>(buffer);
+__device__ inline Elements<kCount> update_loaded(const Rule<float>& rule, const Elements<kCount>& grads,
+                                                 Elements<kCount> weights, Elements<kCount> buffers, float* weight,
+                                                 float* buffer) {
   sgd_update(rule, grads, weights, buffers);
   store_quads<kStride>(weight, weights);
   if (rule.has_momentum) store_quads<kStride>(buffer, buffers);
   return weights;
+}
+
+// Returns the new weights.
+template <int kStride = 4, int kCount>
+__device__ inline Elements<kCount> update_quads_at(const Rule<float>& rule, const Elements<kCount>& grads,
+                                                   float* weight, float* buffer) {
+  return update_loaded<kStride>(
+      rule, grads, load_quads<kCount, kStride>(weight),
+      rule.has_momentum && !rule.first ? load_quads<kCount, kStride>(buffer) : Elements<kCount>(0.0f), weight, buffer);
 }
 
 template <typename T>
@@ -172,15 +179,22 @@ __device__ inline int update_pairs(const Rule<float>& rule, const Grad* grad, fl
     const int own = 16 * pair + (odd ? 8 : 0);
     const int quad = 16 * pair + (odd ? 4 : 0);
     Words4 words = {0, 0, 0, 0};
-    Elements<8> grads;
+    Elements<8> grads, weights, buffers(0.0f);
+    // All loads before the first use: a shuffle waits for the gradient.
+    if (inside) {
+      if constexpr (sizeof(Grad) == 2)
+        words = load_words_once(grad + own);
+      else
+        grads = load_quads<8, 8>(grad + quad);
+      weights = load_quads<8, 8>(weight + quad);
+      if (rule.has_momentum && !rule.first) buffers = load_quads<8, 8>(buffer + quad);
+    }
     if constexpr (sizeof(Grad) == 2) {
-      if (inside) words = load_words_once(grad + own);
       swap_quads(odd, words);
       grads = unpacked_words<Grad>(words);
-    } else if (inside) {
-      grads = load_quads<8, 8>(grad + quad);
     }
-    if (inside) words = packed_words<Param>(update_quads_at<8>(rule, grads, weight + quad, buffer + quad));
+    if (inside)
+      words = packed_words<Param>(update_loaded<8>(rule, grads, weights, buffers, weight + quad, buffer + quad));
     swap_quads(odd, words);
     if (inside) store_words(param + own, words);
   }
@@ -270,8 +284,13 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
         break;
     }
   }
-  if (args.scanned || !arrives_last(tables.state)) return;
-  if (threadIdx.x == 0) store(tables.state, decided(args, load(tables.state), false, 0.0));
+  if (args.scanned) {
+    // The scan is over. Heals a counter that two overlapping scans of different sizes left wrong.
+    if (blockIdx.x == 0 && threadIdx.x == 0) store(&tables.state->arrivals, 0u);
+    return;
+  }
+  if (!arrives_last(tables.state)) return;
+  if (threadIdx.x == 0) store_decision(tables.state, decided(args, load(tables.state), false, 0.0));
 }
 
 }  // namespace fused_tricks::cuda

@@ -42,19 +42,27 @@ class Backend(NamedTuple):
 
     Attributes:
         stepper: Makes what runs them over a plan.
-        unavailable_because: Why it cannot be used here; None when it can.
+        unavailable_because: Returns why it cannot be used in this process; None when it can.
         device_type: The only type of device that it serves; None for any.
+        unusable_on: Returns why it cannot be used on one device of that type; None when it can.
     """
 
     stepper: Callable[[Plan, StepState], Stepper]
     unavailable_because: Callable[[], str | None]
     device_type: str | None
+    unusable_on: Callable[[torch.device], str | None] = lambda device: None
+
+    def missing_on(self, device: torch.device) -> str | None:
+        """Returns why it cannot be used on a device; None when it can."""
+        return self.unavailable_because() or self.unusable_on(device)
 
 
 # The fastest first; "auto" looks no further than the reference.
 BACKENDS = {
-    "cuda": Backend(cuda.CudaStepper, cuda.unavailable_because, "cuda"),
-    "triton": Backend(triton.make_stepper, triton.unavailable_because, triton.DEVICE_TYPE),
+    "cuda": Backend(cuda.CudaStepper, cuda.unavailable_because, "cuda", cuda.unusable_on),
+    "triton": Backend(
+        triton.make_stepper, triton.unavailable_because, triton.DEVICE_TYPE, triton.unusable_on
+    ),
     "cpu": Backend(cpu.CpuStepper, cpu.unavailable_because, "cpu"),
     "reference": Backend(reference.ReferenceStepper, lambda: None, None),
 }
@@ -63,8 +71,18 @@ if triton.IS_INTERPRETED:
 
 
 def availability() -> dict[str, str | None]:
-    """Every backend, with ``None`` where it is usable here and otherwise the reason why it is not."""
-    return {name: backend.unavailable_because() for name, backend in BACKENDS.items()}
+    """Every backend, with ``None`` where it is usable here and otherwise the reason why it is not.
+
+    A backend for GPUs is asked about the current one.
+    """
+    return {name: _missing_here(backend) for name, backend in BACKENDS.items()}
+
+
+def _missing_here(backend: Backend) -> str | None:
+    reason = backend.unavailable_because()
+    if reason is not None or backend.device_type != "cuda":
+        return reason
+    return backend.unusable_on(torch.device("cuda", torch.cuda.current_device()))
 
 
 def check_backend(name: str) -> None:
@@ -104,7 +122,7 @@ def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan,
                     _warn_of_reference(*missing)
                 return backend.stepper
             if not wrappers and _serves(backend, devices):
-                reason = backend.unavailable_because()
+                reason = backend.missing_on(next(iter(devices)))
                 if reason is None:
                     return backend.stepper
                 missing.append(f"backend={backend_name!r}: {reason}")
@@ -120,6 +138,10 @@ def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan,
             f"{who} is or has a gradient of type {kind.__name__}, whose elements are in other tensors, which "
             f"backend={name!r} cannot reach; use backend='auto' or 'reference'"
         )
+    for device in devices:
+        reason = backend.missing_on(device)
+        if reason is not None:
+            raise RuntimeError(f"backend={name!r} is not usable on {device}: {reason}")
     return backend.stepper
 
 

@@ -6,17 +6,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..extension import load_extension, missing_because
 from ..plan import Plan
 from ..step_state import StepState
 from .compiled import OUTCOMES, CompiledPlan
-from .gpu import GpuStepper, is_capturing
+from .gpu import GpuStepper, current_stream, is_capturing
 from .request import Outcome, StepRequest
 
 if TYPE_CHECKING:
     from .. import _extension
+
+
+# GPUs that have loaded the kernels. A refusal is not kept: a capture may be its reason.
+_usable: set[torch.device] = set()
 
 
 def unavailable_because() -> str | None:
@@ -31,6 +34,21 @@ def unavailable_because() -> str | None:
     return None
 
 
+def unusable_on(device: torch.device) -> str | None:
+    """Returns why the kernels cannot run on a GPU: its driver is too old, or the build has no code for it.
+
+    The first call for a GPU loads every kernel into it, so that none is loaded while a CUDA graph is captured.
+    """
+    if device in _usable:
+        return None
+    with torch.cuda.device(device):
+        reason: str = load_extension().cuda_unusable_because(torch.cuda.current_device())
+    if reason:
+        return reason
+    _usable.add(device)
+    return None
+
+
 class CudaStepper(GpuStepper):
     """Runs steps over a plan in at most two kernel launches, and never waits for the device.
 
@@ -42,8 +60,8 @@ class CudaStepper(GpuStepper):
         extension = self.extension()
         self._plan = CompiledPlan(extension, plan, step_state, self._first_steps)
         self._step: _extension.CudaStep = extension.CudaStep(self._plan.handle)
-        self._tables = self._memory(self._step.table_size())
-        self._scratch = self._memory(self._step.scratch_size())
+        self._tables = self._empty(self._step.table_size(), torch.uint8)
+        self._scratch = self._empty(self._step.scratch_size(), torch.uint8)
         with self._device_guard():
             self._step.set_tables(self._plan.handle, self._tables)
         self._step.set_scratch(self._scratch)
@@ -57,6 +75,7 @@ class CudaStepper(GpuStepper):
         with self._device_guard():
             if is_capturing(self._device):
                 return self._captured_step(groups, state, request)
+            self._streams.add(current_stream(self._device))
             return self._run(groups, state, request)
 
     def _captured_step(
@@ -77,6 +96,3 @@ class CudaStepper(GpuStepper):
                 grad_scale=self._on_device(request.grad_scale), found_inf=self._on_device(request.found_inf)
             )
         return OUTCOMES[self._step.run(self._plan.handle, groups, state, request)]
-
-    def _memory(self, size: int) -> Tensor:
-        return torch.empty(max(1, size), dtype=torch.uint8, device=self._device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import Any
 
 import torch
@@ -20,8 +21,19 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def current_stream(device: torch.device) -> int:
+    """The handle of the device's current stream; 0 for a device without streams."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    return stream
+
+
+def record_stream(tensor: Tensor, stream: int) -> None:
+    """Keeps the memory of a tensor, once freed, from being reused before the work now on ``stream`` is done."""
+    tensor.record_stream(torch.cuda.ExternalStream(stream, device=tensor.device))
+
+
 class GpuStepper:
-    """Keeps what tells whether an update has written a new master or buffer.
+    """Keeps what tells whether an update has written a new master or buffer, and the memory that the kernels read.
 
     Raises:
         RuntimeError: A CUDA graph is being captured: what is set up once would be set up in every replay.
@@ -44,6 +56,12 @@ class GpuStepper:
         for tensor in (tensor for entry in plan.new for tensor in entry.own_state().values()):
             step_state.applied_before.setdefault(tensor, applied)
         self._first_steps = [_first_step(entry, step_state, written) for entry in plan.entries]
+        self._memory: list[Tensor] = [written]
+        self._streams = {current_stream(self._device)}
+        finalizer = weakref.finalize(
+            self, _release, self._memory, self._streams, current_stream(self._device)
+        )
+        finalizer.atexit = False
 
     def written_state(self, entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
         own = entry.own_state()
@@ -59,6 +77,12 @@ class GpuStepper:
         before = self._step_state.applied_before.get(tensor)
         return before is None or int(self._step_state.applied_steps) > int(before)
 
+    def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
+        """Memory for the kernels, of at least one element."""
+        memory = torch.empty(max(1, size), dtype=dtype, device=self._device)
+        self._memory.append(memory)
+        return memory
+
     def _keep(self, groups: list[dict[str, Any]], *tables: object) -> None:
         """Keeps alive what a captured step works on, since its graph may be replayed after the plan is replaced."""
         rates = [group["lr"] for group in groups]
@@ -72,6 +96,13 @@ class GpuStepper:
 
     def _on_device(self, scalar: Tensor | None) -> Tensor | None:
         return None if scalar is None else scalar.to(self._device, torch.float32, non_blocking=True)
+
+
+def _release(memory: list[Tensor], streams: set[int], home: int) -> None:
+    """Tells the allocator, which knows ``home`` alone, which streams may still read what is about to be freed."""
+    for stream in streams - {home}:
+        for tensor in memory:
+            record_stream(tensor, stream)
 
 
 def _first_step(entry: Entry, step_state: StepState, written: Tensor) -> Tensor | None:

@@ -63,6 +63,11 @@ inline int atomicAdd(int* address, int value) {
   *address += value;
   return old;
 }
+inline uint32_t arrive(uint32_t* counter, uint32_t last) {
+  const uint32_t old = *counter;
+  *counter = old >= last ? 0 : old + 1;
+  return old;
+}
 inline int atomicOr(int* address, int value) {
   const int old = *address;
   *address |= value;
@@ -86,6 +91,10 @@ void store(T* address, T value) {
 template <typename T>
 T load_fresh(const T* address) {
   return load(address);
+}
+template <typename T>
+void store_fresh(T* address, T value) {
+  store(address, value);
 }
 
 // `line` tells the instructions of a kernel apart.

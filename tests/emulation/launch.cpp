@@ -259,6 +259,8 @@ void count_element_access(const void* address, size_t size, size_t alignment, In
   }
 }
 
+std::string unusable_because(int) { return ""; }
+
 template <typename Args>
 void launch_scan(const Args& args, int64_t blocks, const Target&) {
   run_grid<scan_kernel<Args>>(args, blocks);

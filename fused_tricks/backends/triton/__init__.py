@@ -29,8 +29,6 @@ def unavailable_because() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if torch.version.cuda is not None and torch.cuda.get_device_capability() < (7, 0):
-        return "its kernels need a GPU of architecture 7.0 (Volta) or later"
     try:
         import triton
 
@@ -38,6 +36,15 @@ def unavailable_because() -> str | None:
         triton.runtime.driver.active.utils  # noqa: B018
     except Exception as error:
         return f"triton cannot launch kernels here ({error}); it needs a C compiler"
+    return None
+
+
+def unusable_on(device: torch.device) -> str | None:
+    """Returns why the kernels cannot run on a device."""
+    if device.type == "cuda" and torch.version.cuda is not None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 7:
+            return f"its kernels need a GPU of architecture 7.0 (Volta) or later, and {device} has {major}.{minor}"
     return None
 
 

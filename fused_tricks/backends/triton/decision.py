@@ -75,8 +75,8 @@ def decide(
 
 @triton.jit
 def record_decision(state, found, inverse_scale, clip):
-    """Stores what the update needs, counts the step, and makes ready for the next launch."""
-    reset(state)
+    """Stores what the update needs, counts the step, and forgets what the scan found."""
+    tl.store(field(state, 44, tl.int32), 0)
     tl.store(field(state, 16, tl.int64), tl.load(field(state, 16, tl.int64)) + tl.where(found != 0, 0, 1))
     tl.store(field(state, 24, tl.int64), tl.load(field(state, 24, tl.int64)) + tl.where(found != 0, 1, 0))
     tl.store(field(state, 32, tl.int32), tl.where(found != 0, 1, 0))
@@ -85,16 +85,18 @@ def record_decision(state, found, inverse_scale, clip):
 
 
 @triton.jit
-def reset(state):
-    """What only matters within a launch."""
-    tl.store(field(state, 44, tl.int32), 0)
-    tl.store(field(state, 48, tl.int32), 0)
-
-
-@triton.jit
 def arrives_last(state):
-    """Whether this program is the last of the launch to get here, which then sees what the others wrote before."""
-    return tl.atomic_add(field(state, 48, tl.int32), 1, sem="acq_rel") == tl.num_programs(0) - 1
+    """True in the last program of the launch to get here, which then sees what the others wrote before.
+
+    That program takes all arrivals of one launch off the counter, so that it is right again after two launches of one
+    size that overlapped by mistake.
+    """
+    programs = tl.num_programs(0)
+    arrivals = tl.atomic_add(field(state, 48, tl.int32), 1, sem="acq_rel") + 1
+    is_last = arrivals % programs == 0
+    if is_last:
+        tl.atomic_add(field(state, 48, tl.int32), -programs, sem="relaxed")
+    return is_last
 
 
 @triton.jit

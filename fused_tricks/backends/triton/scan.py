@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from . import IS_INTERPRETED
-from .decision import arrives_last, decide, field, float64, reset
+from .arithmetic import fma, two_sum
+from .decision import arrives_last, decide, field, float64
 from .elements import high_half, low_half
 from .records import (
     BFLOAT16,
@@ -33,6 +34,9 @@ SCAN_TILE = tl.constexpr(512 * _TILES)
 MEASURE_TILE = tl.constexpr(256 * _TILES)
 # Elements at a time where 16-byte accesses are not possible.
 SCALAR_TILE = tl.constexpr(64 * _TILES)
+# Sums of squares that FP32 adds up without losing bits that matter.
+LEAST_IN_FP32 = tl.constexpr(2.0**-90)
+MOST_IN_FP32 = tl.constexpr(2.0**126)
 
 
 # An element is not finite when its exponent bits are all ones: adding one to them, with the sign cleared, carries into
@@ -64,21 +68,50 @@ def squares_in(word, kind: tl.constexpr):
 
 
 @triton.jit
+def with_square(high, low, value, is_exact: tl.constexpr):
+    """Adds a square to a sum that is kept as two FP32 numbers, because most GPUs have few units for FP64.
+
+    ``is_exact``: FP32 holds the square exactly, as those of 16-bit elements.
+    """
+    square = value * value
+    total, error = two_sum(high, square)
+    if not is_exact:
+        error += fma(value, value, square * -1.0)
+    return total, low + error
+
+
+@triton.jit
+def with_squares_in(high, low, word, kind: tl.constexpr):
+    if kind == FLOAT32:
+        return with_square(high, low, word.to(tl.float32, bitcast=True), False)
+    else:
+        high, low = with_square(high, low, low_half(word, kind), True)
+        return with_square(high, low, high_half(word, kind), True)
+
+
+@triton.jit
 def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
     """Whether one of ``count`` elements is not finite, and the sum of their squares."""
     per_word: tl.constexpr = 2 if kind == FLOAT16 or kind == BFLOAT16 else 1
     tile: tl.constexpr = MEASURE_TILE if measures else SCAN_TILE
     found = tl.full((tile,), 0, tl.int32)
-    squares = tl.full((tile,), 0, tl.float64)
+    total = float64(0.0)
     vectors = tl.where(address % 16 == 0, count // (4 * per_word), 0)
     if kind != FLOAT64:
         words = aligned_pointer_to(address, tl.int32)
         lane = tl.arange(0, tile)
+        high = tl.full((tile,), 0, tl.float32)
+        low = tl.full((tile,), 0, tl.float32)
         for i in range(0, vectors * 4, tile):
             word = tl.load(words + (i + lane), mask=i + lane < vectors * 4, other=0)
             found |= carries(word, kind)
             if measures:
-                squares += squares_in(word, kind)
+                high, low = with_squares_in(high, low, word, kind)
+        if measures:
+            total = tl.sum(high.to(tl.float64)) + tl.sum(low.to(tl.float64))
+            # Outside these bounds FP32 may have lost bits: squares overflow, or too many underflow.
+            if not ((total >= LEAST_IN_FP32) & (total <= MOST_IN_FP32)):
+                total = squares_in_fp64(words, vectors * 4, kind)
     else:
         vectors = vectors * 0
     tail_found = tl.full((SCALAR_TILE,), 0, tl.int32)
@@ -98,10 +131,18 @@ def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
             tail_squares += squares_in(word, kind)
     any_found = tl.maximum(tl.max((found != 0).to(tl.int32)), tl.max((tail_found != 0).to(tl.int32)))
     if measures:
-        total = tl.sum(squares) + tl.sum(tail_squares)
-    else:
-        total = float64(0.0)
+        total += tl.sum(tail_squares)
     return any_found, total
+
+
+@triton.jit
+def squares_in_fp64(words, count, kind: tl.constexpr):
+    """The squares of the elements in ``count`` words, all in FP64."""
+    lane = tl.arange(0, SCALAR_TILE)
+    squares = tl.full((SCALAR_TILE,), 0, tl.float64)
+    for i in range(0, count, SCALAR_TILE):
+        squares += squares_in(tl.load(words + (i + lane), mask=i + lane < count, other=0), kind)
+    return tl.sum(squares)
 
 
 @triton.jit
@@ -158,7 +199,7 @@ def scan_kernel(
                     total = sum_of(partial_squares, chunks, tensors, chunk_count, part)
                 tl.store(pointer_to(verdict, tl.float64) + 1 + part, total)
             tl.store(pointer_to(verdict, tl.float64), found.to(tl.float64))
-            reset(state)
+            tl.store(field(state, 44, tl.int32), 0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from ...extension import load_extension, missing_because
 from ...plan import Plan
 from ...step_state import StepState
 from ..compiled import CompiledWatch
-from ..gpu import GpuStepper, is_capturing
+from ..gpu import GpuStepper, current_stream, is_capturing
 from ..request import Outcome, StepRequest
 from .launch import MAX_GROUPS, decide_source, launch, load, scan_source, update_source
 from .records import HAS_WIDE
@@ -29,6 +29,8 @@ class TritonStepper(GpuStepper):
         self._tables = PlanTables(plan, self._first_steps, self._device)
         self._grads = StepTable(len(plan.entries), self._device)
         self._groups: StepTable | None = None
+        tables = self._tables
+        self._memory += [tables.tensors, tables.chunks, tables.partial_squares, self._grads.table]
         self._loaded: set[tuple[int, int]] = set()
 
     def _make_watch(self, plan: Plan) -> PlanWatch | CompiledWatch:
@@ -91,6 +93,7 @@ class TritonStepper(GpuStepper):
             int(request.scans),
             group_argument,
         )
+        self._streams.add(current_stream(self._device))
         if is_capturing(self._device):
             self._keep(groups, tables, self._grads, self._groups)
         self._watch.mark_updated()
@@ -99,6 +102,7 @@ class TritonStepper(GpuStepper):
     def _group_table(self, numbers: tuple[Any, ...]) -> int:
         if self._groups is None:
             self._groups = StepTable(len(numbers) * GROUP_WORDS, self._device)
+            self._memory.append(self._groups.table)
         return self._groups.address_of(words_of(numbers))
 
 

@@ -76,27 +76,30 @@ class StepTable:
     They are written by kernels that carry them in their arguments: nothing is copied from the host, so nothing on the
     host has to outlive a launch, and a captured graph writes what it needs again. A graph gets a table of its own, or
     what it writes would be taken for what a later step wrote.
+
+    Attributes:
+        table: INT64, of the size asked for.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._device = device
-        self._table = torch.empty(max(1, size), dtype=torch.int64, device=device)
+        self.table = torch.empty(max(1, size), dtype=torch.int64, device=device)
         self._written: list[int] = []
         self._captured: list[Tensor] = []
 
     def address_of(self, words: list[int]) -> int:
         """The address of a table with these words."""
         if is_capturing(self._device):
-            table = torch.empty_like(self._table)
+            table = torch.empty_like(self.table)
             self._captured.append(table)
             self._write(table, words)
             return table.data_ptr()
         if words != self._written:
             # A write that fails may have written a part.
             self._written = []
-            self._write(self._table, words)
+            self._write(self.table, words)
             self._written = words
-        return self._table.data_ptr()
+        return self.table.data_ptr()
 
     def _write(self, table: Tensor, words: list[int]) -> None:
         for begin in range(0, len(words), WORDS):

@@ -56,7 +56,7 @@ def is_first_update(record, begin, number):
     noted_at = pointer_to(table_item(record, 3), tl.int64)
     noted = tl.load(noted_at, volatile=True)
     if (noted < 0) & (begin == 0):
-        tl.store(noted_at, number)
+        tl.atomic_xchg(noted_at, number, sem="relaxed")
     return (noted < 0) | (noted == number)
 
 
@@ -177,9 +177,10 @@ def update_kernel(
             flags = word_of(groups, group, FLAGS, GROUPS)
             momentum = option_of(groups, group, MOMENTUM, GROUPS)
             weight_decay = option_of(groups, group, WEIGHT_DECAY, GROUPS)
-            minus_lr = -learning_rate_of(groups, group, flags, number - 1, GROUPS)
+            # Not by a unary minus, which Triton 3.6 takes for `0 - x`: zero would lose its sign.
+            minus_lr = learning_rate_of(groups, group, flags, number - 1, GROUPS) * -1.0
             gradient_weight = option_of(groups, group, GRADIENT_WEIGHT, GROUPS)
-            signed_clip = tl.where((flags & MAXIMIZE) != 0, -clip, clip)
+            signed_clip = tl.where((flags & MAXIMIZE) != 0, clip * -1.0, clip)
             decays = (weight_decay != 0) & (((flags & BIAS_DECAY) != 0) | ((traits & 4) != 0))
             # By way of an integer: the interpreter takes a comparison of FP64 numbers for one when it repeats it.
             has_momentum = (momentum != 0).to(tl.int32) != 0
@@ -217,3 +218,6 @@ def update_kernel(
     if is_scanned == 0:
         if arrives_last(state):
             record_decision(state, skips, inverse_scale, clip)
+    elif tl.program_id(0) == 0:
+        # The scan is over. Heals a counter that two overlapping scans of different sizes left wrong.
+        tl.store(field(state, 48, tl.int32), 0)
