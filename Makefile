@@ -29,11 +29,13 @@ TORCHES ?= 2.10.0 2.13.0 2.14.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test test-torches bench lint format clean FORCE
+.PHONY: help build test sanitize test-torches bench lint format clean FORCE
 
 help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
 	@echo "make test     run the tests; PYTEST_ARGS='-k overflow' chooses some"
+	@echo "make sanitize the extension and the emulated kernels under AddressSanitizer, UndefinedBehaviorSanitizer"
+	@echo "              and ThreadSanitizer"
 	@echo "make test-torches  one wheel in clean environments with several torches: TORCHES='$(TORCHES)'"
 	@echo "make bench    measure training and the step against torch.amp, into build/benchmarks;"
 	@echo "              BENCH_ARGS goes to the training, and BENCH_ARGS=--help lists its options"
@@ -49,6 +51,10 @@ build: $(STAMPS)/build
 
 test: $(STAMPS)/build $(STAMPS)/test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(IN_VENV) -m pytest -n $(TEST_PROCESSES) -rs $(PYTEST_ARGS)
+
+sanitize: $(STAMPS)/build $(STAMPS)/test
+	$(IN_VENV) tests/sanitizers address
+	$(IN_VENV) tests/sanitizers thread
 
 test-torches: $(TORCHES:%=test-torch-%)
 

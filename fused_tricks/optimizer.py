@@ -58,9 +58,10 @@ class FusedSGD(Optimizer):
             is the paper's "no bias decay" (section 3.1), True the behaviour of ``torch.optim.SGD``.
         loss_scale: None, a positive number (a static scale), ``"dynamic"``, or a :class:`DynamicLossScale`.
         max_grad_norm: Clip gradients to this global L2 norm, as ``torch.nn.utils.clip_grad_norm_``, without writing
-            to them; ``inf`` only measures. Squares are summed in FP64 in an order that each backend fixes: the same
-            backend gives the same bits for the same gradients, and two backends may, rarely, differ in the last bit
-            of the FP32 norm, and so in the bits of what they clip.
+            to them; ``inf`` only measures. Squares are summed in FP64 (on a GPU partly in pairs of FP32 numbers that
+            keep more than 40 bits), in an order that each backend fixes: the same backend gives the same bits for the
+            same gradients, and two backends may, rarely, differ in the last bit of the FP32 norm, and so in the bits of
+            what they clip.
         partition_group: The processes among which the model's parameters are partitioned, each with an optimizer of its
             own, as ``ZeroRedundancyOptimizer`` and pipeline stages have them: an overflow in one of them skips the step
             in all, and they clip by the norm of all their gradients. All of them must then call ``step`` equally often.

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 import backends
+import sanitizers
+
+sanitizers.install()
 
 collect_ignore_glob = [] if torch.distributed.is_available() else ["test_distributed_*.py"]
 

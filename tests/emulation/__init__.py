@@ -51,7 +51,7 @@ def unusable_because() -> str | None:
 @functools.cache
 def load() -> ModuleType:
     """Builds the module where that is needed and imports it."""
-    path = build(sanitize=os.environ.get("FUSED_TRICKS_SANITIZE") == "1")
+    path = build(sanitize=os.environ.get("FUSED_TRICKS_SANITIZE") == "address")
     spec = importlib.util.spec_from_file_location("fused_tricks_emulation", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

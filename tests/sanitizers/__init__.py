@@ -1,0 +1,23 @@
+"""The extension and the emulated CUDA kernels under sanitizers of memory, undefined behaviour and threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+# The sanitizer that this process runs under, as `python -m sanitizers` says to the tests: "address", "thread" or none.
+PRESENT = os.environ.get("FUSED_TRICKS_SANITIZE")
+THREADS = "FUSED_TRICKS_SANITIZE_THREADS"
+
+
+def install() -> None:
+    """Runs the extension's loops on threads that ThreadSanitizer understands, where it watches."""
+    if PRESENT != "thread":
+        return
+    from fused_tricks import extension
+
+    library = ctypes.CDLL(str(Path(os.environ[THREADS])))
+    address = ctypes.cast(library.parallel_for, ctypes.c_void_p).value
+    stable_functions = extension._stable_functions
+    extension._stable_functions = lambda: stable_functions() | {"torch_parallel_for": address}
