@@ -18,6 +18,6 @@ def install() -> None:
     from fused_tricks import extension
 
     library = ctypes.CDLL(str(Path(os.environ[THREADS])))
-    address = ctypes.cast(library.parallel_for, ctypes.c_void_p).value
+    address = ctypes.cast(library.parallel_for, ctypes.c_void_p).value or 0
     stable_functions = extension._stable_functions
     extension._stable_functions = lambda: stable_functions() | {"torch_parallel_for": address}
