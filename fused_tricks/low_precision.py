@@ -22,6 +22,9 @@ _NORM_TYPES = (
 # Their kernels take FP16 or BF16 input with FP32 weights and statistics; autocast relies on the same.
 _MIXED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
+# True where torch.compile traces copy.copy of any object; torch 2.11 breaks the graph there.
+_TRACES_COPY = torch.__version__ >= "2.14"
+
 
 def norm_layers(model: nn.Module) -> list[nn.Module]:
     """Returns the norm layers of ``model``: what `cast_model` keeps in FP32 when not told otherwise.
@@ -234,20 +237,31 @@ def _cast(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> Any:
         items = [_cast(item, dtype, done) for item in value]
         if type(value) is list:
             return items
-        sequence = copy.copy(value)
+        sequence = _copy(value)
         sequence[:] = items
         return sequence
     if type(value) in (dict, OrderedDict):  # the copy below would break torch.compile's graph
         return type(value)((key, _cast(item, dtype, done)) for key, item in value.items())
     if isinstance(value, MutableMapping):
-        mapping = copy.copy(value)
+        mapping = _copy(value)
         for key, item in value.items():
             mapping[key] = _cast(item, dtype, done)
         return mapping
-    rebuilt: Any = copy.copy(value)
+    rebuilt = _copy(value)
     for name in _field_names(value):
         object.__setattr__(rebuilt, name, _cast(getattr(value, name), dtype, done))
     return rebuilt
+
+
+def _copy(value: Any) -> Any:
+    """A shallow copy; in a compiled graph of an older torch, which cannot trace one, an object with the same fields."""
+    if not torch.compiler.is_compiling() or _TRACES_COPY or not dataclasses.is_dataclass(value):
+        return copy.copy(value)
+    kind: Any = type(value)
+    fields = kind.__new__(kind)
+    for name in _field_names(value):
+        object.__setattr__(fields, name, getattr(value, name))
+    return fields
 
 
 def _needs_cast(value: Any, dtype: torch.dtype) -> bool:

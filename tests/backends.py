@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import torch
 
 import emulation  # noqa: F401  # adds a backend
@@ -15,7 +17,15 @@ NAMES = tuple(BACKENDS)
 
 def unusable_because(name: str) -> str | None:
     """Why tests cannot run on the backend `name` here, or None when they can."""
-    return BACKENDS[name].unavailable_because()
+    return BACKENDS[name].unavailable_because() or (_cannot_interpret() if is_slow(name) else None)
+
+
+def _cannot_interpret() -> str | None:
+    """Triton's interpreter took one-element arrays for numbers before 3.7, which NumPy has refused since 2.4."""
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of this Triton needs NumPy before 2.4; pip install 'numpy<2.4'"
+    return None
 
 
 def is_interpreted(name: str) -> bool:
