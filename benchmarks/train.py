@@ -22,13 +22,21 @@ from typing import Any
 
 import torch
 import torchvision
-from matplotlib import pyplot
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import fused_tricks
-from benchmarks import command_line, data, gpu, machine, memory, report, train_contestants
+from benchmarks import (
+    backend_choice,
+    command_line,
+    data,
+    gpu,
+    machine,
+    memory,
+    progress,
+    report,
+    train_contestants,
+)
 from benchmarks.command_line import network, positive
 from benchmarks.harness import Clock, Section, Spread, mean_and_deviation, ratios, shuffled
 from benchmarks.names import FUSED, OURS
@@ -66,10 +74,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     parser.add_argument(
         "--model", type=network, default="resnet18", help="a torchvision classification model"
     )
-    parser.add_argument("--dataset", default="mnist", choices=data.NAMES)
-    parser.add_argument(
-        "--data", metavar="DIR", help="folder of cifar10 or imagefolder; nothing is downloaded"
-    )
+    data.add_dataset_to(parser)
     parser.add_argument(
         "--image-size", type=positive, default=32, help="images are resized to this many pixels"
     )
@@ -99,12 +104,15 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
         help="of torch.compile, for all contestants; reduce-overhead replays CUDA graphs on a GPU",
     )
+    backend_choice.add_to(parser)
     report.add_output_to(parser)
     options = parser.parse_args(arguments)
+    options.backends, _ = backend_choice.choose(parser, options.backend, options.device)
     try:
         images = data.load(options.dataset, options.data, options.image_size)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    options.dataset = images.name
     count = len(images.train)  # type: ignore[arg-type]
     if options.batch_size > count:
         parser.error(
@@ -184,7 +192,7 @@ def train(
     records = {name: Record() for name in names}
     clock = Clock(recipe.device)
     warmup = min(WARMUP_STEPS, steps - 1)
-    progress = tqdm(total=seeds * steps, unit="step", desc="training", leave=False)
+    shown = progress.bar(desc="training", total=seeds * steps, unit="step")
     for seed in range(seeds):
         torch.manual_seed(seed)
         dice = random.Random(seed)
@@ -217,10 +225,10 @@ def train(
                     record.forwards.append(forward)
                     record.backwards.append(backward)
                     record.updates.append(update)
-            progress.update()
+            shown.update()
         for name, trainer in trainers.items():
             records[name].accuracies.append(accuracy(trainer, images, recipe.device))
-    progress.close()
+    shown.close()
     return records, [section.device for section in loading]
 
 
@@ -231,7 +239,7 @@ def measure_memory(
     images: tuple[int, ...],
 ) -> None:
     """Sets the peak memory of every contestant in its record."""
-    for name, record in tqdm(records.items(), desc="peak memory", leave=False):
+    for name, record in progress.bar(records.items(), desc="peak memory"):
         training = functools.partial(
             train_contestants.train_from_scratch, name, build_model, recipe, images, MEMORY_STEPS
         )
@@ -309,6 +317,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     rows = result["contestants"]
     names = list(rows)
     colour = report.colours(names, [OURS])
+    pyplot = report.plotting()
     figure, panels = pyplot.subplot_mosaic(
         [["speed", "optimizer", "memory", "accuracy"], ["time", "time", "loss", "loss"]],
         figsize=(13.5, 7.6),
@@ -386,6 +395,7 @@ def main(arguments: Sequence[str]) -> None:
         loss_scaling=options.loss_scale == "dynamic",
         lr=fused_tricks.scale_lr(0.1, batch_size=options.batch_size),
         compile_mode=options.compile,
+        backend=options.backends[0],
     )
     build_model = functools.partial(torchvision.models.get_model, options.model, num_classes=images.classes)
     shape = (options.batch_size, 3, options.image_size, options.image_size)
@@ -402,8 +412,8 @@ def main(arguments: Sequence[str]) -> None:
         "machine": machine.describe("benchmarks.train", arguments, device),
         "setting": (
             f"{options.model} on {options.dataset} at {options.image_size} × {options.image_size}, batch "
-            f"{options.batch_size}, {steps} steps, {seeds} seeds{cut}, {dtype_name} on {device.type}, "
-            f"loss scale {options.loss_scale}"
+            f"{options.batch_size}, {steps} steps, {seeds} seeds{cut}, {dtype_name} on {device.type} "
+            f"(backend {recipe.backend}), loss scale {options.loss_scale}"
             + (f", torch.compile(mode={options.compile!r})" if options.compile else "")
         ),
         "data_ms": asdict(Spread.of(seconds * 1e3 for seconds in loading)),

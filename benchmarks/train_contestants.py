@@ -31,6 +31,7 @@ class Recipe:
         weight_decay: of SGD; applies to every parameter.
         compile_mode: of ``torch.compile`` for the model; None: it is not compiled. ``"reduce-overhead"`` replays CUDA
             graphs on a GPU.
+        backend: of fused_tricks.
     """
 
     device: torch.device
@@ -40,6 +41,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     compile_mode: str | None = None
+    backend: str = "auto"
 
 
 def names(recipe: Recipe) -> tuple[str, ...]:
@@ -120,6 +122,7 @@ class FusedTricks:
             weight_decay=recipe.weight_decay,
             bias_decay=True,
             loss_scale="dynamic" if recipe.loss_scaling else None,
+            backend=recipe.backend,
         )
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:

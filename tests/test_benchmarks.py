@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stepped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of benchmarks.step."""
     folder = tmp_path_factory.mktemp("step")
-    step.main([*STEP, "--parameters", "synthetic:3:1000", "--output", str(folder)])
+    step.main([*STEP, "--parameters", "synthetic:3:1000", "--budgets", "--output", str(folder)])
     return folder
 
 
