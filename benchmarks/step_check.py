@@ -95,7 +95,7 @@ def check(trained: Trained, module: nn.Module) -> Check:
     places = _places(start)
     elements = sum(start[place].numel() for place in places)
     if trained.optimizer is not None:
-        against = _other_backend(trained.optimizer)
+        against = other_backend(trained.optimizer)
         found = float(sum(_differing(trained, start, chunk, against) for chunk in _chunks(places, trained)))
         return Check(f"backend {against}", found, 0, elements, of)
     worst = [_distance(trained, start, chunk) for chunk in _chunks(places, trained)]
@@ -109,7 +109,8 @@ def _places(start: Sequence[Tensor]) -> list[int]:
     if sum(parameter.numel() for parameter in start) <= MOST_ELEMENTS:
         return places
     random.Random(0).shuffle(places)
-    taken, elements = [], 0
+    taken: list[int] = []
+    elements = 0
     for place in places:
         elements += start[place].numel()
         if taken and elements > MOST_ELEMENTS:
@@ -138,7 +139,7 @@ def _flat(tensors: Sequence[Tensor], places: Sequence[int]) -> Tensor:
     return torch.cat([tensors[place].detach().reshape(-1) for place in places])
 
 
-def _other_backend(optimizer: fused_tricks.FusedSGD) -> str:
+def other_backend(optimizer: fused_tricks.FusedSGD) -> str:
     """Returns the backend to compare with: the CPU's, or the reference for a step on the CPU."""
     devices = {p.device.type for group in optimizer.param_groups for p in group["params"]}
     is_usable = BACKENDS["cpu"].unavailable_because() is None
@@ -157,14 +158,15 @@ def _differing(trained: Trained, start: Sequence[Tensor], chunk: Sequence[int], 
     optimizer.scale(torch.ones(()))
     for _ in range(trained.steps + 1):
         optimizer.step()
-    differs = _bits(parameter) != _bits(_flat(trained.parameters, chunk))
+    differs = bits(parameter) != bits(_flat(trained.parameters, chunk))
     states = [trained.optimizer.state[trained.parameters[place]] for place in chunk]
     for key, value in optimizer.state[parameter].items():
-        differs |= _bits(value) != _bits(torch.cat([state[key].detach().reshape(-1) for state in states]))
+        differs |= bits(value) != bits(torch.cat([state[key].detach().reshape(-1) for state in states]))
     return int(differs.sum())
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
+    """Returns the bit patterns of the elements as integers on the CPU."""
     return tensor.detach().cpu().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 

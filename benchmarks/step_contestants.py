@@ -202,7 +202,7 @@ def grad_scaler(
     parameters = list(module.to(device).parameters())
     optimizer = make_optimizer(parameters, **HYPERPARAMETERS)
     if compiled:
-        optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
+        optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign, assignment]
     scaler = torch.amp.GradScaler(device.type)
     scaler.scale(torch.ones((), device=device))
     gradients = Gradients(parameters, in_place=graph)

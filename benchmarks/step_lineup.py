@@ -12,7 +12,7 @@ from torch import nn
 
 import fused_tricks
 from benchmarks import gpu, memory, parameter_sets, progress, step_check, step_peers
-from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
+from benchmarks.names import FOR_LOOP, FOREACH, FUSED, GRAPH, OURS
 from benchmarks.step_contestants import (
     CASTS,
     COMPILED_WORK,
@@ -28,7 +28,6 @@ from benchmarks.step_contestants import (
     with_casts,
 )
 
-GRAPH = ", CUDA graph"
 COMPILED = "torch.amp, compiled"
 FORMS: dict[str, Any] = {
     FOR_LOOP: {"foreach": False, "fused": False},
