@@ -163,12 +163,18 @@ def ours(
     backend: str,
     *,
     graph: bool = False,
+    max_grad_norm: float | None = None,
 ) -> Entry:
     """`FusedSGD` with a dynamic loss scale over the module as `cast_model` leaves it."""
     module = fused_tricks.cast_model(module.to(device), dtype)
     parameters = list(module.parameters())
     optimizer = fused_tricks.FusedSGD(
-        parameters, **HYPERPARAMETERS, bias_decay=True, loss_scale="dynamic", backend=backend
+        parameters,
+        **HYPERPARAMETERS,
+        bias_decay=True,
+        loss_scale="dynamic",
+        max_grad_norm=max_grad_norm,
+        backend=backend,
     )
     optimizer.scale(torch.ones((), device=device))
     gradients = Gradients(parameters, in_place=graph)
