@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import shutil
@@ -78,7 +79,9 @@ def capture(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that tensors can still be given."""
+    """Bytes that tensors can still be given, when what nobody uses any more is returned."""
+    gc.collect()
+    torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
 
 

@@ -93,7 +93,7 @@ def parts(request: Request) -> list[Part]:
     return [
         Part("build", 150, [{"build": build}], shown=r"error|is built|is older"),
         Part("backends", 40, [{"backends": request.module("fused_tricks")}], shown="."),
-        _tests(request, "test_gpu", 80, ["test_gpu"], ""),
+        _tests(request, "test_gpu", 80, ["gpu"], ""),
         _of_benchmark(request, "bits", 60, "gpu_bits", _bits(request)),
         _of_benchmark(request, "step", 100, "step", _step(request), picture=True),
         _of_benchmark(request, "kernels", 60, "gpu_kernels", _kernels(request)),

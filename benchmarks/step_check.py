@@ -79,7 +79,7 @@ class Check:
             found = "every bit" if self.passed else f"{self.difference:,.0f} elements differ"
             text = f"{found}, {self.against}{some}"
         else:
-            text = f"{self.difference:.0e}, {self.against}{some}"
+            text = f"{self.difference:.0e}".replace("0e+00", "0") + f", {self.against}{some}"
         return text if self.passed else f"check failed: {text}"
 
 

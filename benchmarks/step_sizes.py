@@ -300,6 +300,11 @@ def markdown(result: dict[str, Any]) -> str:
                 [*columns, *others, "bytes", "GB/s", "limit / time", "share of the copy loop"], shares
             ),
         ]
+        checks = [
+            [*start, *(point["checks"].get(name, "–") for name in names)]
+            for start, point in zip(head, points)
+        ]
+        parts += ["Numbers checked:", report.table([*columns, *names], checks)]
         if points[0]["host_us"]:
             hosts = [
                 [*start, *(_text(point["host_us"], name, 0) for name in names)]
