@@ -83,6 +83,16 @@ def test_a_contestant_that_is_right_passes(name: str) -> None:
     assert lineup(name, lambda trained: None) == {}
 
 
+def test_torch_compile_takes_part_where_it_is_asked_for() -> None:
+    candidates = step_lineup.of_a_model(SET, torch.float16, CPU, ["cpu"], compiled=True)
+    (candidate,) = (candidate for candidate in candidates if candidate.name == step_lineup.COMPILED)
+    entries, left_out = step_lineup.assemble([candidate], CPU)
+    reason = left_out.get(step_lineup.COMPILED)
+    if reason is not None:
+        pytest.skip(f"torch.compile: {reason}")
+    assert entries[0].checked.passed
+
+
 def test_large_sets_are_checked_in_part_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_check, "MOST_ELEMENTS", 2500)
     candidates = step_lineup.of_a_model("synthetic:9:1000", torch.float16, CPU, ["cpu"])
