@@ -70,8 +70,8 @@ build/wheel: $(STAMPS)/build
 	$(IN_VENV) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $@ .
 
 bench: $(STAMPS)/build $(STAMPS)/bench
-	$(IN_VENV) -m benchmarks.train --output build/benchmarks --minutes 2 $(BENCH_ARGS)
-	$(if $(filter -h --help,$(BENCH_ARGS)),,$(IN_VENV) -m benchmarks.step --rounds 10 --host-rounds 50 --output build/benchmarks)
+	$(IN_VENV) -m benchmarks.train --minutes 2 $(BENCH_ARGS)
+	$(if $(filter -h --help,$(BENCH_ARGS)),,$(IN_VENV) -m benchmarks.step --rounds 10 --host-rounds 50)
 
 gpu-report:
 	$(PYTHON) -m benchmarks.gpu_report --seconds $(LIMIT) $(GPU_REPORT_ARGS)
