@@ -24,12 +24,15 @@ export FUSED_TRICKS_REQUIRE_EXTENSION ?= 1
 TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# Seconds that the report on a GPU may take.
+LIMIT ?= 530
+GPU_REPORT_ARGS ?=
 # Releases of torch that one wheel is tried with.
 TORCHES ?= 2.10.0 2.13.0 2.14.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test sanitize test-torches bench lint format clean FORCE
+.PHONY: help build test sanitize test-torches bench gpu-report lint format clean FORCE
 
 help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
@@ -39,6 +42,8 @@ help:
 	@echo "make test-torches  one wheel in clean environments with several torches: TORCHES='$(TORCHES)'"
 	@echo "make bench    measure training and the step against torch.amp, into build/benchmarks;"
 	@echo "              BENCH_ARGS goes to the training, and BENCH_ARGS=--help lists its options"
+	@echo "make gpu-report  build, test, time and profile on this machine's GPU within LIMIT=$(LIMIT) seconds, with"
+	@echo "              $(PYTHON) as it is: nothing is installed; GPU_REPORT_ARGS=--help lists options"
 	@echo "make lint     ruff, mypy and clang-format; needs no build"
 	@echo "make format   let ruff and clang-format rewrite the files"
 	@echo "make clean    remove what was built; $(VENV) stays"
@@ -71,8 +76,11 @@ build/wheel: $(STAMPS)/build
 	$(IN_VENV) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $@ .
 
 bench: $(STAMPS)/build $(STAMPS)/bench
-	$(IN_VENV) -m benchmarks.train --output build/benchmarks --minutes 2 $(BENCH_ARGS)
-	$(if $(filter -h --help,$(BENCH_ARGS)),,$(IN_VENV) -m benchmarks.step --rounds 10 --host-rounds 50 --output build/benchmarks)
+	$(IN_VENV) -m benchmarks.train --minutes 2 $(BENCH_ARGS)
+	$(if $(filter -h --help,$(BENCH_ARGS)),,$(IN_VENV) -m benchmarks.step --rounds 10 --host-rounds 50)
+
+gpu-report:
+	$(PYTHON) -m benchmarks.gpu_report --seconds $(LIMIT) $(GPU_REPORT_ARGS)
 
 lint: $(STAMPS)/lint
 	$(IN_VENV) -m ruff check

@@ -12,19 +12,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-from matplotlib.ticker import SymmetricalLogLocator
 from scipy import stats
-from tqdm import tqdm
 
-from benchmarks import ablation_options, data, gpu, machine, report
+from benchmarks import ablation_options, data, gpu, machine, progress, report
 from benchmarks.ablation_log import OutcomeLog
 from benchmarks.ablation_recipe import ROWS, Outcome, Recipe, Setting, train_once
 from benchmarks.command_line import positive, several
 from benchmarks.harness import mean_and_deviation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CONFIDENCE = 0.95
 # Top-1 accuracy in % of its Table 4: ResNet-50 on ImageNet, batch 256 for the first row and 1024 for the others.
@@ -151,7 +150,7 @@ def train_all(
         For every row the outcomes in the order of the seeds.
     """
     missing = [(name, seed) for seed in seeds for name in rows if (name, seed) not in log.outcomes]
-    for name, seed in tqdm(missing, unit="training", desc="trainings", leave=False):
+    for name, seed in progress.bar(missing, desc="trainings", unit="training"):
         log.add(name, seed, train_once(*rows[name], images, seed))
     return {name: [log.outcomes[name, seed] for seed in seeds] for name in rows}
 
@@ -258,6 +257,9 @@ def _in_the_paper(name: str) -> str:
 def picture(result: dict[str, Any], path: Path) -> None:
     """Test error and loss of every row with its seeds, and the change that each row brings."""
     rows = result["rows"]
+    pyplot = report.plotting()
+    from matplotlib.ticker import SymmetricalLogLocator
+
     figure, panels = pyplot.subplot_mosaic(
         [["error", "error change", "loss", "loss change", "paper"]],
         figsize=(16.5, 5.8),

@@ -7,16 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks import command_line, data, gpu, report
+from benchmarks import backend_choice, command_line, data, gpu, report
 from benchmarks.command_line import positive, positive_number
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument("--dataset", default="mnist", choices=data.NAMES)
-    parser.add_argument(
-        "--data", metavar="DIR", help="folder of cifar10 or imagefolder; nothing is downloaded"
-    )
+    data.add_dataset_to(parser)
     parser.add_argument(
         "--image-size", type=positive, default=16, help="images are resized to this many pixels"
     )
@@ -30,17 +27,23 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         choices=("float16", "bfloat16"),
         help="of low precision; float16 on a GPU and bfloat16 on a CPU unless given",
     )
+    backend_choice.add_to(parser)
     report.add_output_to(parser)
 
 
 def load_images(
     parser: argparse.ArgumentParser, options: argparse.Namespace, batches: Sequence[str]
 ) -> data.Images:
-    """Loads the images that the options name, and refuses a batch (the option's name) larger than the set."""
+    """Loads the images that the options name.
+
+    Ends the program where a batch (the option's name) is larger than the set, or no fast backend is usable.
+    """
+    options.backends, _ = backend_choice.choose(parser, options.backend, options.device)
     try:
         images = data.load(options.dataset, options.data, options.image_size)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    options.dataset = images.name
     count = len(images.train)  # type: ignore[arg-type]
     for name in batches:
         size = getattr(options, name.removeprefix("--").replace("-", "_"))

@@ -69,6 +69,7 @@ class Setting:
         epochs: how often an image is seen. The number of updates is the number of images seen over the batch size,
             rounded down.
         blocks: residual blocks in each of the network's three stages.
+        backend: of `FusedSGD`.
     """
 
     device: torch.device
@@ -78,6 +79,7 @@ class Setting:
     lr: float
     epochs: int
     blocks: int
+    backend: str = "auto"
 
     def batch_size(self, row: Recipe) -> int:
         """Images an update of the row."""
@@ -142,6 +144,7 @@ def train_once(row: Recipe, setting: Setting, images: data.Images, seed: int) ->
         nesterov=True,
         bias_decay=not row.no_bias_decay,
         loss_scale="dynamic" if row.low_precision else None,
+        backend=setting.backend,
     )
     count = len(images.train)  # type: ignore[arg-type]
     steps = setting.steps(row, count)

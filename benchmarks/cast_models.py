@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from benchmarks import machine, report
+from benchmarks import machine, progress, report
 from fused_tricks import cast_model
 
 CLASSES = 10
@@ -172,10 +171,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--models", nargs="+", default=names(), metavar="NAME", help="all of them")
     report.add_output_to(parser)
     options = parser.parse_args(arguments)
-    comparisons = [compare(name) for name in tqdm(options.models)]
+    comparisons = [compare(name) for name in progress.bar(options.models, desc="networks")]
     text = markdown(comparisons, machine.describe("benchmarks.cast_models", arguments, torch.device("cpu")))
-    (options.output / "cast_models.md").write_text(text, encoding="utf-8")
-    print(text)
+    report.write_page(options.output / "cast_models.md", text)
 
 
 if __name__ == "__main__":

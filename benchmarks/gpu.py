@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import shutil
@@ -15,6 +16,9 @@ import fused_tricks
 
 HEAD_START_CYCLES = 20_000_000
 """How long the GPU is kept busy before a timed section: 10 ms at 2 GHz, longer than any contestant's calls take."""
+
+CAPTURE_WARMUP = 3
+"""How often a step runs before it is captured in a CUDA graph."""
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -48,17 +52,23 @@ def recorded_event() -> torch.cuda.Event:
     return event
 
 
-def capture(step: Callable[[], object], warmup: int = 3) -> Callable[[], None]:
+def capture(
+    step: Callable[[], object],
+    warmup: int = CAPTURE_WARMUP,
+    prepare: Callable[[], object] = lambda: None,
+) -> Callable[[], object]:
     """Captures a step in a CUDA graph and returns what replays it.
 
     Args:
         step: what to capture; the tensors it works on must stay where they are.
         warmup: how often it runs first, on a stream of its own, so that nothing is made lazily during the capture.
+        prepare: runs before each of these.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(warmup):
+            prepare()
             step()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
@@ -66,6 +76,13 @@ def capture(step: Callable[[], object], warmup: int = 3) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         step()
     return graph.replay
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors can still be given, when what nobody uses any more is returned."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def cache_size(device: torch.device) -> int:
@@ -89,7 +106,7 @@ def describe(device: torch.device) -> dict[str, object]:
 def versions() -> dict[str, str]:
     """The CUDA that torch and the extension were built with, and the packages that only run on a GPU."""
     found = {"CUDA of torch": torch.version.cuda or "none", "CUDA of fused_tricks": _cuda_of_the_extension()}
-    for package in ("triton", "apex", "flashoptim"):
+    for package in ("triton", "apex", "transformer_engine", "flashoptim"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, progress
 
 T = TypeVar("T")
 
@@ -129,6 +129,7 @@ def interleave(
     repeats: int = 1,
     between: Callable[[], object] = lambda: None,
     head_start: bool = False,
+    shown_as: str = "rounds",
 ) -> dict[str, list[Section]]:
     """Runs every contestant once a round, in a new random order, the same in each run, and times each run by itself.
 
@@ -141,6 +142,7 @@ def interleave(
             that is more than once, an untimed run comes before, so that none of them has the caches of another.
         between: runs untimed after `prepare` and before `run`, for every contestant; evicts caches, for example.
         head_start: as of `Clock`.
+        shown_as: the words before the progress bar, which moves between the rounds.
 
     Returns:
         For every name one `Section` a round. Sample ``i`` of all names is of the same round, so ratios can be taken
@@ -149,7 +151,7 @@ def interleave(
     clock = Clock(device, head_start=head_start)
     dice = random.Random(0)
     samples: dict[str, list[Section]] = {contestant.name: [] for contestant in contestants}
-    for turn in range(warmup + rounds):
+    for turn in progress.bar(range(warmup + rounds), desc=shown_as, unit="round"):
         for contestant in shuffled(contestants, dice):
             contestant.prepare()
             if repeats > 1:

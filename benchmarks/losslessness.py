@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import pyplot
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fused_tricks
-from benchmarks import ablation_options, data, gpu, machine, report, train_contestants
+from benchmarks import ablation_options, data, gpu, machine, progress, report, train_contestants
 from benchmarks.ablation_network import small_resnet
 from benchmarks.command_line import positive, several
 from benchmarks.harness import mean_and_deviation
@@ -111,7 +109,7 @@ def train_all(
             curves[name].accuracies.append([])
         training = batches(images, options.batch_size, steps, seed)
         for step, (pixels, labels) in enumerate(
-            tqdm(training, total=steps, desc=f"seed {seed}", leave=False), start=1
+            progress.bar(training, total=steps, desc=f"seed {seed}"), start=1
         ):
             pixels = pixels.to(recipe.device, memory_format=torch.channels_last)
             labels = labels.to(recipe.device)
@@ -226,6 +224,7 @@ def _distance_texts(distance: dict[str, float]) -> list[str]:
 
 def picture(result: dict[str, Any], path: Path) -> None:
     """For each precision: the loss of every seed, its distance from the baseline, and the test accuracy."""
+    pyplot = report.plotting()
     figure, panels = pyplot.subplots(2, 3, figsize=(14.5, 7.8), layout="constrained")
     looks = {
         BASELINE: {"color": report.GREYS[0], "linewidth": 4.5},
@@ -291,6 +290,7 @@ def main(arguments: Sequence[str]) -> None:
             dtype=precision,
             loss_scaling=low,
             lr=fused_tricks.scale_lr(options.lr, options.batch_size),
+            backend=options.backends[0],
         )
         name = str(precision).removeprefix("torch.") + (", dynamic loss scale" if low else "")
         precisions[name] = summarise(train_all(images, recipe, options, steps))

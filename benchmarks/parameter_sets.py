@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 import torchvision
 from torch import nn
@@ -25,17 +28,32 @@ def check(name: str) -> None:
         )
 
 
-def build(name: str) -> nn.Module:
-    """A module that holds the parameters, in FP32.
+def count(name: str) -> int:
+    """Returns how many elements the set has."""
+    return sum(parameter.numel() for parameter in build(name, torch.device("meta")).parameters())
+
+
+def build(name: str, device: torch.device = torch.device("cpu")) -> nn.Module:  # noqa: B008
+    """Returns a module that holds the parameters, in FP32, with the same values each time.
 
     Args:
         name: one of `MODELS`, or ``synthetic:N:SIZE`` for N parameters of SIZE elements each.
+        device: where they are made.
 
     Raises:
         ValueError: any other name.
     """
     check(name)
     if name in MODELS:
-        return torchvision.models.get_model(name)
+        return copy.deepcopy(_network(name)).to(device)
     count, size = map(int, name.split(":")[1:])
-    return nn.ParameterList([torch.randn(size) * 0.02 for _ in range(count)])
+    values = torch.randn(min(size, 2**16), generator=torch.Generator().manual_seed(0)).to(device) * 0.02
+    repeats = -(-size // len(values))
+    return nn.ParameterList([values.roll(place).repeat(repeats)[:size].clone() for place in range(count)])
+
+
+@functools.cache
+def _network(name: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torchvision.models.get_model(name)

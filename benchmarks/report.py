@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import machine as machines
 from benchmarks.harness import Spread
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 RESULTS = Path(__file__).parent / "results"
+"""The results that are kept in the repository."""
+OUTPUT = "build/benchmarks"
+"""Where results go unless ``--output`` says otherwise."""
 
 # From Okabe and Ito's palette, told apart by readers with any colour vision; greys are the references.
 OURS_COLOUR = "#0072B2"
@@ -53,7 +55,11 @@ def output_file(text: str) -> Path:
 def add_output_to(parser: argparse.ArgumentParser) -> None:
     """Adds ``--output``."""
     parser.add_argument(
-        "--output", type=output_folder, default=str(RESULTS), metavar="DIR", help="folder for the result"
+        "--output",
+        type=output_folder,
+        default=OUTPUT,
+        metavar="DIR",
+        help=f"folder for the result ({OUTPUT})",
     )
 
 
@@ -65,14 +71,33 @@ def write(
 ) -> None:
     """Writes a result as NAME.json, NAME.md and, where it has one, its picture as NAME.png, and prints the page.
 
-    NAME is the result's benchmark.
+    NAME is the result's benchmark. Without matplotlib there is no picture, and the page says so in its place.
     """
     name = result["benchmark"]
     write_json(folder / f"{name}.json", result)
-    (folder / f"{name}.md").write_text(page, encoding="utf-8")
     if picture is not None:
-        picture(dict(result), folder / f"{name}.png")
+        if importlib.util.find_spec("matplotlib") is None:
+            page = re.sub(r"!\[[^\]]*\]\([^)]*\)", "(No picture: matplotlib is not installed.)", page)
+        else:
+            picture(dict(result), folder / f"{name}.png")
+    write_page(folder / f"{name}.md", page)
+
+
+def write_page(path: Path, page: str) -> None:
+    """Writes a page and prints it, and says on stderr where it is."""
+    path.write_text(page, encoding="utf-8")
     print(page)
+    print(f"{path} has the result", file=sys.stderr)
+
+
+def plotting() -> Any:
+    """Returns ``matplotlib.pyplot``, which draws into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
@@ -196,4 +221,4 @@ def save_figure(figure: Figure, path: Path, title: str, subtitle: str, machine: 
     figure.text(0.012, 0.915, subtitle, fontsize=10.5, color="#444444", va="top")
     figure.text(0.012, 0.012, machines.one_line(machine), fontsize=8.5, color="#777777")
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plotting().close(figure)

@@ -2,27 +2,36 @@
 
 ``python -m benchmarks.step`` measures the times, the bandwidth of our step as a share of a plain copy loop's, and
 the host time of a step over many tiny parameters. On a GPU it also times replayed CUDA graphs, every GPU backend,
-and Apex and FlashOptim where they are installed. benchmarks/README.md says how each number is measured.
+and Apex, Transformer Engine and FlashOptim where they are installed. The numbers of every contestant are checked
+before it is timed. benchmarks/README.md says how each number is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import pyplot
 from torch import Tensor
 
 import fused_tricks
-from benchmarks import command_line, gpu, machine, parameter_sets, report, step_lineup
+from benchmarks import (
+    backend_choice,
+    command_line,
+    gpu,
+    machine,
+    parameter_sets,
+    progress,
+    report,
+    step_lineup,
+    step_page,
+)
 from benchmarks.harness import Section, Spread, interleave, ratios
 from benchmarks.names import FUSED, OURS
+from benchmarks.step_check import Check
 from benchmarks.step_contestants import (
     COPY,
     FUSED_CASTS,
@@ -74,12 +83,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=("float16", "bfloat16"), default="float16", help="of our parameters"
     )
     command_line.add_device_to(parser)
-    parser.add_argument(
-        "--backend",
-        action="append",
-        metavar="NAME",
-        help="of fused_tricks; may be repeated; every one that is usable here and made for the device unless given",
-    )
+    backend_choice.add_to(parser)
     parser.add_argument("--rounds", type=command_line.positive, default=60)
     parser.add_argument(
         "--host-rounds",
@@ -93,9 +97,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=256,
         help="size of each buffer of the two plain loops",
     )
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="time a torch.optim.SGD whose step torch.compile compiles, too; compiling can take minutes",
+    )
+    parser.add_argument(
+        "--budgets",
+        action="store_true",
+        help="compare with the limits that the developers have set themselves",
+    )
     report.add_output_to(parser)
     options = parser.parse_args(arguments)
-    command_line.check_backends(parser, options.backend or [], options.device)
+    options.backends, options.unusable = backend_choice.choose(parser, options.backend, options.device)
     return options
 
 
@@ -113,6 +127,7 @@ class Measurement:
         parameters: the chosen ones, as `cast_model` leaves them.
         backend: of the contestant called `OURS`.
         left_out: who could not take part, and why.
+        checks: what was found of the numbers of each contestant.
     """
 
     step: dict[str, list[Section]]
@@ -124,19 +139,23 @@ class Measurement:
     parameters: Sequence[Tensor]
     backend: str
     left_out: dict[str, str]
+    checks: dict[str, Check]
 
 
 def measure(options: argparse.Namespace) -> Measurement:
     """Times every contestant and the plain loops on the chosen parameters, and the host on tiny ones."""
     device, dtype = options.device, getattr(torch, options.dtype)
     gpu.use(device)
-    backends, left_out = step_lineup.usable_backends(device)
-    if options.backend:
-        backends, left_out = list(dict.fromkeys(options.backend)), {}
-
-    candidates = step_lineup.of_a_model(options.parameters, dtype, device, backends)
-    entries, out_of_step = step_lineup.assemble(candidates, device)
+    backends = options.backends
+    left_out = {f"{OURS}, {name}": reason for name, reason in options.unusable.items()}
     plain_loops, moved = loops(options.loop_mib, device)
+    elements = parameter_sets.count(options.parameters)
+    candidates, too_large = step_lineup.fitting(
+        step_lineup.of_a_model(options.parameters, dtype, device, backends, compiled=options.compiled),
+        elements,
+        device,
+    )
+    entries, out_of_step = step_lineup.assemble(candidates, device)
     step = interleave(
         [*(entry.contestant for entry in entries), *plain_loops],
         rounds=options.rounds,
@@ -144,7 +163,9 @@ def measure(options: argparse.Namespace) -> Measurement:
         device=device,
         between=cache_eviction(device),
         head_start=True,
+        shown_as="steps",
     )
+    checks = {entry.contestant.name: entry.checked for entry in entries if entry.checked}
     works = {entry.contestant.name: entry.work for entry in entries}
     taking_part = [candidate for candidate in candidates if candidate.name in works]
     del entries, candidates
@@ -152,11 +173,20 @@ def measure(options: argparse.Namespace) -> Measurement:
     candidates = step_lineup.of_tiny_parameters(TINY_SET, dtype, device, backends)
     entries, out_of_host = step_lineup.assemble(candidates, device)
     contestants = [entry.contestant for entry in entries]
-    host = interleave(contestants, rounds=options.host_rounds, warmup=5, device=device, repeats=HOST_REPEATS)
-    host_alternating = interleave(contestants, rounds=options.host_rounds, warmup=20, device=device)
+    rounds = options.host_rounds
+    host = interleave(
+        contestants, rounds=rounds, warmup=5, device=device, repeats=HOST_REPEATS, shown_as="host time"
+    )
+    host_alternating = interleave(
+        contestants, rounds=rounds, warmup=20, device=device, shown_as="host time, new gradients"
+    )
 
-    peaks = {candidate.name: step_lineup.peak_bytes(candidate, device) for candidate in taking_part}
-    cast = fused_tricks.cast_model(parameter_sets.build(options.parameters), dtype)
+    peaks = {
+        candidate.name: step_lineup.peak_bytes(candidate, device)
+        for candidate in progress.bar(taking_part, desc="peak memory")
+    }
+    meta = parameter_sets.build(options.parameters, torch.device("meta"))
+    cast = fused_tricks.cast_model(meta, dtype)
     parameters = list(cast.parameters())
     ours = {name: work.traffic(parameters) for name, work in works.items() if name.startswith(OURS)}
     return Measurement(
@@ -168,7 +198,8 @@ def measure(options: argparse.Namespace) -> Measurement:
         moved={**ours, **moved},
         parameters=parameters,
         backend=backends[0],
-        left_out={**left_out, **out_of_host, **out_of_step},
+        left_out={**left_out, **too_large, **out_of_host, **out_of_step},
+        checks=checks,
     )
 
 
@@ -223,7 +254,8 @@ def summarise(options: argparse.Namespace, arguments: Sequence[str], found: Meas
         "contestants": {
             name: {
                 "ms": asdict(Spread.of(seconds * 1e3 for seconds in step[name])),
-                "ours_is_faster_by": asdict(ratios(step[name], step[OURS])),
+                "ours_is_faster_by": asdict(ratios(step[name], step[OURS])) if OURS in step else None,
+                "check": found.checks[name].text,
                 "rounds_that_waited_for_the_host": sum(section.waited for section in found.step[name]),
                 "bytes": work.traffic(found.parameters),
                 "peak_memory_bytes": found.peaks[name],
@@ -257,134 +289,17 @@ def summarise(options: argparse.Namespace, arguments: Sequence[str], found: Meas
             for budget in budgets(
                 step, found.moved, host, promised=device.type == "cpu" and options.parameters == "resnet50"
             )
-        ],
+        ]
+        if options.budgets
+        else [],
     }
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as a page of tables."""
-    on_gpu = result["machine"]["gpu"] is not None
-    steps = [
-        [
-            name,
-            Spread(**row["ms"]).text(3 if on_gpu else 2),
-            Spread(**row["ours_is_faster_by"]).text(2),
-            *([f"{row['rounds_that_waited_for_the_host'] / row['ms']['samples']:.0%}"] if on_gpu else []),
-        ]
-        for name, row in result["contestants"].items()
-    ]
-    step_header = ["contestant", "ms a step", "its time / ours", *(["waited for the host"] if on_gpu else [])]
-    works = [
-        [
-            name,
-            f"{row['work']['low_bytes']:g}",
-            f"{row['work']['fp32_bytes']:g}",
-            f"{row['bytes'] / 1e6:,.1f}",
-            f"{row['peak_memory_bytes'] / 1e6:,.1f}",
-            row["work"]["keeps"],
-            row["work"]["overflow"],
-        ]
-        for name, row in result["contestants"].items()
-    ]
-    work_header = [
-        "what a step does",
-        "bytes, 16-bit element",
-        "bytes, FP32 element",
-        "MB moved",
-        "peak memory, MB",
-        "keeps",
-        "unscales and skips",
-    ]
-    bandwidths = [
-        [
-            name,
-            f"{row['bytes'] / 1e6:,.1f}",
-            Spread(**row["gb_per_second"]).text(1),
-            Spread(**row["share_of_copy"]).text(2),
-        ]
-        for name, row in result["bandwidth"].items()
-    ]
-    hosts = [
-        [name, Spread(**row["us"]).text(1), Spread(**row["alternating_us"]).text(1)]
-        for name, row in result["host"].items()
-    ]
-    promises = [
-        [
-            row["what"],
-            Spread(**row["spread"]).text(row["decimals"]),
-            row["budget"],
-            "yes" if row["met"] else "**no**",
-        ]
-        for row in result["budgets"]
-    ]
-    left_out = "\n".join(f"- {name}: {reason}" for name, reason in result["left_out"].items())
-    explanation = (
-        "Numbers are median (lower – upper quartile) over rounds; ratios are taken within each round."
-    )
-    return "\n\n".join(
-        [
-            "# The optimizer step alone",
-            f"{result['setting']}. {explanation}",
-            report.table(["what", "measured", "budget", "met"], promises),
-            report.table(step_header, steps),
-            *([f"Not measured:\n\n{left_out}"] if left_out else []),
-            report.table(work_header, works),
-            report.table(["loop", "MB moved", "GB/s", "share of the copy loop"], bandwidths),
-            report.table(
-                [
-                    "host time, 161 one-element parameters",
-                    "µs a step, back to back",
-                    "µs a step, new gradients, after another's",
-                ],
-                hosts,
-            ),
-            "![The tables as a picture](step.png)",
-            report.machine_note(result["machine"]),
-            "benchmarks/README.md says what each number counts.\n",
-        ]
-    )
-
-
-def picture(result: dict[str, Any], path: Path) -> None:
-    """Three panels: time of a step, bandwidth, host time."""
-    on_gpu = result["machine"]["gpu"] is not None
-    figure, panels = pyplot.subplot_mosaic(
-        [["time", "bandwidth"], ["time", "host"]],
-        figsize=(13, max(5.8, 1.6 + 0.5 * len(result["contestants"]))),
-        layout="constrained",
-        width_ratios=(1.15, 1),
-    )
-    for panel, rows, column, title, better, decimals in (
-        ("time", result["contestants"], "ms", "Time of a step (ms)", "lower", 2 if on_gpu else 1),
-        ("bandwidth", result["bandwidth"], "gb_per_second", "Memory bandwidth (GB/s)", "higher", 1),
-        ("host", result["host"], "us", "Host time, 161 one-element parameters (µs)", "lower", 0),
-    ):
-        names = list(rows)
-        report.bars(
-            panels[panel],
-            [Spread(**row[column]) for row in rows.values()],
-            report.colours(names, [name for name in names if name.startswith(OURS)]),
-            title=title,
-            better=better,
-            decimals=decimals,
-        )
-        panels[panel].set_yticks(
-            range(len(names)), [re.sub(", (?=with|CUDA)", ",\n", name) for name in names]
-        )
-    report.save_figure(
-        figure,
-        path,
-        "The optimizer step alone: fused_tricks and torch.amp",
-        result["setting"] + ". Bars are medians, black lines quartiles.",
-        result["machine"],
-    )
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measures, and writes step.json, step.md and step.png."""
     options = parse(arguments)
     result = summarise(options, arguments, measure(options))
-    report.write(options.output, result, markdown(result), picture)
+    report.write(options.output, result, step_page.markdown(result), step_page.picture)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import fused_tricks
 from benchmarks import gpu
 from benchmarks.harness import Contestant
 from benchmarks.names import FUSED
+from benchmarks.step_check import HYPERPARAMETERS, LOSS_SCALE, Check, Trained
 
 CASTS = ", with casts"
 FUSED_CASTS = f"{FUSED}{CASTS}"
@@ -23,7 +24,8 @@ SCALE = "in-place loop"
 Casts = Callable[[Sequence[Tensor]], Callable[[], None]]
 """Makes, from parameters with gradients, what casts them and their gradients."""
 
-HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
+GRADIENT_SIZE = LOSS_SCALE / 16
+"""Of scaled gradients: large enough for an update to show in every weight, and below FP16's largest number."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ REFERENCE_WORK = Work(OUR_WORK.keeps, 92, 78, "in the step; the host decides")
 # decay (12), momentum times factor (8), plus gradient (12), weight (12).
 SEPARATE_WORK = Work("FP32 weights, FP32 momentum", 52, 52, "a pass before the step; the host decides")
 
+# The check reads and writes the gradient (8), what torch.compile makes reads three tensors (12) and writes two (8).
+COMPILED_WORK = Work("FP32 weights, FP32 momentum", 28, 28, "a pass before the step; the host decides")
+
 # The check reads and writes the gradient (8), one kernel reads three tensors (12) and writes them (12), because it
 # leaves the gradient unscaled.
 FUSED_WORK = Work("FP32 weights, FP32 momentum", 32, 32, "a pass before the step; the device decides")
@@ -83,59 +88,71 @@ class Entry:
         contestant: the step, and what gives it new gradients.
         work: what the step does.
         kept_bytes: of the gradients that are kept to be given again, which training would not have.
+        trained: what it computes on, for a check of the numbers.
+        checked: what that check found; None before it.
     """
 
     contestant: Contestant
     work: Work
     kept_bytes: int
+    trained: Trained
+    checked: Check | None = None
 
 
-def give_gradients(parameters: Sequence[Tensor], *, in_place: bool = False) -> Callable[[], None]:
-    """Gives every parameter a gradient; returns what does so again.
-
-    `GradScaler` overwrites gradients, so each step needs them anew.
+class Gradients:
+    """Random gradients that parameters get before each step, as `GradScaler` overwrites them.
 
     Args:
         parameters: whose gradients to set.
         in_place: copy into the same tensors, whose addresses a captured graph keeps, and not into new ones, as a
             backward pass does.
+        size: their standard deviation. The loss scale is in it.
     """
-    values = [torch.randn_like(parameter) for parameter in parameters]
-    gradients = [value.clone() for value in values]
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
 
-    def renew() -> None:
-        for parameter, value in zip(parameters, values):
+    def __init__(
+        self, parameters: Sequence[Tensor], *, in_place: bool = False, size: float = GRADIENT_SIZE
+    ) -> None:
+        # With the few bits of BF16, so that casts to a 16-bit type and back change nothing.
+        self.values = [(torch.randn_like(p) * size).bfloat16().to(p.dtype) for p in parameters]
+        self._parameters = parameters
+        self._in_place = [value.clone() for value in self.values] if in_place else []
+        for parameter, gradient in zip(parameters, self._in_place or self.values):
+            parameter.grad = gradient if in_place else gradient.clone()
+
+    def renew(self) -> None:
+        """Gives the parameters their gradients again."""
+        if self._in_place:
+            torch._foreach_copy_(self._in_place, self.values)
+            return
+        for parameter, value in zip(self._parameters, self.values):
             parameter.grad = value.clone()
-
-    def copy() -> None:
-        torch._foreach_copy_(gradients, values)
-
-    return copy if in_place else renew
 
 
 def entry(
     name: str,
     step: Callable[[], object],
-    parameters: Iterable[Tensor],
-    renew: Callable[[], None],
+    parameters: Sequence[Tensor],
+    gradients: Gradients,
     work: Work,
     *,
     graph: bool = False,
+    **trained: Any,
 ) -> Entry:
-    """The step as a contestant: called each time, or captured in a CUDA graph once and replayed.
+    """Returns the step as a contestant: called each time, or captured in a CUDA graph once and replayed.
 
     Args:
         name: of the contestant.
         step: the work that is timed.
         parameters: that it updates.
-        renew: what `give_gradients` returned for them.
+        gradients: of these parameters.
         work: what the step does.
         graph: replay the step as a CUDA graph.
+        **trained: as the attributes of `Trained`, where they differ from their defaults.
     """
-    contestant = Contestant(name, gpu.capture(step) if graph else step, renew)
-    return Entry(contestant, work, sum(parameter.nbytes for parameter in parameters))
+    run = gpu.capture(step, prepare=gradients.renew) if graph else step
+    contestant = Contestant(name, run, gradients.renew)
+    computes_on = Trained(parameters, gradients.values, gpu.CAPTURE_WARMUP if graph else 0, **trained)
+    return Entry(contestant, work, sum(parameter.nbytes for parameter in parameters), computes_on)
 
 
 def ours(
@@ -146,17 +163,23 @@ def ours(
     backend: str,
     *,
     graph: bool = False,
+    max_grad_norm: float | None = None,
 ) -> Entry:
     """`FusedSGD` with a dynamic loss scale over the module as `cast_model` leaves it."""
     module = fused_tricks.cast_model(module.to(device), dtype)
     parameters = list(module.parameters())
     optimizer = fused_tricks.FusedSGD(
-        parameters, **HYPERPARAMETERS, bias_decay=True, loss_scale="dynamic", backend=backend
+        parameters,
+        **HYPERPARAMETERS,
+        bias_decay=True,
+        loss_scale="dynamic",
+        max_grad_norm=max_grad_norm,
+        backend=backend,
     )
     optimizer.scale(torch.ones((), device=device))
-    renew = give_gradients(parameters, in_place=graph)
+    gradients = Gradients(parameters, in_place=graph)
     work = REFERENCE_WORK if backend == "reference" else OUR_WORK
-    return entry(name, optimizer.step, parameters, renew, work, graph=graph)
+    return entry(name, optimizer.step, parameters, gradients, work, graph=graph, optimizer=optimizer)
 
 
 def grad_scaler(
@@ -168,6 +191,7 @@ def grad_scaler(
     *,
     casts: Casts | None = None,
     graph: bool = False,
+    compiled: bool = False,
 ) -> Entry:
     """`GradScaler` and an optimizer over the module in FP32.
 
@@ -179,12 +203,15 @@ def grad_scaler(
         work: what a step does.
         casts: makes, from the parameters, what casts them and their gradients; runs, timed, before each step.
         graph: replay the step as a CUDA graph.
+        compiled: compile the optimizer's step with ``torch.compile``.
     """
     parameters = list(module.to(device).parameters())
     optimizer = make_optimizer(parameters, **HYPERPARAMETERS)
+    if compiled:
+        optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign, assignment]
     scaler = torch.amp.GradScaler(device.type)
     scaler.scale(torch.ones((), device=device))
-    renew = give_gradients(parameters, in_place=graph)
+    gradients = Gradients(parameters, in_place=graph)
     cast = casts(parameters) if casts else None
 
     def step() -> None:
@@ -193,7 +220,7 @@ def grad_scaler(
         scaler.step(optimizer)
         scaler.update()
 
-    return entry(name, step, parameters, renew, work, graph=graph)
+    return entry(name, step, parameters, gradients, work, graph=graph)
 
 
 def casts_in_place(low: Sequence[bool], dtype: torch.dtype) -> Casts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import fused_tricks
-from benchmarks import gpu, memory, parameter_sets, step_peers
-from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
+from benchmarks import gpu, memory, parameter_sets, progress, step_check, step_peers
+from benchmarks.names import FOR_LOOP, FOREACH, FUSED, GRAPH, OURS
 from benchmarks.step_contestants import (
     CASTS,
+    COMPILED_WORK,
     FUSED_NEW_CASTS,
     FUSED_WORK,
     SEPARATE_WORK,
@@ -26,14 +27,15 @@ from benchmarks.step_contestants import (
     ours,
     with_casts,
 )
-from fused_tricks.backends import BACKENDS
 
-GRAPH = ", CUDA graph"
+COMPILED = "torch.amp, compiled"
 FORMS: dict[str, Any] = {
     FOR_LOOP: {"foreach": False, "fused": False},
     FOREACH: {"foreach": True},
     FUSED: {"fused": True},
 }
+BYTES_AN_ELEMENT = 28
+"""At most, of a contestant: weights, gradients twice, momentum, and what a step makes."""
 
 
 @dataclass(frozen=True)
@@ -44,50 +46,51 @@ class Candidate:
         name: of the contestant.
         build: makes the entry.
         optional: whether the benchmark goes on without it when it cannot be built or run.
+        module: makes the module that the contestant begins from, for the check of its numbers; None: it has none.
     """
 
     name: str
     build: Callable[[], Entry]
     optional: bool = False
+    module: Callable[[], nn.Module] | None = None
 
 
-def usable_backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """The backends of fused_tricks written for this type of device, the fastest first.
-
-    Returns:
-        The usable ones, or the reference where there is none; and by contestant, why the others are not.
-    """
-    names = list(BACKENDS)
-    reasons = {
-        name: BACKENDS[name].unavailable_because()
-        for name in names[: names.index("reference")]
-        if BACKENDS[name].device_type == device.type
-    }
-    usable = [name for name, reason in reasons.items() if reason is None]
-    return usable or ["reference"], {
-        f"{OURS}, {name}": reason for name, reason in reasons.items() if reason is not None
-    }
+class CheckFailed(Exception):
+    """The numbers of a contestant are not what they should be."""
 
 
 def of_a_model(
-    parameters: str, dtype: torch.dtype, device: torch.device, backends: Sequence[str]
+    parameters: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    backends: Sequence[str],
+    *,
+    compiled: bool = False,
 ) -> list[Candidate]:
-    """Everybody who can take part on this type of device.
+    """Returns everybody who can take part on this type of device.
 
     Args:
         parameters: a name that `parameter_sets.build` knows.
         dtype: of low-precision weights.
         device: where the parameters live.
         backends: of fused_tricks, the first of them under the name `OURS`.
+        compiled: whether ``torch.compile`` takes part.
     """
-    module = partial(parameter_sets.build, parameters)
-    low = [p.dtype == dtype for p in fused_tricks.cast_model(module(), dtype).parameters()]
+    module = partial(parameter_sets.build, parameters, device)
+    meta = parameter_sets.build(parameters, torch.device("meta"))
+    low = [p.dtype == dtype for p in fused_tricks.cast_model(meta, dtype).parameters()]
 
     candidates = [
         *_torch_amp(module, device),
         *_torch_amp(module, device, CASTS, casts_in_place(low, dtype)),
         _amp(FUSED_NEW_CASTS, FUSED, module, device, casts_to_new(low, dtype)),
     ]
+    if compiled:
+        sgd = partial(torch.optim.SGD, foreach=True)
+        build = partial(
+            grad_scaler, COMPILED, device=device, make_optimizer=sgd, work=COMPILED_WORK, compiled=True
+        )
+        candidates.append(Candidate(COMPILED, lambda: build(module()), optional=True, module=module))
     if gpu.is_gpu(device):
         candidates += [_fused_graph(module, device), *_peers(module, dtype, device)]
     return candidates + _ours(module, dtype, device, backends)
@@ -96,35 +99,67 @@ def of_a_model(
 def of_tiny_parameters(
     parameters: str, dtype: torch.dtype, device: torch.device, backends: Sequence[str]
 ) -> list[Candidate]:
-    """Those whose host time is measured; arguments as of `of_a_model`."""
-    module = partial(parameter_sets.build, parameters)
+    """Returns those whose host time is measured; arguments as of `of_a_model`."""
+    module = partial(parameter_sets.build, parameters, device)
     candidates = _torch_amp(module, device)
     if gpu.is_gpu(device):
         candidates.append(_fused_graph(module, device))
     return candidates + _ours(module, dtype, device, backends)
 
 
-def assemble(candidates: Iterable[Candidate], device: torch.device) -> tuple[list[Entry], dict[str, str]]:
-    """Builds the contestants and lets each take one step.
+def fitting(
+    candidates: Sequence[Candidate], elements: int, device: torch.device
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Returns those that a GPU's memory can hold at once, ours and the fastest of torch.amp first.
 
     Returns:
-        Those that can take part; and by name, why the optional others cannot.
+        These, in their order; and by name, why the others cannot take part.
+    """
+    if not gpu.is_gpu(device):
+        return list(candidates), {}
+    free = gpu.free_memory(device)
+    most = int(0.9 * free / (elements * BYTES_AN_ELEMENT))
+    first = (OURS, FUSED, f"{FUSED}{CASTS}")
+    order = sorted(candidates, key=lambda candidate: (candidate.name not in first, candidate.name))
+    chosen = {candidate.name for candidate in order[:most]}
+    why = f"{free / 2**30:.0f} GiB of memory are free, which {most} contestants of {elements:,} elements fill"
+    return (
+        [candidate for candidate in candidates if candidate.name in chosen],
+        {candidate.name: why for candidate in candidates if candidate.name not in chosen},
+    )
+
+
+def assemble(candidates: Iterable[Candidate], device: torch.device) -> tuple[list[Entry], dict[str, str]]:
+    """Builds the contestants, lets each take one step and checks its numbers.
+
+    Returns:
+        Those that can take part; and by name, why others cannot: the optional ones, and whose check failed.
     """
     entries, left_out = [], {}
-    for candidate in candidates:
+    for candidate in progress.bar(list(candidates), desc="contestants", unit="contestant"):
         try:
-            entry = candidate.build()
-            entry.contestant.prepare()
-            entry.contestant.run()
-            if gpu.is_gpu(device):
-                torch.cuda.synchronize()
+            entries.append(_built(candidate, device))
+        except CheckFailed as failure:
+            left_out[candidate.name] = str(failure)
         except Exception as error:
             if not candidate.optional:
                 raise
             left_out[candidate.name] = _reason(error)
-        else:
-            entries.append(entry)
     return entries, left_out
+
+
+def _built(candidate: Candidate, device: torch.device) -> Entry:
+    entry = candidate.build()
+    entry.contestant.prepare()
+    entry.contestant.run()
+    if gpu.is_gpu(device):
+        torch.cuda.synchronize()
+    if candidate.module is None:
+        return entry
+    checked = step_check.check(entry.trained, candidate.module())
+    if not checked.passed:
+        raise CheckFailed(checked.text)
+    return replace(entry, checked=checked)
 
 
 def peak_bytes(candidate: Candidate, device: torch.device) -> int:
@@ -157,7 +192,9 @@ def _amp(
     work = FUSED_WORK if form == FUSED else SEPARATE_WORK
     if casts:
         work = with_casts(work)
-    return Candidate(name, lambda: grad_scaler(name, module(), device, sgd, work, casts=casts))
+    build = partial(grad_scaler, name, device=device, make_optimizer=sgd, work=work, casts=casts)
+    # A form that fails on a GPU, for want of memory perhaps, leaves the others to be measured.
+    return Candidate(name, lambda: build(module()), optional=gpu.is_gpu(device), module=module)
 
 
 def _ours(
@@ -165,7 +202,7 @@ def _ours(
 ) -> list[Candidate]:
     def candidate(backend: str, name: str, graph: bool) -> Candidate:
         build = partial(ours, name, dtype=dtype, device=device, backend=backend, graph=graph)
-        return Candidate(name, lambda: build(module()), optional=graph)
+        return Candidate(name, lambda: build(module()), optional=gpu.is_gpu(device), module=module)
 
     graphs = (False, True) if gpu.is_gpu(device) else (False,)
     return [
@@ -179,7 +216,10 @@ def _fused_graph(module: Callable[[], nn.Module], device: torch.device) -> Candi
     sgd = partial(torch.optim.SGD, fused=True)
     name = f"{FUSED}{GRAPH}"
     return Candidate(
-        name, lambda: grad_scaler(name, module(), device, sgd, FUSED_WORK, graph=True), optional=True
+        name,
+        lambda: grad_scaler(name, module(), device, sgd, FUSED_WORK, graph=True),
+        optional=True,
+        module=module,
     )
 
 
@@ -187,6 +227,7 @@ def _peers(module: Callable[[], nn.Module], dtype: torch.dtype, device: torch.de
     builders: dict[str, Callable[[str], Entry]] = {
         step_peers.APEX: lambda name: step_peers.apex(name, module(), device),
         step_peers.APEX_MASTERS: lambda name: step_peers.apex_masters(name, module(), dtype, device),
+        step_peers.TRANSFORMER_ENGINE: lambda name: step_peers.transformer_engine(name, module(), device),
         step_peers.FLASHOPTIM: lambda name: step_peers.flashoptim(
             name, module(), dtype, device, bits=24, work=step_peers.FLASHOPTIM_WORK
         ),
@@ -194,7 +235,10 @@ def _peers(module: Callable[[], nn.Module], dtype: torch.dtype, device: torch.de
             name, module(), dtype, device, bits=32, work=step_peers.FLASHOPTIM_32_WORK
         ),
     }
-    return [Candidate(name, partial(build, name), optional=True) for name, build in builders.items()]
+    return [
+        Candidate(name, partial(build, name), optional=True, module=module)
+        for name, build in builders.items()
+    ]
 
 
 def _reason(error: Exception) -> str:

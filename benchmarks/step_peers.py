@@ -1,4 +1,4 @@
-"""The step of other packages for GPUs, Apex and FlashOptim, for benchmarks/step.py to time where they are installed."""
+"""The step of Apex, Transformer Engine and FlashOptim, for benchmarks/step.py to time where they are installed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import fused_tricks
-from benchmarks.step_contestants import HYPERPARAMETERS, Entry, Work, entry, give_gradients, grad_scaler
+from benchmarks.step_check import HYPERPARAMETERS
+from benchmarks.step_contestants import Entry, Gradients, Work, entry, grad_scaler
 
 APEX = "Apex FusedSGD"
 APEX_MASTERS = "Apex kernels, with masters"
+TRANSFORMER_ENGINE = "Transformer Engine FusedSGD"
 FLASHOPTIM = "FlashOptim"
 FLASHOPTIM_32 = "FlashOptim, 32-bit masters"
 
@@ -37,6 +39,12 @@ FLASHOPTIM_32_WORK = Work("16-bit weights, 16-bit corrections, 8-bit momentum", 
 def apex(name: str, module: nn.Module, device: torch.device) -> Entry:
     """`apex.optimizers.FusedSGD` in place of `torch.optim.SGD`, under a `GradScaler`."""
     return grad_scaler(name, module, device, importlib.import_module("apex.optimizers").FusedSGD, APEX_WORK)
+
+
+def transformer_engine(name: str, module: nn.Module, device: torch.device) -> Entry:
+    """Transformer Engine's `FusedSGD`, which is Apex's, in place of `torch.optim.SGD`, under a `GradScaler`."""
+    make = importlib.import_module("transformer_engine.pytorch.optimizers").FusedSGD
+    return grad_scaler(name, module, device, make, APEX_WORK)
 
 
 def apex_masters(name: str, module: nn.Module, dtype: torch.dtype, device: torch.device) -> Entry:
@@ -90,7 +98,9 @@ def apex_masters(name: str, module: nn.Module, dtype: torch.dtype, device: torch
             )
         is_first = False
 
-    return entry(name, step, parameters, give_gradients(parameters), APEX_MASTERS_WORK)
+    kept = {id(parameter): master for parameter, master in zip(low, masters)}
+    weights = [kept.get(id(parameter), parameter) for parameter in parameters]
+    return entry(name, step, parameters, Gradients(parameters), APEX_MASTERS_WORK, weights=weights)
 
 
 def flashoptim(
@@ -113,4 +123,6 @@ def flashoptim(
     optimizer = make(
         [{"params": group} for group in by_dtype if group], **HYPERPARAMETERS, master_weight_bits=bits
     )
-    return entry(name, optimizer.step, parameters, give_gradients(parameters), work)
+    # It neither unscales its gradients nor keeps more than 8 bits of the momentum.
+    gradients = Gradients(parameters, size=1.0)
+    return entry(name, optimizer.step, parameters, gradients, work, scale=1.0, tolerance=0.1)

@@ -12,17 +12,27 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib import pyplot
-from matplotlib.axes import Axes
 
 import fused_tricks
-from benchmarks import command_line, gpu, machine, parameter_sets, report, step_lineup
+from benchmarks import (
+    backend_choice,
+    command_line,
+    gpu,
+    machine,
+    parameter_sets,
+    progress,
+    report,
+    step_lineup,
+)
 from benchmarks.harness import Contestant, Spread, interleave, ratios
 from benchmarks.names import OURS
 from benchmarks.step_contestants import CASTS, COPY, SCALE, cache_eviction, loops
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MODELS = ("resnet18", "resnet50", "resnet152", "mobilenet_v3_large", "vit_b_16")
 TENSOR_COUNTS = (1, 10, 100, 1_000, 10_000, 100_000)
@@ -50,6 +60,7 @@ class Point:
         limit_ms: the time of our bytes at the in-place loop's bandwidth.
         peak_memory_bytes: by contestant; of networks only.
         left_out: who could not take part, and why.
+        checks: what was found of the numbers of each contestant.
     """
 
     name: str
@@ -66,6 +77,11 @@ class Point:
     limit_ms: float
     peak_memory_bytes: dict[str, int]
     left_out: dict[str, str]
+    checks: dict[str, str]
+
+
+class NotMeasured(Exception):
+    """A set of parameters cannot be measured here; says why."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -97,8 +113,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--loop-mib", type=command_line.positive, default=256, help="size of each buffer of the copy loop"
     )
+    backend_choice.add_to(parser)
     report.add_output_to(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.backends, options.unusable = backend_choice.choose(parser, options.backend, options.device)
+    return options
 
 
 def _elements(text: str) -> int:
@@ -127,20 +146,35 @@ def measure(
         with_memory: find the peak memory as well, which takes long where there are many tensors.
     """
     device, dtype = options.device, getattr(torch, options.dtype)
-    backends, unusable = step_lineup.usable_backends(device)
-    candidates = step_lineup.of_a_model(name, dtype, device, backends)
+    candidates, too_large = step_lineup.fitting(
+        step_lineup.of_a_model(name, dtype, device, options.backends), parameter_sets.count(name), device
+    )
+    if not candidates:
+        raise NotMeasured(next(iter(too_large.values())))
     entries, left_out = step_lineup.assemble(candidates, device)
+    if OURS not in (entry.contestant.name for entry in entries):
+        raise NotMeasured(f"{OURS}: {left_out[OURS]}")
     contestants = [*(entry.contestant for entry in entries), *plain_loops]
     evict = cache_eviction(device)
-    trial = interleave(contestants, rounds=1, warmup=1, device=device, between=evict)
+    trial = interleave(contestants, rounds=1, warmup=1, device=device, between=evict, shown_as=name)
     seconds = sum(section.host for (section,) in trial.values())
     rounds = max(5, min(options.most_rounds, round(options.seconds / seconds)))
-    sections = interleave(contestants, rounds=rounds, warmup=1, device=device, between=evict, head_start=True)
+    sections = interleave(
+        contestants,
+        rounds=rounds,
+        warmup=1,
+        device=device,
+        between=evict,
+        head_start=True,
+        shown_as=name,
+    )
     times = {who: [section.device for section in found] for who, found in sections.items()}
     # On an idle device: behind the head start, who reads a verdict on the host would wait for that, too.
     hosts = interleave(contestants, rounds=rounds, warmup=1, device=device) if gpu.is_gpu(device) else {}
     loop_times = {loop.name: times.pop(loop.name) for loop in plain_loops}
-    parameters = list(fused_tricks.cast_model(parameter_sets.build(name), dtype).parameters())
+    meta = parameter_sets.build(name, torch.device("meta"))
+    parameters = list(fused_tricks.cast_model(meta, dtype).parameters())
+    checks = {entry.contestant.name: entry.checked.text for entry in entries if entry.checked}
     (ours,) = (entry.work.traffic(parameters) for entry in entries if entry.contestant.name == OURS)
 
     del entries, contestants
@@ -164,12 +198,17 @@ def measure(
         ratios(bandwidth, [moved[COPY] / seconds for seconds in loop_times[COPY]]),
         Spread.of(loop_times[SCALE]).median * ours / moved[SCALE] * 1e3,
         peaks,
-        {**unusable, **left_out},
+        {**{f"{OURS}, {each}": reason for each, reason in options.unusable.items()}, **too_large, **left_out},
+        checks,
     )
 
 
-def sweeps(options: argparse.Namespace) -> dict[str, list[Point]]:
-    """Measures the sets of each kind: networks, growing numbers of tensors, growing numbers of elements."""
+def sweeps(options: argparse.Namespace) -> tuple[dict[str, list[Point]], dict[str, str]]:
+    """Measures the sets of each kind: networks, growing numbers of tensors, growing numbers of elements.
+
+    Returns:
+        A point for each set, by kind; and by name of the set, why the others were not measured.
+    """
     device = options.device
     gpu.use(device)
     plain_loops, moved = loops(options.loop_mib, device)
@@ -180,14 +219,27 @@ def sweeps(options: argparse.Namespace) -> dict[str, list[Point]]:
             f"synthetic:{ELEMENT_TENSORS}:{count // ELEMENT_TENSORS}" for count in options.element_counts
         ],
     }
-    return {
-        kind: [measure(name, options, plain_loops, moved, with_memory=kind == "models") for name in of_kind]
-        for kind, of_kind in names.items()
-    }
+    points: dict[str, list[Point]] = {kind: [] for kind in names}
+    skipped = {}
+    shown = progress.bar(desc="sets", total=sum(map(len, names.values())), unit="set")
+    for kind, of_kind in names.items():
+        for name in of_kind:
+            try:
+                point = measure(name, options, plain_loops, moved, with_memory=kind == "models")
+            except NotMeasured as reason:
+                skipped[name] = str(reason)
+            else:
+                points[kind].append(point)
+            shown.update()
+    shown.close()
+    return points, skipped
 
 
 def summarise(
-    options: argparse.Namespace, arguments: Sequence[str], found: dict[str, list[Point]]
+    options: argparse.Namespace,
+    arguments: Sequence[str],
+    found: dict[str, list[Point]],
+    skipped: dict[str, str],
 ) -> dict[str, Any]:
     """The result as JSON-able values."""
     device = options.device
@@ -195,6 +247,7 @@ def summarise(
         "benchmark": "step_sizes",
         "machine": machine.describe("benchmarks.step_sizes", arguments, device),
         "setting": f"{options.dtype} with dynamic loss scaling on {device.type}",
+        "skipped": skipped,
         "sweeps": {kind: [asdict(point) for point in points] for kind, points in found.items()},
     }
 
@@ -221,7 +274,7 @@ def markdown(result: dict[str, Any]) -> str:
         names = list(dict.fromkeys(name for point in points for name in point["ms"]))
         head = [[point["name"], f"{point['tensors']:,}", f"{point['elements']:,}"] for point in points]
         times = [
-            [*start, *(_text(point["ms"], name, 3) for name in names), f"{point['limit_ms']:,.3f}"]
+            [*start, *(_time(point, name) for name in names), f"{point['limit_ms']:,.3f}"]
             for start, point in zip(head, points)
         ]
         others = [name for name in names if name != OURS]
@@ -247,6 +300,11 @@ def markdown(result: dict[str, Any]) -> str:
                 [*columns, *others, "bytes", "GB/s", "limit / time", "share of the copy loop"], shares
             ),
         ]
+        checks = [
+            [*start, *(point["checks"].get(name, "–") for name in names)]
+            for start, point in zip(head, points)
+        ]
+        parts += ["Numbers checked:", report.table([*columns, *names], checks)]
         if points[0]["host_us"]:
             hosts = [
                 [*start, *(_text(point["host_us"], name, 0) for name in names)]
@@ -265,9 +323,15 @@ def markdown(result: dict[str, Any]) -> str:
         for point in points
         for name, reason in point["left_out"].items()
     }
+    left_out |= result["skipped"]
     if left_out:
         parts.append("Not measured:\n\n" + "\n".join(f"- {name}: {why}" for name, why in left_out.items()))
     return "\n\n".join([*parts, report.machine_note(result["machine"]) + "\n"])
+
+
+def _time(point: dict[str, Any], name: str) -> str:
+    why = point["left_out"].get(name, "–")
+    return _text(point["ms"], name, 3) if name in point["ms"] or "check failed" not in why else why
 
 
 def _text(spreads: dict[str, Any], name: str, decimals: int) -> str:
@@ -286,6 +350,7 @@ def _drawn(result: dict[str, Any]) -> list[str]:
 def picture(result: dict[str, Any], path: Path) -> None:
     """A panel for each sweep, both axes logarithmic: time over tensors, and over elements."""
     kinds = _drawn(result)
+    pyplot = report.plotting()
     figure, panels = pyplot.subplots(
         1, len(kinds), figsize=(6.5 * len(kinds), 7), layout="constrained", squeeze=False
     )
@@ -344,7 +409,7 @@ def _draw(panel: Axes, kind: str, points: list[dict[str, Any]]) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Measures, and writes step_sizes.json, step_sizes.md and step_sizes.png."""
     options = parse(arguments)
-    result = summarise(options, arguments, sweeps(options))
+    result = summarise(options, arguments, *sweeps(options))
     report.write(options.output, result, markdown(result), picture if _drawn(result) else None)
 
 

@@ -9,34 +9,41 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import itertools
 import math
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from matplotlib import pyplot
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import fused_tricks
-from benchmarks import command_line, data, gpu, machine, memory, report, train_contestants
+from benchmarks import (
+    backend_choice,
+    command_line,
+    data,
+    gpu,
+    machine,
+    memory,
+    progress,
+    report,
+    train_check,
+    train_contestants,
+    train_page,
+)
 from benchmarks.command_line import network, positive
 from benchmarks.harness import Clock, Section, Spread, mean_and_deviation, ratios, shuffled
-from benchmarks.names import FUSED, OURS
+from benchmarks.names import FUSED
+from benchmarks.step_check import Check
 from benchmarks.train_contestants import Recipe, Trainer
 
 WARMUP_STEPS = 5
 MEMORY_STEPS = 2
-LINE_STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 BASELINE = FUSED
 
 
@@ -50,6 +57,7 @@ class Record:
     losses: list[list[float]] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
     peak: int = 0
+    check: Check | None = None
 
     @property
     def step_seconds(self) -> list[float]:
@@ -66,10 +74,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     parser.add_argument(
         "--model", type=network, default="resnet18", help="a torchvision classification model"
     )
-    parser.add_argument("--dataset", default="mnist", choices=data.NAMES)
-    parser.add_argument(
-        "--data", metavar="DIR", help="folder of cifar10 or imagefolder; nothing is downloaded"
-    )
+    data.add_dataset_to(parser)
     parser.add_argument(
         "--image-size", type=positive, default=32, help="images are resized to this many pixels"
     )
@@ -99,12 +104,22 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
         help="of torch.compile, for all contestants; reduce-overhead replays CUDA graphs on a GPU",
     )
+    parser.add_argument(
+        "--graph",
+        action="store_true",
+        help="train fused_tricks and torch.amp, fused a second time, each with its whole step as one CUDA graph",
+    )
+    backend_choice.add_to(parser)
     report.add_output_to(parser)
     options = parser.parse_args(arguments)
+    options.backends, _ = backend_choice.choose(parser, options.backend, options.device)
+    if options.graph and not gpu.is_gpu(options.device):
+        parser.error("--graph: CUDA graphs need a GPU")
     try:
         images = data.load(options.dataset, options.data, options.image_size)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    options.dataset = images.name
     count = len(images.train)  # type: ignore[arg-type]
     if options.batch_size > count:
         parser.error(
@@ -184,7 +199,7 @@ def train(
     records = {name: Record() for name in names}
     clock = Clock(recipe.device)
     warmup = min(WARMUP_STEPS, steps - 1)
-    progress = tqdm(total=seeds * steps, unit="step", desc="training", leave=False)
+    shown = progress.bar(desc="training", total=seeds * steps, unit="step")
     for seed in range(seeds):
         torch.manual_seed(seed)
         dice = random.Random(seed)
@@ -202,8 +217,8 @@ def train(
             loading += clock.sections()
             for name in shuffled(list(trainers), dice):
                 trainer, record = trainers[name], records[name]
-                for group in trainer.optimizer.param_groups:
-                    group["lr"] = recipe.lr * (1 + math.cos(math.pi * step / steps)) / 2
+                lr = recipe.lr * (1 + math.cos(math.pi * step / steps)) / 2
+                train_contestants.set_lr(trainer.optimizer, lr)
                 clock.start()
                 loss = trainer.forward(pixels, labels)
                 clock.mark()
@@ -217,10 +232,14 @@ def train(
                     record.forwards.append(forward)
                     record.backwards.append(backward)
                     record.updates.append(update)
-            progress.update()
+            shown.update()
         for name, trainer in trainers.items():
             records[name].accuracies.append(accuracy(trainer, images, recipe.device))
-    progress.close()
+            trainer.model.train()
+            # The last one of the schedule changes hardly a weight.
+            train_contestants.set_lr(trainer.optimizer, recipe.lr)
+            records[name].check = train_check.check(trainer, recipe, pixels, labels)
+    shown.close()
     return records, [section.device for section in loading]
 
 
@@ -231,7 +250,7 @@ def measure_memory(
     images: tuple[int, ...],
 ) -> None:
     """Sets the peak memory of every contestant in its record."""
-    for name, record in tqdm(records.items(), desc="peak memory", leave=False):
+    for name, record in progress.bar(records.items(), desc="peak memory"):
         training = functools.partial(
             train_contestants.train_from_scratch, name, build_model, recipe, images, MEMORY_STEPS
         )
@@ -256,121 +275,10 @@ def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str
             "accuracy_std": deviation,
             "accuracies": accuracies,
             "losses": record.losses,
+            "check": record.check.text if record.check else "not checked",
+            "passed": record.check is not None and record.check.passed,
         }
     return summary
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as a page with one table."""
-    header = [
-        "contestant",
-        "images/s",
-        f"speed, {BASELINE} = 1",
-        "forward ms",
-        "backward ms",
-        "optimizer ms",
-        "host µs a step",
-        "peak memory MiB",
-        "test accuracy %",
-    ]
-    rows = [
-        [
-            name,
-            Spread(**row["images_per_second"]).text(0),
-            Spread(**row["speed_over_baseline"]).text(3),
-            Spread(**row["forward_ms"]).text(1),
-            Spread(**row["backward_ms"]).text(1),
-            Spread(**row["optimizer_ms"]).text(2),
-            Spread(**row["optimizer_host_us"]).text(0),
-            Spread(**row["peak_memory_mib"]).text(1),
-            report.mean_text(row["accuracy_mean"], row["accuracy_std"], 100, 2),
-        ]
-        for name, row in result["contestants"].items()
-    ]
-    explanation = (
-        "Numbers are median (lower – upper quartile) over the timed steps of all seeds; speed is the ratio of step "
-        "times taken step by step; accuracy is mean ± standard deviation over seeds."
-    )
-    return "\n\n".join(
-        [
-            "# Training with torch.amp and with fused_tricks",
-            f"{result['setting']}. {explanation}",
-            report.table(header, rows),
-            f"Loading a batch, once for all: {Spread(**result['data_ms']).text(1)} ms.",
-            "![The table as a picture](train.png)",
-            report.machine_note(result["machine"]),
-            "benchmarks/README.md says what each column counts.\n",
-        ]
-    )
-
-
-def picture(result: dict[str, Any], path: Path) -> None:
-    """The table as panels of bars, where the time of a step goes, and the training loss."""
-    rows = result["contestants"]
-    names = list(rows)
-    colour = report.colours(names, [OURS])
-    figure, panels = pyplot.subplot_mosaic(
-        [["speed", "optimizer", "memory", "accuracy"], ["time", "time", "loss", "loss"]],
-        figsize=(13.5, 7.6),
-        layout="constrained",
-    )
-    for panel, column, title, better, decimals in (
-        ("speed", "images_per_second", "Throughput (images/s)", "higher", 0),
-        ("optimizer", "optimizer_ms", "Optimizer step (ms)", "lower", 2),
-        ("memory", "peak_memory_mib", "Peak memory (MiB)", "lower", 0),
-    ):
-        report.bars(
-            panels[panel],
-            [Spread(**row[column]) for row in rows.values()],
-            colour,
-            title=title,
-            better=better,
-            decimals=decimals,
-        )
-
-    for place, row in enumerate(rows.values()):
-        percent = [100 * value for value in row["accuracies"]]
-        mean = 100 * row["accuracy_mean"]
-        panels["accuracy"].plot(percent, [place] * len(percent), "o", color=colour[place], markersize=8)
-        panels["accuracy"].plot(mean, place, "|", color="black", markersize=18, markeredgewidth=1.6)
-        panels["accuracy"].text(mean, place - 0.36, f"{mean:.2f}", ha="center", va="center", fontsize=9)
-        parts = [row[f"{part}_ms"]["median"] for part in ("forward", "backward", "optimizer")]
-        begins = [0.0, parts[0], parts[0] + parts[1]]
-        panels["time"].barh(place, parts[0], height=0.68, color=colour[place], alpha=0.7)
-        panels["time"].barh(place, parts[1], left=begins[1], height=0.68, color=colour[place])
-        panels["time"].barh(place, parts[2], left=begins[2], height=0.68, color=report.MARK_COLOUR)
-        panels["time"].text(
-            sum(parts) * 1.01, place, " + ".join(f"{part:.1f}" for part in parts), va="center"
-        )
-    report.dress(panels["accuracy"], "Test accuracy (%)", "dots: seeds · higher")
-    panels["accuracy"].margins(x=0.25)
-    panels["accuracy"].locator_params(axis="x", nbins=5)
-    panels["accuracy"].set_ylim(len(names) - 0.4, -0.7)
-    report.dress(
-        panels["time"], "Time of a step (ms): forward (light), backward, optimizer (orange)", "lower"
-    )
-    panels["time"].margins(x=0.2)
-    panels["time"].invert_yaxis()
-    for panel in ("speed", "optimizer", "memory", "accuracy", "time"):
-        panels[panel].set_yticks(
-            range(len(names)), names if panel in ("speed", "time") else [""] * len(names)
-        )
-
-    for name, line_colour, style in zip(names, colour, itertools.cycle(LINE_STYLES)):
-        losses = [statistics.fmean(step) for step in zip(*rows[name]["losses"])]
-        smooth = [statistics.fmean(losses[max(0, end - 10) : end]) for end in range(1, len(losses) + 1)]
-        panels["loss"].plot(smooth, color=line_colour, linestyle=style, linewidth=1.5, label=name)
-    report.dress(panels["loss"], "Training loss, mean of all seeds and of 10 steps", "")
-    panels["loss"].set_xlabel("step", color="#555555")
-    panels["loss"].set_yscale("log")
-    panels["loss"].legend(frameon=False)
-    report.save_figure(
-        figure,
-        path,
-        "fused_tricks and torch.amp, trained side by side",
-        result["setting"] + ". Bars are medians, black lines quartiles.",
-        result["machine"],
-    )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -386,6 +294,8 @@ def main(arguments: Sequence[str]) -> None:
         loss_scaling=options.loss_scale == "dynamic",
         lr=fused_tricks.scale_lr(0.1, batch_size=options.batch_size),
         compile_mode=options.compile,
+        backend=options.backends[0],
+        graph=options.graph,
     )
     build_model = functools.partial(torchvision.models.get_model, options.model, num_classes=images.classes)
     shape = (options.batch_size, 3, options.image_size, options.image_size)
@@ -402,15 +312,15 @@ def main(arguments: Sequence[str]) -> None:
         "machine": machine.describe("benchmarks.train", arguments, device),
         "setting": (
             f"{options.model} on {options.dataset} at {options.image_size} × {options.image_size}, batch "
-            f"{options.batch_size}, {steps} steps, {seeds} seeds{cut}, {dtype_name} on {device.type}, "
-            f"loss scale {options.loss_scale}"
+            f"{options.batch_size}, {steps} steps, {seeds} seeds{cut}, {dtype_name} on {device.type} "
+            f"(backend {recipe.backend}), loss scale {options.loss_scale}"
             + (f", torch.compile(mode={options.compile!r})" if options.compile else "")
         ),
         "data_ms": asdict(Spread.of(seconds * 1e3 for seconds in loading)),
         "baseline": BASELINE,
         "contestants": summarise(records, options.batch_size),
     }
-    report.write(options.output, result, markdown(result), picture)
+    report.write(options.output, result, train_page.markdown(result), train_page.picture)
 
 
 if __name__ == "__main__":

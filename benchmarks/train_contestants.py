@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fused_tricks
-from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
+from benchmarks import gpu
+from benchmarks.names import FOR_LOOP, FOREACH, FUSED, GRAPH, OURS
 
 TORCH_FORMS = {FOR_LOOP: "for-loop", FOREACH: "foreach", FUSED: "fused"}
 NAMES = (*TORCH_FORMS, OURS)
@@ -31,6 +32,8 @@ class Recipe:
         weight_decay: of SGD; applies to every parameter.
         compile_mode: of ``torch.compile`` for the model; None: it is not compiled. ``"reduce-overhead"`` replays CUDA
             graphs on a GPU.
+        backend: of fused_tricks.
+        graph: whether ours and *torch.amp, fused* take part a second time, with their whole step as one CUDA graph.
     """
 
     device: torch.device
@@ -40,13 +43,15 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     compile_mode: str | None = None
+    backend: str = "auto"
+    graph: bool = False
 
 
 def names(recipe: Recipe) -> tuple[str, ...]:
     """Who takes part. BF16 has FP32's range, and PyTorch's examples scale no loss in it: that is a row of its own."""
-    if recipe.dtype == torch.bfloat16 and recipe.loss_scaling:
-        return (*TORCH_FORMS, UNSCALED, OURS)
-    return NAMES
+    unscaled = [UNSCALED] if recipe.dtype == torch.bfloat16 and recipe.loss_scaling else []
+    graphs = [FUSED + GRAPH, OURS + GRAPH] if recipe.graph else []
+    return (*TORCH_FORMS, *unscaled, OURS, *graphs)
 
 
 class Trainer(Protocol):
@@ -64,8 +69,14 @@ class Trainer(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of the loss."""
 
+    def apply(self) -> None:
+        """Applies the gradients and keeps them."""
+
     def update(self) -> None:
         """Applies the gradients and drops them: all that the optimizer costs in a training step."""
+
+    def loss_scale(self) -> float:
+        """Returns by how much the gradients are larger than the loss's before the next update applies them."""
 
     def predict(self, images: Tensor) -> Tensor:
         """The scores of a batch of shape (n, 3, height, width), as (n, classes)."""
@@ -98,10 +109,16 @@ class TorchAmp:
     def backward(self, loss: Tensor) -> None:
         self._scaler.scale(loss).backward()
 
-    def update(self) -> None:
+    def apply(self) -> None:
         self._scaler.step(self.optimizer)
         self._scaler.update()
+
+    def update(self) -> None:
+        self.apply()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def loss_scale(self) -> float:
+        return self._scaler.get_scale()
 
     def predict(self, images: Tensor) -> Tensor:
         with self._autocast():
@@ -120,6 +137,7 @@ class FusedTricks:
             weight_decay=recipe.weight_decay,
             bias_decay=True,
             loss_scale="dynamic" if recipe.loss_scaling else None,
+            backend=recipe.backend,
         )
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -128,17 +146,81 @@ class FusedTricks:
     def backward(self, loss: Tensor) -> None:
         self.optimizer.scale(loss).backward()
 
-    def update(self) -> None:
+    def apply(self) -> None:
         self.optimizer.step()
+
+    def update(self) -> None:
+        self.apply()
         self.optimizer.zero_grad()
+
+    def loss_scale(self) -> float:
+        return self.optimizer.stats().scale or 1.0
 
     def predict(self, images: Tensor) -> Tensor:
         return self.model(images)
 
 
+class Captured:
+    """The whole training step of another trainer as one CUDA graph, which `forward` replays.
+
+    It is captured with the first batch, on which it trains three steps more than the others.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._replay: Callable[[], object] | None = None
+        self.model, self.optimizer = trainer.model, trainer.optimizer
+        for group in self.optimizer.param_groups:
+            # On the device, where a replayed step reads it.
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+
+    def _step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._trainer.forward(self._images, self._labels)
+        self._trainer.backward(loss)
+        self._trainer.apply()
+        self._loss = loss.detach()
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self._replay is None:
+            self._images, self._labels = images.clone(), labels.clone()
+            self._replay = gpu.capture(self._step)
+        self._images.copy_(images)
+        self._labels.copy_(labels)
+        self._replay()
+        return self._loss
+
+    def backward(self, loss: Tensor) -> None:
+        pass
+
+    def apply(self) -> None:
+        pass
+
+    def update(self) -> None:
+        pass
+
+    def loss_scale(self) -> float:
+        # Those that torch's fused step leaves behind are unscaled.
+        return 1.0
+
+    def predict(self, images: Tensor) -> Tensor:
+        return self._trainer.predict(images)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of all groups, where it is a tensor in place."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 def build(name: str, model: nn.Module, recipe: Recipe) -> Trainer:
     """The contestant of that name (one of `names`), training `model`, which it may change in place."""
     trainer: Trainer
+    if name.endswith(GRAPH):
+        return Captured(build(name.removesuffix(GRAPH), model, recipe))
     if name == OURS:
         trainer = FusedTricks(model, recipe)
     elif name == UNSCALED:

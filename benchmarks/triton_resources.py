@@ -1,17 +1,18 @@
 """What Triton makes of its kernels, read from what it compiles: registers, spills, accesses. No GPU is needed.
 
-``python -m benchmarks.triton_resources`` writes ``benchmarks/results/triton_resources.md``. A test compares the file
+``python -m benchmarks.triton_resources --output benchmarks/results`` writes the table that is kept. A test compares it
 with what is compiled now, so that a change of the kernels shows in it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import machine
+from benchmarks import machine, report
 from benchmarks.cuda_resources import USAGE, cuobjdump
 from benchmarks.report import RESULTS, machine_note, table
 from fused_tricks.backends.triton import IS_INTERPRETED
@@ -173,22 +174,26 @@ def as_markdown(found: list[Kernel]) -> str:
     )
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Writes the table, or prints the kernels as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.triton_resources", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--json", action="store_true", help="print the kernels as JSON and write nothing")
+    report.add_output_to(parser)
+    options = parser.parse_args(arguments)
     if IS_INTERPRETED:
         raise SystemExit("unset TRITON_INTERPRET: interpreted kernels are not compiled")
     found = kernels()
-    if arguments == ["--json"]:
+    if options.json:
         result: dict[str, Any] = {
             "triton": triton.__version__,
             "kernels": [kernel._asdict() for kernel in found],
         }
         print(json.dumps(result))
-    else:
-        PATH.parent.mkdir(exist_ok=True)
-        record = machine.describe("benchmarks.triton_resources", arguments, torch.device("cpu"))
-        PATH.write_text(f"{as_markdown(found)}\n{machine_note(record)}\n", encoding="utf-8")
-        print(PATH.read_text())
+        return
+    record = machine.describe("benchmarks.triton_resources", arguments, torch.device("cpu"))
+    report.write_page(options.output / PATH.name, f"{as_markdown(found)}\n{machine_note(record)}\n")
 
 
 if __name__ == "__main__":

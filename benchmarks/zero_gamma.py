@@ -1,7 +1,7 @@
 """Which norms `zero_gamma_` finds in the networks of torchvision and timm.
 
-``python -m benchmarks.zero_gamma`` writes docs/zero_gamma.md: all classification models of torchvision and, where timm
-is installed, the first model of each of its families.
+``python -m benchmarks.zero_gamma --output docs/zero_gamma.md`` writes that page: all classification models of
+torchvision and, where timm is installed, the first model of each of its families.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 from torchvision import models
-from tqdm import tqdm
 
-from benchmarks import machine
-from benchmarks.report import output_file, table
+from benchmarks import machine, progress
+from benchmarks.report import OUTPUT, output_file, table, write_page
 from benchmarks.weightless import weightless
 from fused_tricks import norm_layers, zero_gamma
 
@@ -128,7 +127,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zero_gamma", description=__doc__)
     parser.add_argument("--torchvision", nargs="*", default=models.list_models(models), metavar="MODEL")
     parser.add_argument("--timm", nargs="*", default=timm_families(), metavar="MODEL")
-    parser.add_argument("--output", type=output_file, default="docs/zero_gamma.md", metavar="FILE")
+    parser.add_argument("--output", type=output_file, default=f"{OUTPUT}/zero_gamma.md", metavar="FILE")
     return parser.parse_args(arguments)
 
 
@@ -138,10 +137,12 @@ def main(arguments: Sequence[str]) -> None:
     packages = ["torch", "torchvision", *(["timm"] if options.timm else [])]
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     text = TEXT.format(command=record["command"], date=record["date"], versions=versions)
-    text += section("torchvision", in_torchvision(tqdm(options.torchvision)), "`zero_init_residual`")
+    names = progress.bar(options.torchvision, desc="torchvision")
+    text += section("torchvision", in_torchvision(names), "`zero_init_residual`")
     if options.timm:
-        text += section("timm, one model of each family", in_timm(tqdm(options.timm)), "timm's own")
-    options.output.write_text(text, encoding="utf-8")
+        names = progress.bar(options.timm, desc="timm")
+        text += section("timm, one model of each family", in_timm(names), "timm's own")
+    write_page(options.output, text)
 
 
 if __name__ == "__main__":

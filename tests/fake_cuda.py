@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +16,15 @@ from benchmarks import gpu
 class FakeCuda:
     """Notes in `log` what is asked of it, and takes every device for a GPU.
 
-    Work runs at once, so an event has always happened. A replayed graph does nothing.
+    Work runs at once, so an event has always happened.
+
+    Args:
+        monkeypatch: puts everything back at the end.
+        replays: what `gpu.capture` returns runs the step again. Otherwise the graph is as torch's, and its replay does
+            nothing.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, replays: bool = True) -> None:
         self.log: list[str] = []
         log = self.log
 
@@ -65,9 +70,24 @@ class FakeCuda:
             "current_stream": lambda: stream,
             "stream": lambda stream: contextlib.nullcontext(),
             "get_device_properties": lambda device: properties,
+            "mem_get_info": lambda device: (2**34, 2**34),
             "memory_allocated": lambda device: 0,
             "max_memory_allocated": lambda device: 2**30,
             "reset_peak_memory_stats": lambda device: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(gpu, "is_gpu", lambda device: True)
+        if replays:
+            monkeypatch.setattr(gpu, "capture", self._capture)
+
+    def _capture(
+        self,
+        step: Callable[[], object],
+        warmup: int = gpu.CAPTURE_WARMUP,
+        prepare: Callable[[], object] = lambda: None,
+    ) -> Callable[[], object]:
+        for _ in range(warmup):
+            prepare()
+            step()
+        self.log.append("capture")
+        return step

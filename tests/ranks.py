@@ -56,11 +56,19 @@ def _processes(count: int) -> _Processes:
     return _Processes(count)
 
 
+def start_method() -> str:
+    """How processes start: forked from one that has imported torch and nothing else, which saves seconds.
+
+    Where there is a GPU, that process has asked CUDA for it, and CUDA does not survive a fork.
+    """
+    return "spawn" if torch.cuda.is_available() else "forkserver"
+
+
 class _Processes:
-    """Forked from a process that has imported torch, which takes seconds, and has done nothing else."""
+    """Processes that wait for calls."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context(start_method())
         # FSDP2 imports torch._dynamo when it is first used.
         context.set_forkserver_preload(["ranks", "torch._dynamo"])
         paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])

@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stepped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of benchmarks.step."""
     folder = tmp_path_factory.mktemp("step")
-    step.main([*STEP, "--parameters", "synthetic:3:1000", "--output", str(folder)])
+    step.main([*STEP, "--parameters", "synthetic:3:1000", "--budgets", "--output", str(folder)])
     return folder
 
 
@@ -254,7 +254,7 @@ def test_step_sizes_draws_each_sweep_that_has_a_point_and_no_other(
 
 
 def test_step_sizes_of_networks_only_has_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_sizes, "sweeps", lambda options: {"models": [], "tensors": [], "elements": []})
+    monkeypatch.setattr(step_sizes, "sweeps", lambda options: ({"models": [], "tensors": [], "elements": []}, {}))
     step_sizes.main([*QUICK, "--output", str(tmp_path)])
     assert "png" not in (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
     assert not (tmp_path / "step_sizes.png").exists()

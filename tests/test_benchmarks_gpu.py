@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
 import emulation  # adds a backend
-from benchmarks import gpu, step, step_contestants, step_lineup, step_peers, step_sizes
+from benchmarks import backend_choice, gpu, step, step_contestants, step_lineup, step_peers, step_sizes
 from benchmarks.harness import Clock, Contestant, interleave
 from benchmarks.names import FUSED, OURS
 from benchmarks.step_contestants import (
@@ -27,7 +27,7 @@ from benchmarks.step_contestants import (
     FUSED_NEW_CASTS,
     SCALE,
     Entry,
-    give_gradients,
+    Gradients,
 )
 from benchmarks.step_lineup import FORMS
 from comparison import assert_all_same_bits
@@ -37,9 +37,24 @@ from fused_tricks.backends import BACKENDS, Backend
 
 CPU = torch.device("cpu")
 GRAPH = step_lineup.GRAPH
-PEERS = [step_peers.APEX, step_peers.APEX_MASTERS, step_peers.FLASHOPTIM, step_peers.FLASHOPTIM_32]
+PEERS = [
+    step_peers.APEX,
+    step_peers.APEX_MASTERS,
+    step_peers.TRANSFORMER_ENGINE,
+    step_peers.FLASHOPTIM,
+    step_peers.FLASHOPTIM_32,
+]
 
-MODULES = ("apex", "apex.optimizers", "apex.multi_tensor_apply", "amp_C", "flashoptim")
+MODULES = (
+    "apex",
+    "apex.optimizers",
+    "apex.multi_tensor_apply",
+    "amp_C",
+    "flashoptim",
+    "transformer_engine",
+    "transformer_engine.pytorch",
+    "transformer_engine.pytorch.optimizers",
+)
 
 
 def run(folder: Path, *arguments: str) -> dict[str, Any]:
@@ -123,7 +138,7 @@ def test_a_result_names_the_gpu_its_driver_and_the_versions_of_cuda(
     [
         (None, None, ["cuda", "triton"]),
         ("was not built", None, ["triton"]),
-        ("was not built", "is not installed", ["reference"]),
+        ("was not built", "is not installed", []),
     ],
 )
 def test_backends_for_a_gpu_take_part_where_usable_and_are_listed_with_the_reason_elsewhere(
@@ -139,10 +154,10 @@ def test_backends_for_a_gpu_take_part_where_usable_and_are_listed_with_the_reaso
             ("of a test", None, "cuda"),
         ]
     }
-    monkeypatch.setattr(step_lineup, "BACKENDS", fakes)
-    usable, left_out = step_lineup.usable_backends(torch.device("cuda"))
+    monkeypatch.setattr(backend_choice, "BACKENDS", fakes)
+    usable, left_out = backend_choice.usable(torch.device("cuda"))
     assert usable == expected
-    reasons = {"fused_tricks, cuda": cuda, "fused_tricks, triton": triton}
+    reasons = {"cuda": cuda, "triton": triton}
     assert left_out == {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -167,7 +182,8 @@ def test_a_section_waited_if_the_gpu_had_begun_before_the_last_call(
     assert section.waited is happened
 
 
-def test_a_captured_contestant_only_replays(fake_cuda: FakeCuda) -> None:
+def test_a_captured_contestant_only_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda = FakeCuda(monkeypatch, replays=False)
     calls = []
     replay = gpu.capture(lambda: calls.append(1), warmup=3)
     assert len(calls) == 4 and fake_cuda.log == ["synchronize", "capture"]
@@ -177,7 +193,7 @@ def test_a_captured_contestant_only_replays(fake_cuda: FakeCuda) -> None:
 
 def test_gradients_of_a_captured_step_are_renewed_where_they_are() -> None:
     parameters = [torch.zeros(3), torch.zeros(2, dtype=torch.float16)]
-    renew = give_gradients(parameters, in_place=True)
+    renew = Gradients(parameters, in_place=True).renew
     gradients = [parameter.grad for parameter in parameters]
     before = [gradient.clone() for gradient in gradients]
     for gradient in gradients:
@@ -187,9 +203,9 @@ def test_gradients_of_a_captured_step_are_renewed_where_they_are() -> None:
     assert_all_same_bits(gradients, before)
 
 
-def test_a_step_that_cannot_be_captured_is_listed_with_the_reason(
-    fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_cannot_be_captured_is_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCuda(monkeypatch, replays=False)
+
     def refuse(graph: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
 
@@ -259,6 +275,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = {name: ModuleType(name) for name in MODULES}
     modules["amp_C"] = Kernels("amp_C")
     modules["apex.optimizers"].FusedSGD = torch.optim.SGD
+    modules["transformer_engine.pytorch.optimizers"].FusedSGD = torch.optim.SGD
     modules["apex.multi_tensor_apply"].multi_tensor_applier = lambda kernel, found, tensors, *options: kernel(
         2048, found, tensors, *options
     )

@@ -14,6 +14,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+pytest.importorskip("expecttest", reason="torch's own test cases need it: pip install expecttest")
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 from backends import is_interpreted, is_slow

@@ -1,0 +1,49 @@
+"""Progress bars on stderr, by tqdm where that is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class _Silent(Generic[T]):
+    """Takes the place of tqdm's bar and shows nothing."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items)
+
+    def update(self, count: int = 1) -> None:
+        pass
+
+    def set_description(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def bar(
+    items: Iterable[T] | None = None,
+    *,
+    desc: str,
+    total: int | None = None,
+    unit: str = "it",
+) -> Any:
+    """Returns a progress bar over the items, or one that `update` moves where only `total` is given.
+
+    Args:
+        items: to iterate over.
+        desc: the words before the bar.
+        total: how many items there are, where their length does not say it.
+        unit: what an item is.
+    """
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return _Silent(items or ())
+    return tqdm(items, desc=desc, total=total, unit=unit, leave=False)

@@ -1,0 +1,27 @@
+"""The processes of the distributed tests start safely beside CUDA."""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+import pytest
+import torch
+
+import ranks
+
+
+def own_rank() -> tuple[int, int]:
+    return torch.distributed.get_rank(), os.getppid()
+
+
+@pytest.mark.parametrize(("gpu", "expected"), [(True, "spawn"), (False, "forkserver")])
+def test_nothing_forks_where_cuda_may_have_been_initialised(gpu: bool, expected: str) -> None:
+    with mock.patch("torch.cuda.is_available", return_value=gpu):
+        assert ranks.start_method() == expected
+
+
+def test_spawned_processes_answer_as_forked_ones() -> None:
+    with mock.patch.object(ranks, "start_method", return_value="spawn"):
+        processes = ranks._Processes(2)
+    assert processes.call(own_rank, (), {}) == [("", (rank, os.getpid())) for rank in range(2)]
