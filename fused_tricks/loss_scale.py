@@ -139,17 +139,17 @@ class DynamicLossScale:
             ``scale``, ``growth_factor``, ``backoff_factor``, ``growth_interval`` and ``_growth_tracker`` as
             GradScaler has them, then ``hysteresis``, ``min_scale``, ``max_scale`` and ``_hysteresis_tracker``.
         """
-        scale, growth_tracker, hysteresis_tracker, *_ = self._step_state.read()
+        now = self._step_state.read()
         return {
-            "scale": scale,
+            "scale": now.scale,
             "growth_factor": self.growth_factor,
             "backoff_factor": self.backoff_factor,
             "growth_interval": self.growth_interval,
-            "_growth_tracker": growth_tracker,
+            "_growth_tracker": now.growth_tracker,
             "hysteresis": self.hysteresis,
             "min_scale": self.min_scale,
             "max_scale": self.max_scale,
-            "_hysteresis_tracker": hysteresis_tracker,
+            "_hysteresis_tracker": now.hysteresis_tracker,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

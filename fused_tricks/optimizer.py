@@ -321,13 +321,14 @@ class FusedSGD(Optimizer):
 
     def stats(self) -> StepStats:
         """Scale, counters and the last norm. Synchronises with the device, which ``step`` never does."""
-        scale, _, _, grad_norm, applied, skipped, last_skipped = self._step_state.read()
+        now = self._step_state.read()
         return StepStats(
-            scale=None if self._loss_scale is None else scale,
-            applied_steps=applied,
-            skipped_steps=skipped,
-            grad_norm=None if self.max_grad_norm is None else grad_norm,
-            last_step_skipped=last_skipped,
+            scale=None if self._loss_scale is None else now.scale,
+            applied_steps=now.applied_steps,
+            skipped_steps=now.skipped_steps,
+            grad_norm=None if self.max_grad_norm is None else now.grad_norm,
+            last_step_skipped=bool(now.skip),
+            skipped_in_a_row=now.skipped_in_a_row,
         )
 
     def _replan(self) -> None:
@@ -382,13 +383,13 @@ class FusedSGD(Optimizer):
             self._optimizer_state_dict_post_hooks = hooks
 
     def _note_progress(self) -> None:
-        scale, growth_tracker, hysteresis_tracker, _, applied, skipped, _ = self._step_state.read()
-        extra: dict[str, float] = {"applied_steps": applied, "skipped_steps": skipped}
+        now = self._step_state.read()
+        extra: dict[str, float] = {"applied_steps": now.applied_steps, "skipped_steps": now.skipped_steps}
         if self._loss_scale is not None:
             extra |= {
-                "loss_scale": scale,
-                "growth_tracker": growth_tracker,
-                "hysteresis_tracker": hysteresis_tracker,
+                "loss_scale": now.scale,
+                "growth_tracker": now.growth_tracker,
+                "hysteresis_tracker": now.hysteresis_tracker,
             }
         for group in self.param_groups:
             group.update(extra)
