@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 
 class FactorTable:
@@ -75,11 +74,3 @@ def following(rate: AppliedRate, device: torch.device) -> Tensor:
 def applied_rate_of(lr: Any) -> AppliedRate | None:
     """What a group's ``lr`` stands for; None where it is just a number or a tensor."""
     return getattr(lr, "_applied_rate", None) if isinstance(lr, Tensor) else None
-
-
-def write_rates_as_numbers(optimizer: Optimizer, packed: dict[str, Any]) -> None:
-    """Puts the rate of the next update into a state dict where its groups follow the updates applied."""
-    for group in packed["param_groups"]:
-        rate = applied_rate_of(group["lr"])
-        if rate is not None:
-            group["lr"] = rate.after(group["applied_steps"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class StepState:
         skipped_steps: INT64, updates skipped.
         skip: INT32, 1 when the last step was skipped.
         skipped_in_a_row: INT32, updates skipped since the last one that was applied.
+        scale_was_read: True once code outside the step has read the scale, by which it can multiply a loss.
         first_steps: For each momentum buffer that a GPU may not have written yet, because the host does not wait to
             hear whether its first step was skipped: a 0-dim INT64 tensor with the number of the update that first
             wrote it, -1 before.
@@ -72,6 +73,7 @@ class StepState:
         self.first_steps = WeakTensorKeyDictionary()
         self.unwritten = WeakTensorKeyDictionary()
         self.applied_before = WeakTensorKeyDictionary()
+        self.scale_was_read = False
         self._kept: list[object] = []
 
     def _view(self, block: Tensor) -> None:
@@ -98,11 +100,13 @@ class StepState:
         """Returns every field, in one copy to the host."""
         return StepReading.of(self.block)
 
-    def __getstate__(self) -> tuple[Tensor, list[Tensor]]:
-        return self.block, list(self.unwritten)
+    def __getstate__(self) -> tuple[Tensor, list[Tensor], bool]:
+        return self.block, list(self.unwritten), self.scale_was_read
 
-    def __setstate__(self, state: tuple[Tensor, list[Tensor]]) -> None:
-        block, unwritten = state
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        # States pickled before scale_was_read was added have two items.
+        block, unwritten, *scale_was_read = state
         # A copied or unpickled block no longer shares memory with views that were copied beside it.
         self._start(block.clone())
         self.unwritten.update((buffer, True) for buffer in unwritten)
+        self.scale_was_read = any(scale_was_read)
