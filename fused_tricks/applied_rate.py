@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,11 @@ class FactorTable:
     """FP64 factors, one for each update; the last is for all updates that follow.
 
     Args:
-        factors: At least one.
+        factors: At least one, of type ``"d"``.
     """
 
-    def __init__(self, factors: Sequence[float]) -> None:
-        self._copies = {torch.device("cpu"): torch.tensor(factors, dtype=torch.float64, device="cpu")}
+    def __init__(self, factors: array[float]) -> None:
+        self._copies = {torch.device("cpu"): torch.frombuffer(factors, dtype=torch.float64).clone()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_copies": {torch.device("cpu"): self.on(torch.device("cpu"))}}

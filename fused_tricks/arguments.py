@@ -52,4 +52,4 @@ def shown(value: Any) -> str:
     if isinstance(value, Integral) and abs(int(value)) >= 10**40:
         return f"an integer of {int(value).bit_length()} bits"
     text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return text if len(text) <= 80 else f"{text[:80]}…"

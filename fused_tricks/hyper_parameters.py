@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Rational, Real
 from typing import Any
 
@@ -117,29 +117,32 @@ def check_params(params: Any) -> None:
     """Checks the ``params`` of a constructor or group for what is often passed in place of a model's parameters.
 
     Raises:
-        TypeError: They are a module, a method that was not called, a dict, or have such an item; the message says what
-            to write.
+        TypeError: They are a module, a function that was not called, or a dict, or such an item is among them; the
+            message says what to write.
     """
-    if isinstance(params, nn.ParameterList):
+    if isinstance(params, nn.ParameterList | Tensor):
         return
-    if isinstance(params, nn.ParameterDict):
-        raise TypeError("params is a ParameterDict, which lists names: write FusedSGD(params.values(), ...)")
-    if isinstance(params, nn.Module):
-        raise TypeError(
-            f"params is a module, a {type(params).__name__}: write FusedSGD(model.parameters(), ...) for a model"
-        )
     if isinstance(params, Mapping):
-        write = "[group]" if "params" in params else "model.parameters()"
-        raise TypeError(f"params is a {type(params).__name__}: write FusedSGD({write}, ...)")
-    if callable(params) and not isinstance(params, Iterable):
-        name = getattr(params, "__name__", type(params).__name__)
-        raise TypeError(f"params is the function {name} itself: call it, as in FusedSGD(model.{name}(), ...)")
+        raise TypeError(
+            f"params is of type {type(params).__name__}: write FusedSGD(model.parameters(), ...), or FusedSGD([group], "
+            "...) with a list of groups"
+        )
+    _check_is_no_source("params is", params)
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must be an iterable of tensors or groups, got {type(params).__name__}")
     if isinstance(params, list | tuple):
         for item in params:
-            if isinstance(item, tuple) and len(item) == 2:
-                item = item[1]
-            if isinstance(item, nn.Module) and not isinstance(item, nn.ParameterList):
-                raise TypeError(
-                    f"params has a module, a {type(item).__name__}: write FusedSGD(module.parameters(), ...), or a "
-                    'group {"params": module.parameters()} for each module'
-                )
+            if isinstance(item, Iterator):
+                raise TypeError("params has an iterator: write a group {'params': module.parameters()} for each module")
+            _check_is_no_source("params has", item[1] if isinstance(item, tuple) and len(item) == 2 else item)
+
+
+def _check_is_no_source(found: str, value: Any) -> None:
+    """Raises where parameters could have been got from the value."""
+    if isinstance(value, nn.ParameterDict):
+        raise TypeError(f"{found} a ParameterDict, which lists names: write FusedSGD(module.values(), ...)")
+    if isinstance(value, nn.Module):
+        raise TypeError(f"{found} a module, {type(value).__name__}: write FusedSGD(model.parameters(), ...)")
+    if callable(value) and not isinstance(value, Iterable | Tensor):
+        name = getattr(value, "__name__", type(value).__name__)
+        raise TypeError(f"{found} the function {name}, not called: write FusedSGD(model.parameters(), ...)")

@@ -245,7 +245,7 @@ def _check_rules(rules: dict[str, Any]) -> None:
             f"growth_factor={shown(rules['growth_factor'])} must be greater than 1 and a finite double"
         )
     if not 0 < as_double(rules["backoff_factor"]) < 1:
-        raise ValueError(f"backoff_factor={rules['backoff_factor']} must lie between 0 and 1")
+        raise ValueError(f"backoff_factor={shown(rules['backoff_factor'])} must lie between 0 and 1")
     if rules["min_scale"] > rules["max_scale"]:
         raise ValueError(f"min_scale={rules['min_scale']} is greater than max_scale={rules['max_scale']}")
 

@@ -386,7 +386,8 @@ class FusedSGD(SavedState):
             TypeError, ValueError: The group or one of its options is not valid. It is not added then.
         """
         if isinstance(param_group, dict):
-            check_params(param_group.get("params"))
+            if "params" in param_group:
+                check_params(param_group["params"])
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for key in SCALE_KEYS:

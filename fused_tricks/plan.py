@@ -263,6 +263,10 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 def _check(name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    if param.is_inference():
+        raise RuntimeError(
+            f"{name} was made under torch.inference_mode() and cannot be trained; make it outside, or clone() it there"
+        )
     if param.dtype not in _SUPPORTED:
         raise RuntimeError(
             f"{name} has dtype {param.dtype}; FusedSGD updates float16, bfloat16, float32 and float64"

@@ -152,7 +152,7 @@ def test_lengths_do_not_depend_on_the_precision_of_their_bounds(
 def test_ten_million_updates_in_cycles_of_one_length_are_no_work() -> None:
     curve = WarmupCosine(total_steps=None, warmup_steps=3, T_0=7)
     assert curve.factor(3 + 7 * 10**7) == 1.0
-    assert len(curve._cycles._starts) == 1
+    assert len(curve._cycles._runs) == 1
 
 
 @pytest.mark.parametrize("T_mult", [1, 2])
