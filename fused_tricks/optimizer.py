@@ -315,6 +315,8 @@ class FusedSGD(SavedState):
         if not isinstance(state, dict):
             raise TypeError(f"optimizer.state must be a dict, got {type(state).__name__}")
         self.__dict__["state"] = state
+        # The plan may hold masters and buffers that belong into the former state.
+        self._stepper = self._plan = None
 
     def _prepare(self) -> tuple[Stepper, Plan]:
         listed = [(name, param) for name, param, _ in named_parameters(self.param_groups)]

@@ -76,7 +76,9 @@ def test_code_that_reads_the_scale_may_multiply_by_itself(backend, device, reade
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "deep", "pickle"]
+    "copied",
+    [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))],
+    ids=["copy", "deep", "pickle"],
 )
 def test_a_copy_of_an_optimizer_whose_scale_is_used_does_not_warn(copied):
     optimizer = optimizer_of("reference", torch.device("cpu"), torch.float32, loss_scale="dynamic")
@@ -153,7 +155,9 @@ def test_the_warning_points_through_a_schedulers_wrapper(backend, device):
 
 def test_a_refused_step_is_not_warned_of(backend, device):
     optimizer = optimizer_of(backend, device)
-    optimizer.param_groups[0]["params"][0].grad = torch.ones(2, dtype=torch.float16, device=device).to_sparse()
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(
+        2, dtype=torch.float16, device=device
+    ).to_sparse()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match="sparse"):
@@ -180,7 +184,10 @@ def is_late(backend: str) -> bool:
 
 STUCK_OPTIONS = {
     "static": ({"loss_scale": 1e9}, " with the static loss scale of 1e\\+09, because"),
-    "at the floor": ({"loss_scale": DynamicLossScale(init_scale=2.0, min_scale=2.0)}, " with the loss scale at its floor of 2, because"),
+    "at the floor": (
+        {"loss_scale": DynamicLossScale(init_scale=2.0, min_scale=2.0)},
+        " with the loss scale at its floor of 2, because",
+    ),
     "clipped": ({"max_grad_norm": 1.0}, ", because a gradient was inf or NaN"),
 }
 
