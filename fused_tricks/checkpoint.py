@@ -168,9 +168,12 @@ def import_groups(
         group["params"] = current["params"]
         _check_names(where, group)
         check_numbers(group)
-        if not isinstance(group.get("initial_lr", 0.0), Real | Tensor):
+        initial_lr = group.get("initial_lr", 0.0)
+        if not isinstance(initial_lr, Real | Tensor) or (
+            isinstance(initial_lr, Tensor) and initial_lr.numel() != 1
+        ):
             raise TypeError(
-                f"{where} has an initial_lr of type {type(group['initial_lr']).__name__}, not a number"
+                f"{where} has an initial_lr of type {type(initial_lr).__name__}, not a number or tensor of one element"
             )
         imported.append(group)
         if index == 0:

@@ -133,7 +133,9 @@ def check_params(params: Any) -> None:
     if isinstance(params, list | tuple):
         for item in params:
             if isinstance(item, Iterator):
-                raise TypeError("params has an iterator: write a group {'params': module.parameters()} for each module")
+                raise TypeError(
+                    "params has an iterator: write a group {'params': module.parameters()} for each module"
+                )
             _check_is_no_source("params has", item[1] if isinstance(item, tuple) and len(item) == 2 else item)
 
 

@@ -132,17 +132,17 @@ class WarmupCosineLR(LRScheduler):
         first = integer("last_epoch", last_epoch, least=-1, most=LAST_UPDATE - 1) + 1
         self._resumes_at: int | None = None
         self._applied = AppliedUpdates(optimizer, self.curve) if count == "applied" else None
+        if self.curve.warmup_steps == self.curve.total_steps:
+            warn_user(
+                f"warmup_steps equals total_steps={self.curve.total_steps}: the warm-up takes all updates and no "
+                "cosine follows; total_steps counts the warm-up as well"
+            )
         _separate_default_rate(optimizer)
         super().__init__(optimizer)
         if first > 0:
             self._go_to(first)
             self._write_rates()
         self._watch_groups()
-        if self.curve.warmup_steps == self.curve.total_steps:
-            warn_user(
-                f"warmup_steps equals total_steps={self.curve.total_steps}: the warm-up takes all updates and no "
-                "cosine follows; total_steps counts the warm-up as well"
-            )
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={shown(value)}" for name, value in self._arguments().items())

@@ -38,13 +38,15 @@ def master(optimizer: FusedSGD, model: torch.nn.Module) -> Tensor:
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_a_master_of_before_a_conversion_is_not_used_after_it(backend, device, dtype, between):
     optimizer, model = trained(dtype, backend, device)
+    rates = optimizer.param_groups[0]
     model.weight.grad = None
     model.to(between)
+    # An update that the rounding to `dtype` does not show.
+    rates["lr"] = 1e-9
     step(optimizer, model)
     model.weight.grad = None
     model.to(dtype)
     begin = model.weight.detach().clone()
-    rates = optimizer.param_groups[0]
     rates["lr"] = 0.0
     step(optimizer, model)
     assert_same_bits(master(optimizer, model), begin.float())
