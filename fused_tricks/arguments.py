@@ -17,9 +17,10 @@ def integer(name: str, value: Any, least: float = -math.inf, most: float = math.
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
     number = int(value)
-    if not least <= number <= most:
-        bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-        raise ValueError(f"{name} must be {bounds}, got {shown(value)}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, got {shown(value)}")
     return number
 
 

@@ -274,3 +274,19 @@ def test_a_state_dict_says_nothing_of_the_steps_skipped_in_a_row(backend, device
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.stats().skipped_in_a_row == 0
     assert optimizer.stats().skipped_steps == 3
+
+
+def test_the_count_of_steps_skipped_in_a_row_stays_within_its_type(backend, device):
+    optimizer = optimizer_of(backend, device, torch.float32, loss_scale=8.0)
+    optimizer._step_state.skipped_in_a_row.fill_(2**31 - 2)
+    param = optimizer.param_groups[0]["params"][0]
+    param.grad = torch.full_like(param, torch.inf)
+    optimizer.stats()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            optimizer.step()
+            assert optimizer.stats().skipped_in_a_row == 2**31 - 1
+    param.grad.fill_(1.0)
+    optimizer.step()
+    assert optimizer.stats().skipped_in_a_row == 0
