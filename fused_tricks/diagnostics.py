@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Skipped steps in a row after which training is taken for stuck.
 STUCK_AFTER = 25
 # Launched steps between two readings of a GPU's step state: a copy and an event cost several microseconds.
-STEPS_PER_READING = 100
+STEPS_PER_READING = 250
 # Launched steps before a reading is looked for.
 STEPS_UNTIL_ARRIVAL = 10
 

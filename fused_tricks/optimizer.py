@@ -364,7 +364,7 @@ class FusedSGD(SavedState):
         return StepRequest(grad_scale is not None, grad_scale, verdict, self._max_grad_norm, None)
 
     def stats(self) -> StepStats:
-        """Scale, counters and the last norm. Synchronises with the device, which ``step`` never does."""
+        """Returns scale, counters and the last norm. Synchronises with the device, which ``step`` never does."""
         self._step_state.scale_was_read = True
         now = self._step_state.read()
         return StepStats(
