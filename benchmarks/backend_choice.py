@@ -32,7 +32,7 @@ def usable(device: torch.device) -> tuple[list[str], dict[str, str]]:
     """
     names = list(BACKENDS)
     reasons = {
-        name: BACKENDS[name].unavailable_because()
+        name: BACKENDS[name].missing_on(device)
         for name in names[: names.index("reference")]
         if BACKENDS[name].device_type == device.type
     }

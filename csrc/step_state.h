@@ -10,7 +10,7 @@
 namespace fused_tricks {
 
 // Lives on the parameters' device, so that no step waits for the host. fused_tricks/step_state.py
-// has views of the fields up to skipped_steps at these offsets.
+// reads fields at these offsets.
 struct StepState {
   float scale;
   int32_t growth_tracker;
@@ -23,11 +23,13 @@ struct StepState {
   float clip;
   int32_t found;      // used within a launch on a GPU
   uint32_t arrivals;  // likewise
+  int32_t skipped_in_a_row;
 };
 
 static_assert(offsetof(StepState, grad_norm) == 12, "the Python views rely on it");
 static_assert(offsetof(StepState, applied_steps) == 16, "the Python views rely on it");
 static_assert(offsetof(StepState, skip) == 32, "the Python views rely on it");
+static_assert(offsetof(StepState, skipped_in_a_row) == 52, "the Python views rely on it");
 
 struct ScaleRule {
   double growth_factor;
@@ -92,8 +94,10 @@ FUSED_TRICKS_INLINE void decide_step(StepState& state, bool found, double square
   state.skip = found;
   if (found) {
     state.skipped_steps += 1;
+    if (state.skipped_in_a_row < INT32_MAX) state.skipped_in_a_row += 1;
   } else {
     state.applied_steps += 1;
+    state.skipped_in_a_row = 0;
   }
   if (request.dynamic) advance_scale(state, found, request.rule);
 }

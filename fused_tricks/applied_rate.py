@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 
 class FactorTable:
     """FP64 factors, one for each update; the last is for all updates that follow.
 
     Args:
-        factors: At least one.
+        factors: At least one, of type ``"d"``.
     """
 
-    def __init__(self, factors: Sequence[float]) -> None:
-        self._copies = {torch.device("cpu"): torch.tensor(factors, dtype=torch.float64, device="cpu")}
+    def __init__(self, factors: array[float]) -> None:
+        self._copies = {torch.device("cpu"): torch.frombuffer(factors, dtype=torch.float64).clone()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_copies": {torch.device("cpu"): self.on(torch.device("cpu"))}}
@@ -75,11 +74,3 @@ def following(rate: AppliedRate, device: torch.device) -> Tensor:
 def applied_rate_of(lr: Any) -> AppliedRate | None:
     """What a group's ``lr`` stands for; None where it is just a number or a tensor."""
     return getattr(lr, "_applied_rate", None) if isinstance(lr, Tensor) else None
-
-
-def write_rates_as_numbers(optimizer: Optimizer, packed: dict[str, Any]) -> None:
-    """Puts the rate of the next update into a state dict where its groups follow the updates applied."""
-    for group in packed["param_groups"]:
-        rate = applied_rate_of(group["lr"])
-        if rate is not None:
-            group["lr"] = rate.after(group["applied_steps"])

@@ -38,13 +38,18 @@ class AppliedUpdates:
                 "count='applied' needs total_steps: the factors of all updates are laid out in a table"
             )
         self._optimizer = optimizer
-        self._factors = FactorTable([curve.factor(t) for t in range(curve.total_steps + 1)])
+        self._factors = FactorTable(curve.factors(curve.total_steps + 1))
         self.go_to(0)
 
     @property
     def t(self) -> int:
         """The number of the next update. Synchronises."""
         return max(0, int(self._optimizer._step_state.applied_steps) - self.origin)
+
+    @property
+    def is_on_host(self) -> bool:
+        """True if :attr:`t` is read without a sync."""
+        return self._optimizer._step_state.block.device.type == "cpu"
 
     def go_to(self, t: int) -> None:
         """Makes the next update number ``t``. Synchronises."""

@@ -1,37 +1,199 @@
-"""Reading a saved optimizer state."""
+"""Reading and writing an optimizer's saved state."""
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from copy import deepcopy
 from itertools import chain
-from types import FrameType
+from numbers import Real
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .applied_rate import applied_rate_of
+from .hyper_parameters import check_numbers
+from .loss_scale import DynamicLossScale, check_count
 from .plan import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
 from .sharding import distributed_like, local_part, placed_like
+from .step_state import StepState
 
 # Written into every group of a state dict; not options of a group.
 COUNTERS = ("applied_steps", "skipped_steps")
 SCALE_KEYS = (*COUNTERS, "loss_scale", "growth_tracker", "hysteresis_tracker")
+_DISTRIBUTED = "torch.distributed.checkpoint.state_dict"
 
 
 def is_asked_for_state() -> bool:
-    """Whether the present step is none of training, but one that is to create the optimizer's state.
+    """True while ``torch.distributed.checkpoint`` looks for an optimizer's state, or has a step create it.
 
-    ``torch.distributed.checkpoint`` takes it, with gradients of zero and ``lr=0``, when it finds no state. Only that it
-    takes it sets it apart: a first step of training may look the same, and on one process of several alone.
+    That step has gradients of zero and ``lr=0``. Only its caller sets it apart: a first step of training may look the
+    same, and on one process of several alone.
     """
-    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    if module is None:
-        return False
+    module = sys.modules.get(_DISTRIBUTED)
+    return module is not None and _is_called_from(module._init_optim_state.__code__)
+
+
+def _is_called_by_distributed_checkpoint() -> bool:
+    return _DISTRIBUTED in sys.modules and _is_called_from(None)
+
+
+def _is_called_from(code: CodeType | None) -> bool:
+    """True if a caller is that function of ``torch.distributed.checkpoint``, or with None any function of it."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not module._init_optim_state.__code__:
+    while frame is not None:
+        if frame.f_code is code or (code is None and frame.f_globals.get("__name__") == _DISTRIBUTED):
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
+
+
+def progress_of(step_state: StepState, *, with_scale: bool) -> dict[str, float]:
+    """Returns the counters and, where asked for, the loss scale with its trackers, by their keys in a saved group."""
+    now = step_state.read()
+    progress: dict[str, float] = {"applied_steps": now.applied_steps, "skipped_steps": now.skipped_steps}
+    if with_scale:
+        progress |= {
+            "loss_scale": now.scale,
+            "growth_tracker": now.growth_tracker,
+            "hysteresis_tracker": now.hysteresis_tracker,
+        }
+    return progress
+
+
+def restore_progress(
+    saved: dict[str, Any], step_state: StepState, loss_scale: float | DynamicLossScale | None
+) -> None:
+    """Takes over what :func:`progress_of` saved.
+
+    Raises:
+        TypeError, ValueError: A number is outside its range. Nothing is changed then.
+    """
+    counters = {key: saved[key] for key in COUNTERS if key in saved}
+    for key, value in counters.items():
+        check_count(key, value, 0, 2**63 - 1)
+    if isinstance(loss_scale, DynamicLossScale) and "loss_scale" in saved:
+        loss_scale.restore(
+            saved["loss_scale"],
+            saved.get("growth_tracker", 0),
+            saved.get("hysteresis_tracker", loss_scale.hysteresis),
+        )
+    if "applied_steps" in counters:
+        step_state.applied_steps.fill_(counters["applied_steps"])
+        step_state.skipped_steps.fill_(counters.get("skipped_steps", 0))
+        step_state.skipped_in_a_row.fill_(0)
+
+
+def finish_state_dict(
+    packed: dict[str, Any], groups: list[dict[str, Any]], step_state: StepState, progress: dict[str, float]
+) -> None:
+    """Puts numbers and tensors that are true for the saved moment into what ``Optimizer.state_dict`` returns.
+
+    Groups get ``progress``, and the rate of the next update where theirs follows the updates applied. State that means
+    nothing is left out: a master beside a parameter that no longer has low precision, and a buffer that no update
+    has written. Only ``torch.distributed.checkpoint``, which demands the same keys at all times, gets the latter.
+    """
+    for group in packed["param_groups"]:
+        rate = applied_rate_of(group["lr"])
+        if rate is not None:
+            group["lr"] = rate.after(int(progress["applied_steps"]))
+        group.update(progress)
+    keeps_unwritten = not step_state.unwritten or _is_called_by_distributed_checkpoint()
+    params = [param for group in groups for param in group["params"]]
+    for index, param in enumerate(params):
+        own = packed["state"].get(index)
+        if not isinstance(own, dict):
+            continue
+        stale = {MASTER_PARAM} if param.dtype not in LOW_PRECISION else set()
+        if not keeps_unwritten and own.get(MOMENTUM_BUFFER) in step_state.unwritten:
+            stale.add(MOMENTUM_BUFFER)
+        if not stale.isdisjoint(own):
+            packed["state"][index] = {key: value for key, value in own.items() if key not in stale}
+
+
+def note_unwritten(
+    state: dict[Tensor, dict[str, Any]], step_state: StepState, progress: dict[str, Any]
+) -> None:
+    """Marks the buffers of a loaded state that were created for ``torch.distributed.checkpoint`` and never updated.
+
+    Its files have such buffers, as zeros; :func:`finish_state_dict` leaves them out of all others.
+    """
+    if progress.get("applied_steps") != 0 or not _is_called_by_distributed_checkpoint():
+        return
+    for own in state.values():
+        buffer = own.get(MOMENTUM_BUFFER) if isinstance(own, dict) else None
+        if isinstance(buffer, Tensor) and not local_part(buffer).any():
+            step_state.unwritten[buffer] = True
+
+
+def import_groups(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]], defaults: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Returns the saved groups as the optimizer's next groups, and what :func:`progress_of` saved.
+
+    Args:
+        state_dict: A saved state.
+        groups: The optimizer's groups, whose parameters stay and whose options fill in for missing ones.
+        defaults: The optimizer's options.
+
+    Raises:
+        KeyError, TypeError, ValueError: The saved groups are malformed or do not fit.
+    """
+    saved_groups = state_dict["param_groups"]
+    if not isinstance(saved_groups, list | tuple):
+        raise TypeError(
+            f"loaded state dict has param_groups of type {type(saved_groups).__name__}, not a list of dicts"
+        )
+    if len(groups) != len(saved_groups):
+        raise ValueError(
+            f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, not {len(groups)}"
+        )
+    imported: list[dict[str, Any]] = []
+    progress: dict[str, Any] = {}
+    for index, (saved, current) in enumerate(zip(saved_groups, groups, strict=True)):
+        where = f"group {index} of the loaded state dict"
+        if not isinstance(saved, dict):
+            raise TypeError(f"{where} must be a dict, got {type(saved).__name__}")
+        if not isinstance(saved["params"], list | tuple) or len(saved["params"]) != len(current["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+            )
+        group = deepcopy({key: value for key, value in saved.items() if key not in SCALE_KEYS})
+        for key in defaults:
+            group.setdefault(key, current[key])
+        if "param_names" in current:
+            group.setdefault("param_names", current["param_names"])
+        group["params"] = current["params"]
+        _check_names(where, group)
+        check_numbers(group)
+        initial_lr = group.get("initial_lr", 0.0)
+        if not isinstance(initial_lr, Real | Tensor) or (
+            isinstance(initial_lr, Tensor) and initial_lr.numel() != 1
+        ):
+            raise TypeError(
+                f"{where} has an initial_lr of type {type(initial_lr).__name__}, not a number or tensor of one element"
+            )
+        imported.append(group)
+        if index == 0:
+            progress = {key: saved[key] for key in SCALE_KEYS if key in saved}
+    return imported, progress
+
+
+def _check_names(where: str, group: dict[str, Any]) -> None:
+    if "param_names" not in group:
+        return
+    names, count = group["param_names"], len(group["params"])
+    if (
+        not isinstance(names, list | tuple)
+        or len(names) != count
+        or not all(isinstance(n, str) for n in names)
+    ):
+        raise ValueError(
+            f"{where} has param_names that are not the names of its {count} parameters: give a list of {count} "
+            "strings, or leave the key out"
+        )
 
 
 def import_state(
@@ -45,16 +207,10 @@ def import_state(
         groups: The optimizer's groups.
 
     Raises:
-        ValueError: Groups or shapes do not match.
+        TypeError, ValueError: The state of a parameter is malformed or does not fit; the message names it.
     """
-    if len(groups) != len(saved_groups):
-        raise ValueError(
-            f"loaded state dict has a different number of parameter groups: {len(saved_groups)}, not {len(groups)}"
-        )
-    if any(len(g["params"]) != len(s["params"]) for g, s in zip(groups, saved_groups, strict=True)):
-        raise ValueError(
-            "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
-        )
+    if not isinstance(saved_state, dict):
+        raise TypeError(f"loaded state dict has a state of type {type(saved_state).__name__}, not a dict")
     named = [(name, param) for name, param, _ in named_parameters(groups)]
     by_key = dict(zip(chain.from_iterable(s["params"] for s in saved_groups), named, strict=True))
     state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
@@ -63,22 +219,38 @@ def import_state(
             state[key] = value
             continue
         name, param = by_key[key]
+        if not isinstance(value, dict):
+            raise TypeError(
+                f"loaded state dict has a {type(value).__name__} as the state of {name}, not a dict"
+            )
         imported = {k: _import_value(name, param, k, v) for k, v in value.items()}
         state[param] = {k: v for k, v in imported.items() if v is not None}
     return state
 
 
 def _import_value(name: str, param: Tensor, key: str, value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
     if key == MASTER_PARAM and param.dtype not in LOW_PRECISION:
         return None
     if key not in (MASTER_PARAM, MOMENTUM_BUFFER):
-        return value.to(param.device, copy=True)
+        return value.to(param.device, copy=True) if isinstance(value, Tensor) else value
+    # torch.distributed.checkpoint puts {} for state that is not in its file.
+    if value is None or (isinstance(value, dict) and not value):
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"loaded state dict has a {key} of type {type(value).__name__} for {name}, not a tensor"
+        )
     if value.shape != param.shape:
         raise ValueError(
             f"loaded state dict has a {key} of shape {tuple(value.shape)} for {name} of shape {tuple(param.shape)}"
         )
+    if not value.dtype.is_floating_point or value.layout != torch.strided:
+        raise ValueError(
+            f"loaded state dict has a {key} of dtype {value.dtype} and layout {value.layout} for {name}, not a dense "
+            "floating-point tensor"
+        )
+    if value.is_meta and not param.is_meta:
+        raise ValueError(f"loaded state dict has a {key} without values, on the meta device, for {name}")
     local = local_part(placed_like(value, param))
     imported = torch.empty_like(local_part(param), dtype=state_dtype(param), requires_grad=False).copy_(local)
     return distributed_like(imported, param)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
+from .masters import masters_in_use
 from .optimizer import FusedSGD
 from .plan import LOW_PRECISION, MASTER_PARAM, adopt_foreign_values
 from .sharding import is_distributed, local_part, placed_like
@@ -73,7 +74,8 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
         _extra_states_kept(model),
     ):
         model.load_state_dict(state)
-    masters, optimizer_state = _masters_in_use(optimizer), optimizer.state
+    optimizer_state = optimizer.state
+    masters = masters_in_use(optimizer.param_groups, optimizer_state, optimizer._plan)
     with torch.no_grad():
         for tensor, value in copies.items():
             # A buffer that is not in the checkpoint, which may be of memory that cannot be written.
@@ -83,7 +85,7 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
                 master = masters[tensor]
                 if master is None or (master.shape, master.dtype) != (value.shape, value.dtype):
                     master = value
-                optimizer_state[tensor][MASTER_PARAM] = master.copy_(value)
+                optimizer_state.setdefault(tensor, {})[MASTER_PARAM] = master.copy_(value)
             if tensor.shape == value.shape:
                 tensor.copy_(value)
             else:
@@ -178,13 +180,6 @@ def _shards_found_again(model: nn.Module) -> Iterator[None]:
             if any(param is not None and is_distributed(param) for param in module._parameters.values()):
                 for hook in module._load_state_dict_post_hooks.values():
                     hook(module, _IncompatibleKeys([], []))
-
-
-def _masters_in_use(optimizer: FusedSGD) -> dict[Tensor, Tensor | None]:
-    """For each parameter the master whose memory a step works on, and a captured graph goes on to; None without."""
-    state, plan = optimizer.state, optimizer._plan
-    unpublished = {entry.param: entry.own_state().get(MASTER_PARAM) for entry in plan.new} if plan else {}
-    return {p: state.get(p, {}).get(MASTER_PARAM, unpublished.get(p)) for p in _parameters(optimizer)}
 
 
 def _parameters(optimizer: FusedSGD) -> list[Tensor]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Rational, Real
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from .arguments import as_double, shown
+from .step_state import to_float32
 
 _MESSAGES = {
     "lr": "Invalid learning rate: {}",
@@ -37,6 +42,8 @@ def check_numbers(group: dict[str, Any]) -> None:
             bool.
         ValueError: An option is outside its range.
     """
+    if not isinstance(group, dict):
+        raise TypeError(f"a parameter group must be a dict, got {type(group).__name__}")
     missing = [name for name in (*_MESSAGES, *_FLAGS) if name not in group]
     if missing:
         raise KeyError(f"a parameter group has no option '{missing[0]}'")
@@ -51,8 +58,8 @@ def check_numbers(group: dict[str, Any]) -> None:
             value = value.item()
         elif isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not math.isfinite(value) or (value < 0 and name != "dampening"):
-            raise ValueError(message.format(value))
+        if not math.isfinite(as_double(value)) or (value < 0 and name != "dampening"):
+            raise ValueError(message.format(shown(value)) + _unfit(name, value))
     for name in _FLAGS:
         if group[name] not in (False, True):
             raise TypeError(f"{name} must be True or False, got {group[name]!r}")
@@ -60,6 +67,27 @@ def check_numbers(group: dict[str, Any]) -> None:
         raise ValueError(
             "differentiable=True is not supported; use torch.optim.SGD to differentiate through steps"
         )
+
+
+def _unfit(name: str, value: Any) -> str:
+    is_finite = isinstance(value, Rational)
+    return f"; {name} must fit a double" if is_finite and math.isinf(as_double(value)) else ""
+
+
+def check_range(group: dict[str, Any]) -> None:
+    """Checks that the options of a group fit the type in which its parameters are updated.
+
+    Raises:
+        ValueError: An option is infinite in FP32, and a parameter is not FP64.
+    """
+    if all(param.dtype == torch.float64 for param in group["params"]):
+        return
+    for name in _MESSAGES:
+        value = group[name]
+        if isinstance(value, Tensor):
+            continue
+        if math.isinf(to_float32(as_double(value))):
+            raise ValueError(f"{name}={value} does not fit FP32, in which the group's parameters are updated")
 
 
 def as_float(value: Any) -> float:
@@ -79,7 +107,44 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
         return
     if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, Real):
         raise TypeError(f"max_grad_norm must be a number or None, got {type(max_grad_norm).__name__}")
-    if not float(max_grad_norm) > 0:
+    if not as_double(max_grad_norm) > 0 or _unfit("max_grad_norm", max_grad_norm):
         raise ValueError(
-            f"Invalid max_grad_norm: {max_grad_norm}; it must be positive, or inf to measure only"
+            f"Invalid max_grad_norm: {shown(max_grad_norm)}; it must be a positive double, or inf to measure only"
         )
+
+
+def check_params(params: Any) -> None:
+    """Checks the ``params`` of a constructor or group for what is often passed in place of a model's parameters.
+
+    Raises:
+        TypeError: They are a module, a function that was not called, or a dict, or such an item is among them; the
+            message says what to write.
+    """
+    if isinstance(params, nn.ParameterList | Tensor):
+        return
+    if isinstance(params, Mapping):
+        raise TypeError(
+            f"params is of type {type(params).__name__}: write FusedSGD(model.parameters(), ...), or FusedSGD([group], "
+            "...) with a list of groups"
+        )
+    _check_is_no_source("params is", params)
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must be an iterable of tensors or groups, got {type(params).__name__}")
+    if isinstance(params, list | tuple):
+        for item in params:
+            if isinstance(item, Iterator):
+                raise TypeError(
+                    "params has an iterator: write a group {'params': module.parameters()} for each module"
+                )
+            _check_is_no_source("params has", item[1] if isinstance(item, tuple) and len(item) == 2 else item)
+
+
+def _check_is_no_source(found: str, value: Any) -> None:
+    """Raises where parameters could have been got from the value."""
+    if isinstance(value, nn.ParameterDict):
+        raise TypeError(f"{found} a ParameterDict, which lists names: write FusedSGD(module.values(), ...)")
+    if isinstance(value, nn.Module):
+        raise TypeError(f"{found} a module, {type(value).__name__}: write FusedSGD(model.parameters(), ...)")
+    if callable(value) and not isinstance(value, Iterable | Tensor):
+        name = getattr(value, "__name__", type(value).__name__)
+        raise TypeError(f"{found} the function {name}, not called: write FusedSGD(model.parameters(), ...)")

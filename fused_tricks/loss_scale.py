@@ -8,6 +8,7 @@ from copy import deepcopy
 from numbers import Real
 from typing import Any
 
+from .arguments import as_double, shown
 from .step_state import StepState, to_float32
 
 _INT32_MAX = 2**31 - 1
@@ -130,6 +131,7 @@ class DynamicLossScale:
 
     def get_scale(self) -> float:
         """The scale that the next ``scale(loss)`` uses. Synchronises."""
+        self._step_state.scale_was_read = True
         return self._step_state.scale.item()
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,17 +141,17 @@ class DynamicLossScale:
             ``scale``, ``growth_factor``, ``backoff_factor``, ``growth_interval`` and ``_growth_tracker`` as
             GradScaler has them, then ``hysteresis``, ``min_scale``, ``max_scale`` and ``_hysteresis_tracker``.
         """
-        scale, growth_tracker, hysteresis_tracker, *_ = self._step_state.read()
+        now = self._step_state.read()
         return {
-            "scale": scale,
+            "scale": now.scale,
             "growth_factor": self.growth_factor,
             "backoff_factor": self.backoff_factor,
             "growth_interval": self.growth_interval,
-            "_growth_tracker": growth_tracker,
+            "_growth_tracker": now.growth_tracker,
             "hysteresis": self.hysteresis,
             "min_scale": self.min_scale,
             "max_scale": self.max_scale,
-            "_hysteresis_tracker": hysteresis_tracker,
+            "_hysteresis_tracker": now.hysteresis_tracker,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -211,9 +213,9 @@ def parse_loss_scale(loss_scale: Any) -> float | DynamicLossScale | None:
 def check_scale(name: str, value: Any) -> None:
     """Raises unless ``value`` is a positive number that FP32 holds, and its reciprocal as well."""
     _check_number(name, value)
-    if not (value > 0 and _SMALLEST_NORMAL <= to_float32(value) < math.inf):
+    if not (value > 0 and _SMALLEST_NORMAL <= to_float32(as_double(value)) < math.inf):
         raise ValueError(
-            f"{name}={value} must be positive, finite and a normal number in FP32 (at least 2**-126)"
+            f"{name}={shown(value)} must be positive, finite and a normal number in FP32 (at least 2**-126)"
         )
 
 
@@ -222,7 +224,7 @@ def check_count(name: str, value: Any, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not least <= value <= most:
-        raise ValueError(f"{name}={value} must lie in [{least}, {most}]")
+        raise ValueError(f"{name}={shown(value)} must lie in [{least}, {most}]")
 
 
 def _check_state(scale: Any, growth_tracker: Any, hysteresis_tracker: Any) -> None:
@@ -238,10 +240,12 @@ def _check_rules(rules: dict[str, Any]) -> None:
         _check_number(name, rules[name])
     for name in ("growth_interval", "hysteresis"):
         check_count(name, rules[name], 1, _INT32_MAX)
-    if not 1 < rules["growth_factor"] < math.inf:
-        raise ValueError(f"growth_factor={rules['growth_factor']} must be greater than 1 and finite")
-    if not 0 < rules["backoff_factor"] < 1:
-        raise ValueError(f"backoff_factor={rules['backoff_factor']} must lie between 0 and 1")
+    if not 1 < as_double(rules["growth_factor"]) < math.inf:
+        raise ValueError(
+            f"growth_factor={shown(rules['growth_factor'])} must be greater than 1 and a finite double"
+        )
+    if not 0 < as_double(rules["backoff_factor"]) < 1:
+        raise ValueError(f"backoff_factor={shown(rules['backoff_factor'])} must lie between 0 and 1")
     if rules["min_scale"] > rules["max_scale"]:
         raise ValueError(f"min_scale={rules['min_scale']} is greater than max_scale={rules['max_scale']}")
 

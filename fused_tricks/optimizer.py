@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
-from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,14 +14,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .agreement import SharedGroup, find_agreement
-from .applied_rate import write_rates_as_numbers
-from .backends import Stepper, check_backend, stepper_class
+from .backends import BACKENDS, Stepper, check_backend, stepper_class
 from .backends.request import Outcome, StepRequest
-from .checkpoint import COUNTERS, SCALE_KEYS, import_state, is_asked_for_state
-from .hyper_parameters import check_group, check_max_grad_norm, check_numbers
-from .loss_scale import DynamicLossScale, check_count, parse_loss_scale
+from .checkpoint import SCALE_KEYS, is_asked_for_state
+from .diagnostics import StepDiagnostics
+from .hyper_parameters import check_group, check_max_grad_norm, check_numbers, check_params, check_range
+from .loss_scale import DynamicLossScale, parse_loss_scale
+from .masters import masters_in_use, refresh_masters
 from .plan import MOMENTUM_BUFFER, Plan, build_plan, named_parameters
-from .sharding import check_flattened, local_part
+from .saved_state import SavedState
+from .sharding import check_flattened
 from .step_state import StepState
 from .step_stats import StepStats
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class FusedSGD(Optimizer):
+class FusedSGD(SavedState):
     """``torch.optim.SGD`` for low-precision training, as one pass over every parameter.
 
     Parameters in FP16 or BF16 are updated through FP32 master weights and momentum, which live in the optimizer's
@@ -43,8 +44,12 @@ class FusedSGD(Optimizer):
     ``torch.amp.GradScaler``, whose unscaling and verdict are taken into the update.
 
     A low-precision parameter may be written to between steps (under ``torch.no_grad()``, by ``load_state_dict``, or
-    with a new ``.data``); the next step continues from the new values. Writing through ``param.data`` in place is
-    not noticed.
+    with a new ``.data``); the next step continues from the new values. Some writes go unnoticed; call
+    :meth:`refresh_masters` after them.
+
+    Mistakes that raise no error are warned of, once for each optimizer: a loss scale although :meth:`scale` is never
+    called; FP16 gradients with neither a loss scale nor a ``GradScaler``, where ``loss_scale=1.0`` states that none is
+    wanted; and 25 skipped steps in a row which a lower loss scale will not end.
 
     Args:
         params: Tensors, ``(name, tensor)`` pairs as of ``named_parameters()``, or dicts that define groups.
@@ -68,7 +73,7 @@ class FusedSGD(Optimizer):
             What is divided as ``DTensor``s needs no group: their meshes say with whom to agree.
         backend: ``"auto"``, or one of the names that ``python -m fused_tricks`` lists.
         foreach: Accepted as ``torch.optim.SGD`` does; chooses nothing.
-        fused: Accepted as ``torch.optim.SGD`` does; chooses nothing.
+        fused: Accepted as ``torch.optim.SGD`` does, though not together with ``foreach``; chooses nothing.
         differentiable: Must be False.
 
     All options up to ``bias_decay`` may differ between groups.
@@ -76,7 +81,7 @@ class FusedSGD(Optimizer):
     Raises:
         TypeError: An option has the wrong type.
         ValueError: An option is outside its range, or a group is malformed.
-        RuntimeError: The backend is not usable here.
+        RuntimeError: The backend is not usable here, or ``foreach`` and ``fused`` are both True.
     """
 
     # torch.amp.GradScaler hands `grad_scale` and `found_inf` to an optimizer that has this.
@@ -101,6 +106,9 @@ class FusedSGD(Optimizer):
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
+        check_params(params)
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         check_backend(backend)
         check_max_grad_norm(max_grad_norm)
         loss_scale = parse_loss_scale(loss_scale)
@@ -108,6 +116,7 @@ class FusedSGD(Optimizer):
         self._loss_scale = loss_scale
         self._partition = SharedGroup(partition_group)
         self._backend = backend
+        self._backend_in_use: str | None = None
         self._stepper: Stepper | None = None
         self._plan: Plan | None = None
         super().__init__(
@@ -129,6 +138,7 @@ class FusedSGD(Optimizer):
             self._step_state = loss_scale.bind(self)
         else:
             self._step_state = StepState(scale=1.0 if loss_scale is None else loss_scale)
+        self._diagnostics = StepDiagnostics(loss_scale, self._step_state)
         for group in self.param_groups:
             if group["params"]:
                 self._step_state.move_to(group["params"][0].device)
@@ -137,7 +147,23 @@ class FusedSGD(Optimizer):
     @property
     def loss_scale(self) -> float | DynamicLossScale | None:
         """The loss scaling in use: None, the static scale, or the :class:`DynamicLossScale`."""
+        self._step_state.scale_was_read = True
         return self._loss_scale
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that runs the steps; before the first step, the one asked for, such as ``"auto"``."""
+        return self._backend_in_use or self._backend
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        own = {
+            "backend": self.backend,
+            "loss_scale": self._loss_scale,
+            "max_grad_norm": self._max_grad_norm,
+        }
+        lines = "".join(f"\n{key}: {value}" for key, value in own.items())
+        return f"{name} ({lines}" + super().__repr__().removeprefix(f"{name} (")
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -163,6 +189,7 @@ class FusedSGD(Optimizer):
             raise TypeError(f"loss must be a floating-point tensor, got {torch.typename(loss)}")
         if self._loss_scale is None:
             return loss
+        self._step_state.scale_was_read = True
         scale = self._step_state.scale
         if scale.device != loss.device:
             scale = scale.to(loss.device, non_blocking=True)
@@ -233,18 +260,25 @@ class FusedSGD(Optimizer):
             outcome = self._run(request, placed)
             if outcome is Outcome.STALE:
                 self._stepper, self._plan = self._prepare()
+                self._diagnostics.before_update(
+                    self._plan, "found_inf" in self.__dict__, self._partition.group is not None
+                )
                 outcome = self._run(request, placed)
-        except (KeyError, TypeError, ValueError, RuntimeError):
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
             # A backend fails on an option that is no number, and knows neither its name nor what is allowed.
             for group in self.param_groups:
                 check_numbers(group)
             raise
         if outcome is Outcome.STALE:
             raise RuntimeError("parameters, gradients or state changed while the step was being prepared")
-        if outcome is Outcome.APPLIED and self._plan is not None and self._plan.new:
-            assert self._stepper is not None
-            if not self._stepper.answers_late:
-                self._publish()
+        stepper, plan = self._stepper, self._plan
+        assert stepper is not None and plan is not None
+        if outcome is Outcome.SKIPPED:
+            self._diagnostics.after_skip()
+        elif stepper.answers_late:
+            self._diagnostics.after_launch()
+        elif plan.new:
+            self._publish()
 
     def _publish(self) -> None:
         """Puts new masters and buffers into the state, once they are known to be written."""
@@ -269,25 +303,35 @@ class FusedSGD(Optimizer):
 
         Synchronises where a GPU has yet to tell whether the first steps were skipped.
         """
+        if is_asked_for_state():
+            # torch.distributed.checkpoint loads no option that a group does not have.
+            self._note_progress()
         if self._stepper is not None and self._stepper.answers_late:
             self._publish()
         state: defaultdict[Any, Any] = self.__dict__["state"]
         return state
 
     @state.setter
-    def state(self, state: defaultdict[Any, Any]) -> None:
+    def state(self, state: dict[Any, Any]) -> None:
+        if not isinstance(state, dict):
+            raise TypeError(f"optimizer.state must be a dict, got {type(state).__name__}")
         self.__dict__["state"] = state
+        # The plan may hold masters and buffers that belong into the former state.
+        self._stepper = self._plan = None
 
     def _prepare(self) -> tuple[Stepper, Plan]:
         listed = [(name, param) for name, param, _ in named_parameters(self.param_groups)]
         # Those without a gradient do not matter, unless there are no others.
         named = [(name, param) for name, param in listed if param.grad is not None] or listed
         stepper = stepper_class(self._backend, named)
+        names = [name for name, backend in BACKENDS.items() if backend.stepper is stepper]
         device = named[0][1].device if named else self._step_state.block.device
         agreement = find_agreement([param for _, param in listed], self._partition.group, device)
         plan = build_plan(self.param_groups, self.__dict__["state"], self._step_state, self._plan, agreement)
         self._step_state.move_to(device)
-        return stepper(plan, self._step_state), plan
+        made = stepper(plan, self._step_state)
+        self._backend_in_use = names[0]
+        return made, plan
 
     _observed_step = Optimizer.profile_hook_step(_step)
 
@@ -321,14 +365,16 @@ class FusedSGD(Optimizer):
         return StepRequest(grad_scale is not None, grad_scale, verdict, self._max_grad_norm, None)
 
     def stats(self) -> StepStats:
-        """Scale, counters and the last norm. Synchronises with the device, which ``step`` never does."""
-        scale, _, _, grad_norm, applied, skipped, last_skipped = self._step_state.read()
+        """Returns scale, counters and the last norm. Synchronises with the device, which ``step`` never does."""
+        self._step_state.scale_was_read = True
+        now = self._step_state.read()
         return StepStats(
-            scale=None if self._loss_scale is None else scale,
-            applied_steps=applied,
-            skipped_steps=skipped,
-            grad_norm=None if self.max_grad_norm is None else grad_norm,
-            last_step_skipped=last_skipped,
+            scale=None if self._loss_scale is None else now.scale,
+            applied_steps=now.applied_steps,
+            skipped_steps=now.skipped_steps,
+            grad_norm=None if self.max_grad_norm is None else now.grad_norm,
+            last_step_skipped=bool(now.skip),
+            skipped_in_a_row=now.skipped_in_a_row,
         )
 
     def _replan(self) -> None:
@@ -343,9 +389,14 @@ class FusedSGD(Optimizer):
             TypeError, ValueError: The group or one of its options is not valid. It is not added then.
         """
         if isinstance(param_group, dict):
+            if "params" in param_group:
+                check_params(param_group["params"])
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        for key in SCALE_KEYS:
+            self.param_groups[-1].pop(key, None)
         try:
+            check_range(self.param_groups[-1])
             self._check_flattened(len(self.param_groups) - 1)
         except ValueError:
             self.param_groups.pop()
@@ -363,108 +414,15 @@ class FusedSGD(Optimizer):
             decides and self._partition.group is None,
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state in the format of ``torch.optim.SGD``, which can load it.
+    def refresh_masters(self) -> None:
+        """Takes over, into the FP32 masters, values that were written to FP16 and BF16 parameters without notice.
 
-        ``state`` has ``momentum_buffer`` where there is momentum and ``master_param`` beside FP16 and BF16
-        parameters, both FP32 (FP64 beside FP64 parameters), once the parameter was updated. Each group also carries
-        ``applied_steps``, ``skipped_steps`` and, with a loss scale, ``loss_scale``, ``growth_tracker`` and
-        ``hysteresis_tracker``: there they survive tools that keep only ``state`` and ``param_groups``. They stay in
-        ``optimizer.param_groups`` as well, without following the steps, for tools that load no option that is not
-        there, as ``torch.distributed.checkpoint`` with ``flatten_optimizer_state_dict=True``. Synchronises.
+        Call it after a write that does not change the parameter's version counter or address: through ``param.data``
+        in place, a NumPy array or DLPack tensor over its memory, ``param.untyped_storage().copy_()``, another
+        ``Parameter`` over its memory, or by another process. All other writes are noticed by the next step. Elements
+        that are the rounding of their master keep it, in FP32. Nothing synchronises. Example::
+
+            model.conv.weight.data.mul_(0.5)
+            optimizer.refresh_masters()
         """
-        self._note_progress()
-        hooks = self._optimizer_state_dict_post_hooks
-        # Before those of others, which may put anything in its place.
-        self._optimizer_state_dict_post_hooks = OrderedDict({-1: write_rates_as_numbers, **hooks})
-        try:
-            return super().state_dict()
-        finally:
-            self._optimizer_state_dict_post_hooks = hooks
-
-    def _note_progress(self) -> None:
-        scale, growth_tracker, hysteresis_tracker, _, applied, skipped, _ = self._step_state.read()
-        extra: dict[str, float] = {"applied_steps": applied, "skipped_steps": skipped}
-        if self._loss_scale is not None:
-            extra |= {
-                "loss_scale": scale,
-                "growth_tracker": growth_tracker,
-                "hysteresis_tracker": hysteresis_tracker,
-            }
-        for group in self.param_groups:
-            group.update(extra)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class or of ``torch.optim.SGD``.
-
-        FP32 state stays FP32 beside an FP16 parameter, where ``torch.optim.Optimizer`` would cast it. Tensors are
-        copied. Options that the state lacks, and the scale where it has none, keep their values. So does a static
-        ``loss_scale``: only a :class:`DynamicLossScale` takes over a saved scale, within its floor and ceiling.
-
-        Raises:
-            KeyError, TypeError, ValueError: The state does not fit the optimizer. Nothing is changed then.
-        """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replacement = pre_hook(self, state_dict)
-            if replacement is not None:
-                state_dict = replacement
-        groups = deepcopy(state_dict["param_groups"])
-        state = import_state(state_dict["state"], groups, self.param_groups)
-        progress = [{key: group.pop(key) for key in SCALE_KEYS if key in group} for group in groups]
-        for group, current in zip(groups, self.param_groups, strict=True):
-            for key in self.defaults:
-                group.setdefault(key, current[key])
-            if "param_names" in current:
-                group.setdefault("param_names", current["param_names"])
-            group["params"] = current["params"]
-            check_numbers(group)
-        self._restore_progress(progress[0] if progress else {})
-        self.__setstate__({"state": state, "param_groups": groups})
-        self._note_progress()
-        if progress and progress[0].get("applied_steps") == 0:
-            self._note_unwritten()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _note_unwritten(self) -> None:
-        """No update was applied yet, and a buffer of zeros is one that was made in advance."""
-        for _, param, _ in named_parameters(self.param_groups):
-            buffer = self.__dict__["state"].get(param, {}).get(MOMENTUM_BUFFER)
-            if buffer is not None and not local_part(buffer).any():
-                self._step_state.unwritten[buffer] = True
-
-    def _restore_progress(self, saved: dict[str, Any]) -> None:
-        counters = {key: saved[key] for key in COUNTERS if key in saved}
-        for key, value in counters.items():
-            check_count(key, value, 0, 2**63 - 1)
-        if isinstance(self._loss_scale, DynamicLossScale) and "loss_scale" in saved:
-            self._loss_scale.restore(
-                saved["loss_scale"],
-                saved.get("growth_tracker", 0),
-                saved.get("hysteresis_tracker", self._loss_scale.hysteresis),
-            )
-        if "applied_steps" in counters:
-            self._step_state.applied_steps.fill_(counters["applied_steps"])
-            self._step_state.skipped_steps.fill_(counters.get("skipped_steps", 0))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_max_grad_norm": self._max_grad_norm,
-            "_backend": self._backend,
-            "_partition": self._partition,
-            "_loss_scale": self._loss_scale,
-            "_step_state": self._step_state,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._stepper = self._plan = None
-        if "_step_state" in state:
-            # A shallow copy shares parameters and state with the original, but takes steps of its own.
-            self._step_state = copy(self._step_state)
-            if isinstance(self._loss_scale, DynamicLossScale) and not self._loss_scale.is_free_for(self):
-                self._loss_scale = copy(self._loss_scale)
-        if isinstance(self._loss_scale, DynamicLossScale):
-            self._step_state = self._loss_scale.bind(self)
+        refresh_masters(masters_in_use(self.param_groups, self.state, self._plan))

@@ -158,7 +158,7 @@ class Plan:
             written, may_follow = written_state(entry, groups[entry.group]["momentum"] != 0)
             held = state.get(entry.param, {})
             if not may_follow or any(held.get(key) is not tensor for key, tensor in written.items()):
-                state[entry.param].update(written)
+                state.setdefault(entry.param, {}).update(written)
                 self.is_outdated = True
             for tensor in written.values():
                 step_state.unwritten.pop(tensor, None)
@@ -263,6 +263,10 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 def _check(name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    if param.is_inference():
+        raise RuntimeError(
+            f"{name} was made under torch.inference_mode() and cannot be trained; make it outside, or clone() it there"
+        )
     if param.dtype not in _SUPPORTED:
         raise RuntimeError(
             f"{name} has dtype {param.dtype}; FusedSGD updates float16, bfloat16, float32 and float64"
@@ -344,6 +348,9 @@ def _entry(
             entry.master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
         else:
             adopt_foreign_values(entry.master, local)
+    else:
+        # A master from before the parameter was converted would be stale when the parameter is converted back.
+        states[0].pop(MASTER_PARAM, None)
     if has_momentum:
         entry.buffer, entry.first = _find_state(entry, states, MOMENTUM_BUFFER, step_state)
         if entry.buffer is None:

@@ -14,8 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .applied_updates import AppliedUpdates
-from .arguments import integer
+from .arguments import integer, shown
+from .diagnostics import warn_user
 from .warmup_cosine import WarmupCosine
+
+# So that an INT64 holds its difference to any number of updates made.
+LAST_UPDATE = 2**62
 
 
 class WarmupCosineLR(LRScheduler):
@@ -49,6 +53,8 @@ class WarmupCosineLR(LRScheduler):
     - :meth:`step` does not warn when ``optimizer.step()`` was not called before. Under a ``GradScaler``, which leaves
       out steps that overflow, torch's schedulers warn without cause.
     - In torch's ``SequentialLR`` it can only be the last: it takes the rates as its own whenever it has begun.
+    - In torch's ``ChainedScheduler`` it overwrites the rates of the schedulers listed before it, and those listed after
+      it multiply rates that it writes anew in each step. Multiply :attr:`base_lrs` instead.
 
     With ``count="applied"`` ``t`` is the number of updates that a :class:`~fused_tricks.FusedSGD` has applied since the
     schedule was built, so that steps which overflow do not move it. They are counted where the parameters live; the
@@ -79,16 +85,27 @@ class WarmupCosineLR(LRScheduler):
             ``warmup_start`` (or its peak, if that is lower) to its peak, before its cosine and in addition to it.
         count: What ``t`` counts: ``"calls"`` of :meth:`step`, or updates ``"applied"`` by a ``FusedSGD``, which needs
             ``total_steps``.
+        last_epoch: The number of the last update that was made, as torch's schedulers take it: the next one is
+            ``last_epoch + 1``. -1 begins with update 0. Groups without ``"initial_lr"`` take their present rate as the
+            initial one, where torch's schedulers raise.
 
     Attributes:
         curve: The :class:`~fused_tricks.warmup_cosine.WarmupCosine`, whose ``factor(t)`` is the schedule.
+
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is outside its range, or does not go with the others.
 
+    Warns:
+        UserWarning: ``warmup_steps`` equals ``total_steps``, so that no cosine follows the warm-up; or, once, a
+            :meth:`step` goes beyond update ``total_steps``, where one call after each update ends. With
+            ``count="applied"`` this is noticed where the optimizer counts on the CPU.
+
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), sections 3.1 (warm-up) and 5.1
     (cosine); restarts from "SGDR" (arXiv 1608.03983).
     """
+
+    _is_beyond_end = False
 
     def __init__(
         self,
@@ -103,6 +120,7 @@ class WarmupCosineLR(LRScheduler):
         peak_decay: float = 1.0,
         warmup_every_cycle: bool = False,
         count: str = "calls",
+        last_epoch: int = -1,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -111,11 +129,24 @@ class WarmupCosineLR(LRScheduler):
         )
         if count not in ("calls", "applied"):
             raise ValueError(f"count must be 'calls' or 'applied', got {count!r}")
+        first = integer("last_epoch", last_epoch, least=-1, most=LAST_UPDATE - 1) + 1
         self._resumes_at: int | None = None
         self._applied = AppliedUpdates(optimizer, self.curve) if count == "applied" else None
+        if self.curve.warmup_steps == self.curve.total_steps:
+            warn_user(
+                f"warmup_steps equals total_steps={self.curve.total_steps}: the warm-up takes all updates and no "
+                "cosine follows; total_steps counts the warm-up as well"
+            )
         _separate_default_rate(optimizer)
         super().__init__(optimizer)
+        if first > 0:
+            self._go_to(first)
+            self._write_rates()
         self._watch_groups()
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={shown(value)}" for name, value in self._arguments().items())
+        return f"{type(self).__name__}({arguments})"
 
     @property
     def last_epoch(self) -> int:
@@ -161,11 +192,27 @@ class WarmupCosineLR(LRScheduler):
             epoch: The update to go to instead of the next one, 0 for the first.
 
         Raises:
-            TypeError, ValueError: ``epoch`` is not an integer, or negative.
+            TypeError, ValueError: ``epoch`` is not an integer, negative, or beyond 64 bits.
+
+        Warns:
+            UserWarning: The next update is beyond ``total_steps``; once.
         """
         self._resumes_at = None
         self._update_lr(epoch)
         self._step_count += 1
+        total = self.curve.total_steps
+        if total is not None and not self._is_beyond_end and self._known_t() > total:
+            self._is_beyond_end = True
+            warn_user(
+                f"the schedule was stepped beyond total_steps={total}: further updates are made at its floor, "
+                f"min_ratio={self.curve.min_ratio}; total_steps counts all updates, those of the warm-up included"
+            )
+
+    def _known_t(self) -> int:
+        """``t`` where it is known without waiting for a device, else 0."""
+        if self._applied is None:
+            return self._calls
+        return self._applied.t if self._applied.is_on_host else 0
 
     def get_last_lr(self) -> list[float | Tensor]:
         """The learning rates that the last :meth:`step` set; with ``count="applied"``, those of the next update."""
@@ -174,7 +221,7 @@ class WarmupCosineLR(LRScheduler):
     # torch's SequentialLR enters a schedule here.
     def _update_lr(self, epoch: int | None = None) -> None:
         if epoch is not None:
-            self._go_to(integer("epoch", epoch, least=0))
+            self._go_to(integer("epoch", epoch, least=0, most=LAST_UPDATE))
         elif self._applied is None:
             self._calls += 1
         self._write_rates()
@@ -256,15 +303,17 @@ class WarmupCosineLR(LRScheduler):
             UserWarning: The state is of a schedule with other arguments.
 
         Raises:
-            KeyError, TypeError, ValueError: The state has no ``last_epoch``, or one that is no integer or below -1, or
-                an ``origin`` that is none.
+            KeyError, TypeError, ValueError: The state has no ``last_epoch``, or one that is not an integer or outside
+                ``[-1, 2**62]``, or such an ``origin``. Nothing is changed then.
         """
         if "last_epoch" not in state_dict:
             raise KeyError(
                 "state_dict has no 'last_epoch'; it must be what a schedule's state_dict() returned"
             )
-        last_epoch = integer("last_epoch", state_dict["last_epoch"], least=-1)
-        origin = integer("origin", state_dict["origin"]) if "origin" in state_dict else None
+        last_epoch = integer("last_epoch", state_dict["last_epoch"], least=-1, most=LAST_UPDATE)
+        origin = None
+        if "origin" in state_dict:
+            origin = integer("origin", state_dict["origin"], least=-LAST_UPDATE, most=LAST_UPDATE)
         different = [
             f"{name} was {state_dict[name]!r} and is {value!r}"
             for name, value in self._arguments().items()

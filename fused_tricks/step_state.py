@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# The layout of StepState in csrc/step_state.h, whose tail is private to the kernels.
+# The layout of StepState in csrc/step_state.h, whose fields from 36 to 52 are private to the kernels.
 _SIZE = 64
+_READ = struct.Struct("=fiifqqi16xi8x")
 
 
 def to_float32(value: float) -> float:
     """The FP32 number nearest to ``value``, ties to even; infinite where that overflows."""
     return ctypes.c_float(value).value
+
+
+class StepReading(NamedTuple):
+    """The fields of a :class:`StepState` as Python numbers, in the order of its layout."""
+
+    scale: float
+    growth_tracker: int
+    hysteresis_tracker: int
+    grad_norm: float
+    applied_steps: int
+    skipped_steps: int
+    skip: int
+    skipped_in_a_row: int
+
+    @classmethod
+    def of(cls, block: Tensor) -> StepReading:
+        """Reads a ``block``, which synchronises where it is on a GPU."""
+        return cls(*_READ.unpack(bytes(block.tolist())))
 
 
 class StepState:
@@ -33,6 +53,8 @@ class StepState:
         applied_steps: INT64, updates applied.
         skipped_steps: INT64, updates skipped.
         skip: INT32, 1 when the last step was skipped.
+        skipped_in_a_row: INT32, updates skipped since the last one that was applied.
+        scale_was_read: True once code outside the step has read the scale, by which it can multiply a loss.
         first_steps: For each momentum buffer that a GPU may not have written yet, because the host does not wait to
             hear whether its first step was skipped: a 0-dim INT64 tensor with the number of the update that first
             wrote it, -1 before.
@@ -51,6 +73,7 @@ class StepState:
         self.first_steps = WeakTensorKeyDictionary()
         self.unwritten = WeakTensorKeyDictionary()
         self.applied_before = WeakTensorKeyDictionary()
+        self.scale_was_read = False
         self._kept: list[object] = []
 
     def _view(self, block: Tensor) -> None:
@@ -62,6 +85,7 @@ class StepState:
         self.applied_steps = block[16:24].view(torch.int64)[0]
         self.skipped_steps = block[24:32].view(torch.int64)[0]
         self.skip = block[32:36].view(torch.int32)[0]
+        self.skipped_in_a_row = block[52:56].view(torch.int32)[0]
 
     def move_to(self, device: torch.device) -> None:
         """Continues on another device."""
@@ -72,18 +96,17 @@ class StepState:
         """Keeps objects and the present ``block`` alive for as long as this state: a captured CUDA graph uses them."""
         self._kept.append((self.block, *memory))
 
-    def read(self) -> tuple[float, int, int, float, int, int, bool]:
-        """Every field in order, in one copy to the host."""
-        scale, growth, hysteresis, norm, applied, skipped, skip = struct.unpack(
-            "=fiifqqi", bytes(self.block[:36].tolist())
-        )
-        return scale, growth, hysteresis, norm, applied, skipped, bool(skip)
+    def read(self) -> StepReading:
+        """Returns every field, in one copy to the host."""
+        return StepReading.of(self.block)
 
-    def __getstate__(self) -> tuple[Tensor, list[Tensor]]:
-        return self.block, list(self.unwritten)
+    def __getstate__(self) -> tuple[Tensor, list[Tensor], bool]:
+        return self.block, list(self.unwritten), self.scale_was_read
 
-    def __setstate__(self, state: tuple[Tensor, list[Tensor]]) -> None:
-        block, unwritten = state
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        # States pickled before scale_was_read was added have two items.
+        block, unwritten, *scale_was_read = state
         # A copied or unpickled block no longer shares memory with views that were copied beside it.
         self._start(block.clone())
         self.unwritten.update((buffer, True) for buffer in unwritten)
+        self.scale_was_read = any(scale_was_read)

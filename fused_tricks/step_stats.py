@@ -14,6 +14,8 @@ class StepStats(NamedTuple):
         skipped_steps: Updates skipped because a gradient was not finite.
         grad_norm: The unscaled L2 norm over all gradients of the last step; None without ``max_grad_norm``.
         last_step_skipped: Whether the last step was skipped.
+        skipped_in_a_row: Updates skipped since the last one that was applied; 0 in training that works. A resumed run
+            counts from 0.
     """
 
     scale: float | None
@@ -21,3 +23,4 @@ class StepStats(NamedTuple):
     skipped_steps: int
     grad_norm: float | None
     last_step_skipped: bool
+    skipped_in_a_row: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -186,3 +188,22 @@ def test_a_step_runs_on_the_device_of_its_parameters_whatever_is_current(gpu_bac
             optimizer.step()
         assert torch.cuda.current_device() == 0
     assert_all_same_bits(params, on_cpu(3, torch.float16, loss_scale="dynamic"))
+
+
+def test_steps_skipped_for_ever_are_warned_of_without_waiting_for_the_device(gpu_backend: str) -> None:
+    params = parameters(SHAPES, torch.float16, "cuda")
+    optimizer = FusedSGD(params, backend=gpu_backend, loss_scale=8.0, **OPTIONS)
+    set_gradients(params, [torch.full(shape, torch.nan) for shape in SHAPES])
+    loss = torch.ones((), device="cuda", requires_grad=True)
+    optimizer.scale(loss)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.warns(UserWarning, match="steps were skipped with the static loss scale of 8"):
+            for _ in range(5):
+                for _ in range(150):
+                    optimizer.step()
+                time.sleep(0.1)  # lets the device catch up
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.stats().skipped_in_a_row == 751

@@ -243,9 +243,9 @@ def test_hooks_run_around_a_skipped_step(backend, device):
 def test_statistics_tell_of_a_skipped_step(backend, device):
     optimizer = FusedSGD(parameters([(5,)], device=device), lr=0.1, loss_scale="dynamic", backend=backend)
     updated(optimizer, torch.full((5,), torch.nan))
-    assert optimizer.stats() == (32768.0, 0, 1, None, True)
+    assert optimizer.stats() == (32768.0, 0, 1, None, True, 1)
     updated(optimizer, torch.ones(5))
-    assert optimizer.stats() == (32768.0, 1, 1, None, False)
+    assert optimizer.stats() == (32768.0, 1, 1, None, False, 0)
 
 
 def test_after_an_overflow_in_the_first_step_the_next_is_the_first(backend, device):

@@ -152,7 +152,7 @@ def test_lengths_do_not_depend_on_the_precision_of_their_bounds(
 def test_ten_million_updates_in_cycles_of_one_length_are_no_work() -> None:
     curve = WarmupCosine(total_steps=None, warmup_steps=3, T_0=7)
     assert curve.factor(3 + 7 * 10**7) == 1.0
-    assert len(curve._cycles._starts) == 1
+    assert len(curve._cycles._runs) == 1
 
 
 @pytest.mark.parametrize("T_mult", [1, 2])
@@ -237,3 +237,55 @@ def test_a_warmup_longer_than_the_run_is_refused() -> None:
 def test_options_of_restarts_without_restarts_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(option))} is about restarts"):
         WarmupCosine(total_steps=10, **option)
+
+
+RANDOM_CURVES = range(40)
+
+
+@pytest.mark.parametrize("seed", RANDOM_CURVES)
+def test_a_table_of_factors_has_the_bits_of_single_ones(seed: int) -> None:
+    rng = random.Random(seed)
+    restarts = {
+        "T_0": rng.choice([1, 2, 7, 40]),
+        "T_mult": rng.choice([1.0, 1.5, 2.0, 1 + 10 ** rng.uniform(-16, 0)]),
+        "peak_decay": rng.random(),
+        "warmup_every_cycle": rng.random() < 0.5,
+    }
+    curve = WarmupCosine(
+        rng.choice([None, 900]) if seed % 2 else rng.randint(50, 1200),
+        warmup_steps=rng.randint(0, 50),
+        warmup_start=rng.random(),
+        min_ratio=rng.random() / 2,
+        **(restarts if seed % 2 else {}),
+    )
+    assert list(curve.factors(1000)) == [curve.factor(t) for t in range(1000)]
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+@pytest.mark.parametrize("T_mult", [1 + 1e-7, 1 + 1e-4, 1 + 2.0**-20])
+def test_cycles_that_hardly_grow_have_their_exact_lengths(T_mult: float, warmup_steps: int) -> None:
+    """Found from the number of the cycle, by a logarithm and exact comparisons around it."""
+    curve = WarmupCosine(None, warmup_steps=warmup_steps, T_0=2, T_mult=T_mult, warmup_every_cycle=True)
+    find = curve._cycles.find
+    for t in (10**6, 10**7, 10**9):
+        cycle, place, length = find(t)
+        assert -warmup_steps <= place < length
+        # 2 T_mult**cycle, between bounds of 400 bits.
+        bits = 400
+        power = base = 1 << bits
+        factor = int(Fraction(T_mult) * 2**bits)
+        base, exponent = factor, cycle
+        while exponent:
+            power = power * base >> bits if exponent & 1 else power
+            base, exponent = base * base >> bits, exponent >> 1
+        assert length == round(Fraction(2 * power, 1 << bits))
+
+
+def test_a_million_cycles_of_one_length_are_one_run() -> None:
+    curve = WarmupCosine(None, T_0=1, T_mult=1 + 1e-7)
+    assert curve.factor(10**6) == 1.0
+    assert len(curve._cycles._runs) == 1
+
+
+def test_no_number_of_an_update_is_too_large() -> None:
+    assert WarmupCosine(None, T_0=3, peak_decay=0.5, min_ratio=0.25).factor(10**400) == 0.25

@@ -88,11 +88,12 @@ class ReferenceStepper:
         state = self._step_state
         state.skip.fill_(found)
         (state.skipped_steps if found else state.applied_steps).add_(1)
+        state.skipped_in_a_row.fill_(min(state.read().skipped_in_a_row + 1, 2**31 - 1) if found else 0)
         if request.scale_rule is None:
             return
-        scale, growth_tracker, hysteresis_tracker, *_ = state.read()
+        now = state.read()
         scale, growth_tracker, hysteresis_tracker = _advance_scale(
-            scale, growth_tracker, hysteresis_tracker, found, request.scale_rule
+            now.scale, now.growth_tracker, now.hysteresis_tracker, found, request.scale_rule
         )
         state.scale.fill_(scale)
         state.growth_tracker.fill_(growth_tracker)

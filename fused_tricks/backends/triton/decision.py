@@ -82,6 +82,8 @@ def record_decision(state, found, inverse_scale, clip):
     tl.store(field(state, 32, tl.int32), tl.where(found != 0, 1, 0))
     tl.store(field(state, 36, tl.float32), inverse_scale)
     tl.store(field(state, 40, tl.float32), clip)
+    skipped_in_a_row = tl.minimum(tl.load(field(state, 52, tl.int32)), 2**31 - 2) + 1
+    tl.store(field(state, 52, tl.int32), tl.where(found != 0, skipped_in_a_row, 0))
 
 
 @triton.jit

@@ -1,0 +1,38 @@
+"""The FP32 masters that an optimizer works on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import LOW_PRECISION, MASTER_PARAM, Plan, adopt_foreign_values
+from .sharding import local_part
+
+
+def masters_in_use(
+    groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], plan: Plan | None
+) -> dict[Tensor, Tensor | None]:
+    """Returns for each parameter the master whose memory a step works on, and a captured graph goes on to; or None.
+
+    Args:
+        groups: The optimizer's groups.
+        state: The optimizer's state.
+        plan: The plan of its last step. Masters that a GPU may not have written yet are in it alone.
+    """
+    unpublished = {entry.param: entry.own_state().get(MASTER_PARAM) for entry in plan.new} if plan else {}
+    params = [param for group in groups for param in group["params"]]
+    return {param: state.get(param, {}).get(MASTER_PARAM, unpublished.get(param)) for param in params}
+
+
+@torch.no_grad()
+def refresh_masters(masters: dict[Tensor, Tensor | None]) -> None:
+    """Writes every low-precision parameter into its master, but for elements that are the master's rounding.
+
+    Args:
+        masters: As :func:`masters_in_use` returns them.
+    """
+    for param, master in masters.items():
+        if master is not None and param.dtype in LOW_PRECISION and master.shape == param.shape:
+            adopt_foreign_values(local_part(master), local_part(param))

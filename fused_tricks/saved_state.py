@@ -1,0 +1,122 @@
+"""The part of the optimizer that saves and restores it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from copy import copy
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .agreement import SharedGroup
+from .backends import Stepper
+from .checkpoint import (
+    SCALE_KEYS,
+    finish_state_dict,
+    import_groups,
+    import_state,
+    note_unwritten,
+    progress_of,
+    restore_progress,
+)
+from .diagnostics import StepDiagnostics
+from .loss_scale import DynamicLossScale
+from .plan import Plan
+from .step_state import StepState
+
+
+class SavedState(Optimizer):
+    """State dicts, copies and pickles of :class:`~fused_tricks.FusedSGD`, which sets the attributes."""
+
+    _loss_scale: float | DynamicLossScale | None
+    _max_grad_norm: float | None
+    _partition: SharedGroup
+    _step_state: StepState
+    _diagnostics: StepDiagnostics
+    _backend: str
+    _backend_in_use: str | None
+    _stepper: Stepper | None
+    _plan: Plan | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in the format of ``torch.optim.SGD``, which can load it.
+
+        ``state`` has ``momentum_buffer`` where there is momentum and ``master_param`` beside FP16 and BF16
+        parameters, both FP32 (FP64 beside FP64 parameters), once the parameter was updated. Each group also carries
+        ``applied_steps``, ``skipped_steps`` and, with a loss scale, ``loss_scale``, ``growth_tracker`` and
+        ``hysteresis_tracker``: there they survive tools that keep only ``state`` and ``param_groups``.
+        ``optimizer.param_groups`` does not have them. Synchronises.
+        """
+        self._drop_progress()
+        progress = progress_of(self._step_state, with_scale=self._loss_scale is not None)
+
+        def finish(optimizer: Optimizer, packed: dict[str, Any]) -> None:
+            finish_state_dict(packed, self.param_groups, self._step_state, progress)
+
+        hooks = self._optimizer_state_dict_post_hooks
+        # Before those of others, which may put anything in its place.
+        self._optimizer_state_dict_post_hooks = OrderedDict({-1: finish, **hooks})
+        try:
+            return super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+
+    def _note_progress(self) -> None:
+        progress = progress_of(self._step_state, with_scale=self._loss_scale is not None)
+        for group in self.param_groups:
+            group.update(progress)
+
+    def _drop_progress(self) -> None:
+        """Removes what the next step would make untrue."""
+        for group in self.param_groups:
+            for key in SCALE_KEYS:
+                group.pop(key, None)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class or of ``torch.optim.SGD``.
+
+        FP32 state stays FP32 beside an FP16 parameter, where ``torch.optim.Optimizer`` would cast it. Tensors are
+        copied. Options that the state lacks, and the scale where it has none, keep their values. So does a static
+        ``loss_scale``: only a :class:`DynamicLossScale` takes over a saved scale, within its floor and ceiling.
+
+        Raises:
+            KeyError, TypeError, ValueError: The state does not fit the optimizer. Nothing is changed then.
+        """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replacement = pre_hook(self, state_dict)
+            if replacement is not None:
+                state_dict = replacement
+        groups, progress = import_groups(state_dict, self.param_groups, self.defaults)
+        state = import_state(state_dict["state"], state_dict["param_groups"], self.param_groups)
+        restore_progress(progress, self._step_state, self._loss_scale)
+        self.__setstate__({"state": state, "param_groups": groups})
+        note_unwritten(state, self._step_state, progress)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_max_grad_norm": self._max_grad_norm,
+            "_backend": self._backend,
+            "_partition": self._partition,
+            "_loss_scale": self._loss_scale,
+            "_step_state": self._step_state,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stepper = self._plan = None
+        if "_step_state" in state:
+            # A shallow copy shares parameters and state with the original, but takes steps of its own.
+            self._step_state = copy(self._step_state)
+            if isinstance(self._loss_scale, DynamicLossScale) and not self._loss_scale.is_free_for(self):
+                self._loss_scale = copy(self._loss_scale)
+        if isinstance(self._loss_scale, DynamicLossScale):
+            self._step_state = self._loss_scale.bind(self)
+        if "_step_state" in state:
+            self._backend_in_use = None
+            self._diagnostics = StepDiagnostics(self._loss_scale, self._step_state)
