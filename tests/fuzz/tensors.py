@@ -1,0 +1,93 @@
+"""Parameters and gradients of the fuzzer, made from short descriptions, so that a history can be printed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
+SHAPES = ((), (0,), (1,), (3,), (17,), (65,), (5, 7), (4, 3, 2), (2, 3, 3, 3), (300,), (33, 41))
+LAYOUTS = ("dense", "transposed", "channels_last", "gaps", "view")
+GRADIENTS = ("dense", "fp32", "other strides", "gaps", "zero", "none", "infinite", "nan", "negated view")
+ROUTES = ("no_grad", "new data", "data in place", "numpy", "load")
+
+
+class Described(NamedTuple):
+    """A parameter: its dtype, shape and layout by name, and the seed of its values."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    layout: str = "dense"
+    seed: int = 0
+
+
+def values(shape: tuple[int, ...], seed: int, exact: bool = False) -> Tensor:
+    """FP64 values over four decades; ``exact``: small multiples of 1/8, whose squares add up without rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    if exact:
+        return torch.randint(-8, 9, shape, generator=generator).double() / 8
+    normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return normal * 10 ** (4 * torch.rand(shape, generator=generator, dtype=torch.float64) - 3)
+
+
+def laid_out(dense: Tensor, layout: str) -> Tensor:
+    """The same values with other strides, where the shape allows it."""
+    if layout == "transposed" and dense.dim() >= 2:
+        return dense.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "channels_last" and dense.dim() == 4:
+        return dense.contiguous(memory_format=torch.channels_last)
+    if layout == "gaps" and dense.dim() >= 1:
+        return torch.stack([dense, dense + 1], dim=-1)[..., 0]
+    if layout == "view":
+        return torch.cat([dense.new_ones(3), dense.flatten()])[3:].view(dense.shape)
+    return dense
+
+
+def parameter(described: Described) -> Parameter:
+    """Makes a parameter."""
+    dense = values(described.shape, described.seed).to(DTYPES[described.dtype])
+    return Parameter(laid_out(dense, described.layout))
+
+
+def gradient(param: Tensor, kind: str, seed: int, exact: bool) -> Tensor | None:
+    """Makes a gradient of one of the `GRADIENTS` for a parameter, or None where it has none."""
+    if kind == "none":
+        return None
+    dense = values(tuple(param.shape), seed, exact)
+    if kind == "zero":
+        dense = dense * 0
+    if kind in ("infinite", "nan") and dense.numel():
+        dense.view(-1)[seed % dense.numel()] = math.nan if kind == "nan" else math.inf * (-1) ** seed
+    low = param.dtype in (torch.float16, torch.bfloat16)
+    grad = dense.to(torch.float32 if kind == "fp32" and low else param.dtype)
+    if kind == "other strides":
+        return laid_out(grad, "transposed" if param.dim() != 4 else "channels_last")
+    if kind == "gaps":
+        return laid_out(grad, "gaps")
+    if kind == "negated view":
+        return torch._neg_view(-grad)
+    # As autograd gives it: with the parameter's strides where those are dense.
+    return torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)
+
+
+def write(param: Parameter, route: str, seed: int) -> None:
+    """Writes new values to a parameter, as user code may do it."""
+    new = values(tuple(param.shape), seed).to(param.dtype)
+    if route == "new data":
+        param.data = new
+    elif route == "data in place":
+        param.data.copy_(new)
+    elif route == "numpy" and param.dtype != torch.bfloat16:
+        array: Any = param.detach().numpy()
+        array[...] = new.numpy()
+    elif route == "load":
+        module = torch.nn.Module()
+        module.weight = param
+        module.load_state_dict({"weight": new})
+    else:
+        with torch.no_grad():
+            param.copy_(new)

@@ -1,0 +1,261 @@
+"""Several optimizers that live through one history, and what must be equal between them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from comparison import assert_same_bits, bits
+from fused_tricks import DynamicLossScale, FusedSGD, WarmupCosineLR
+
+from .tensors import DTYPES, Described, gradient, laid_out, parameter, write
+
+# Routes that go unnoticed until the masters are refreshed.
+UNNOTICED = ("data in place", "numpy")
+
+
+class Life:
+    """One optimizer with its parameters.
+
+    Attributes:
+        name: A backend, or ``"torch"`` for ``torch.optim.SGD(foreach=False)``.
+        params: Its parameters, in the order in which the world made them.
+        optimizer: The optimizer.
+        schedule: Its schedule, or None.
+        scaler: Its ``GradScaler``, or None.
+    """
+
+    def __init__(self, name: str, groups: list[dict[str, Any]], options: dict[str, Any]) -> None:
+        self.name = name
+        self.params: list[Parameter] = []
+        self.options = options
+        made = [self.group(group) for group in groups]
+        self.optimizer = self.optimizer_over(made)
+        self.schedule: WarmupCosineLR | None = None
+        self.scaler: torch.amp.GradScaler | None = None
+
+    def group(self, described: dict[str, Any]) -> dict[str, Any]:
+        """Makes a group's parameters."""
+        params = [parameter(each) for each in described["params"]]
+        self.params += params
+        options = {name: value for name, value in described.items() if name not in ("params", "bias_decay")}
+        if self.name != "torch":
+            options["bias_decay"] = described.get("bias_decay", True)
+        return options | {"params": params}
+
+    def optimizer_over(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Makes an optimizer with the world's options."""
+        if self.name == "torch":
+            return torch.optim.SGD(groups, lr=0.1, foreach=False)
+        options = dict(self.options)
+        if isinstance(options.get("loss_scale"), dict):
+            options["loss_scale"] = DynamicLossScale(**options["loss_scale"])
+        return FusedSGD(groups, lr=0.1, backend=self.name, **options)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and state by name."""
+        found = {}
+        for index, param in enumerate(self.params):
+            found[f"parameter {index}"] = param.detach()
+            for key, value in self.optimizer.state.get(param, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"{key} {index}"] = value
+        return found
+
+
+class World:
+    """Does everything that happens to each optimizer, and compares them.
+
+    Args:
+        backends: The backends that take part beside the reference.
+        groups: Dicts with ``params``, a list of `Described`, and options.
+        **options: Of the optimizers: ``loss_scale`` (a dict is a `DynamicLossScale`'s arguments), ``max_grad_norm``.
+    """
+
+    def __init__(self, backends: tuple[str, ...], groups: list[dict[str, Any]], **options: Any) -> None:
+        groups = [group | {"params": [Described(*each) for each in group["params"]]} for group in groups]
+        self.options = options
+        names = ["reference", *backends]
+        if not options and _is_torchs(groups):
+            names.append("torch")
+        self.lives = [Life(name, copy.deepcopy(groups), options) for name in names]
+
+    @property
+    def is_exact(self) -> bool:
+        """True where gradients have norms that every order of summation gives."""
+        return self.lives[0].options.get("max_grad_norm") is not None
+
+    def step(self, kinds: list[str], seed: int) -> None:
+        """Sets gradients, takes a step, and compares."""
+        for life in self.lives:
+            for index, param in enumerate(life.params):
+                kind = kinds[index % len(kinds)]
+                grad = None
+                if param.requires_grad:
+                    grad = gradient(param, kind, seed + index, self.is_exact)
+                param.grad = None
+                if grad is not None:
+                    param.grad_dtype = grad.dtype
+                param.grad = grad
+            before = [None if p.grad is None else bits(p.grad).clone() for p in life.params]
+            if life.scaler is None:
+                life.optimizer.step()
+            elif any(param.grad is not None for param in life.params):
+                life.scaler.scale(torch.ones(()))
+                life.scaler.step(life.optimizer)
+                life.scaler.update()
+            if life.schedule is not None:
+                life.schedule.step()
+            for param, was in zip(life.params, before, strict=True):
+                if was is not None and life.scaler is None:
+                    assert torch.equal(bits(param.grad), was), f"{life.name} wrote to a gradient"
+        self.check()
+
+    def refused_step(self, seed: int) -> None:
+        """A step with a gradient that no backend takes: refused, and nothing is changed."""
+        for life in self.lives:
+            if life.name == "torch" or not life.params or not life.params[-1].requires_grad:
+                continue
+            for index, param in enumerate(life.params):
+                param.grad = None
+                if param.requires_grad:
+                    param.grad_dtype = param.dtype
+                    param.grad = gradient(param, "dense", seed + index, self.is_exact)
+            last = life.params[-1]
+            last.grad = None
+            last.grad_dtype = None
+            last.grad = torch.zeros(last.shape).to_sparse()
+            before = {name: bits(tensor).clone() for name, tensor in life.tensors().items()}
+            stats = life.optimizer.stats()
+            try:
+                life.optimizer.step()
+            except RuntimeError:
+                pass
+            else:
+                raise AssertionError(f"{life.name} took a sparse gradient")
+            after = {name: bits(tensor) for name, tensor in life.tensors().items()}
+            assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), life.name
+            assert life.optimizer.stats() == stats, life.name
+            last.grad = None
+            last.grad_dtype = last.dtype
+        self.check()
+
+    def add_group(self, group: dict[str, Any]) -> None:
+        """Adds parameters."""
+        group = group | {"params": [Described(*each) for each in group["params"]]}
+        if not _is_torchs([group]):
+            self.lives = [life for life in self.lives if life.name != "torch"]
+        for life in self.lives:
+            life.optimizer.add_param_group(life.group(copy.deepcopy(group)))
+
+    def set_option(self, group: int, name: str, value: Any) -> None:
+        """Sets an option of a group."""
+        for life in self.lives:
+            groups = life.optimizer.param_groups
+            if not (name == "bias_decay" and life.name == "torch"):
+                groups[group % len(groups)][name] = value
+        if name == "bias_decay" and not value:
+            self.lives = [life for life in self.lives if life.name != "torch"]
+
+    def clip(self, max_grad_norm: float | None) -> None:
+        """Sets `max_grad_norm`; torch.optim.SGD has no part in what follows."""
+        self.lives = [life for life in self.lives if life.name != "torch"]
+        for life in self.lives:
+            life.options = life.options | {"max_grad_norm": max_grad_norm}
+            life.optimizer.max_grad_norm = max_grad_norm
+
+    def write(self, index: int, route: str, seed: int) -> None:
+        """Writes to a parameter."""
+        for life in self.lives:
+            if life.params:
+                write(life.params[index % len(life.params)], route, seed)
+            if route in UNNOTICED and life.name != "torch":
+                life.optimizer.refresh_masters()
+
+    def change_dtype(self, index: int, dtype: str) -> None:
+        """Gives a parameter another dtype; torch.optim.SGD, whose buffers stay as they are, has no part in the rest."""
+        self.lives = [life for life in self.lives if life.name != "torch"]
+        for life in self.lives:
+            if life.params:
+                param = life.params[index % len(life.params)]
+                param.grad = None
+                param.grad_dtype = None
+                param.data = param.data.to(DTYPES[dtype])
+
+    def change_layout(self, index: int, layout: str) -> None:
+        """Gives a parameter other strides."""
+        for life in self.lives:
+            if life.params:
+                param = life.params[index % len(life.params)]
+                param.grad = None
+                param.data = laid_out(param.data.contiguous(), layout)
+
+    def freeze(self, index: int) -> None:
+        """Freezes a parameter, or thaws it."""
+        for life in self.lives:
+            if life.params:
+                param = life.params[index % len(life.params)]
+                param.requires_grad_(not param.requires_grad)
+
+    def reload(self, route: str) -> None:
+        """Continues with an optimizer that was made anew from what the present one saved."""
+        for life in self.lives:
+            if life.schedule is not None or life.scaler is not None:
+                return
+            if route in ("copy", "pickle"):
+                both = (life.params, life.optimizer)
+                life.params, life.optimizer = (
+                    copy.deepcopy(both) if route == "copy" else pickle.loads(pickle.dumps(both))
+                )
+                continue
+            file = io.BytesIO()
+            torch.save(life.optimizer.state_dict(), file)
+            file.seek(0)
+            groups = [
+                {name: value for name, value in group.items() if name not in ("applied_steps", "loss_scale")}
+                for group in life.optimizer.param_groups
+            ]
+            life.optimizer = life.optimizer_over(groups)
+            life.optimizer.load_state_dict(torch.load(file))
+        self.check()
+
+    def follow_schedule(self, count: str) -> None:
+        """Attaches a schedule."""
+        if count == "applied":
+            self.lives = [life for life in self.lives if life.name != "torch"]
+        for life in self.lives:
+            if life.schedule is None and life.params:
+                life.schedule = WarmupCosineLR(life.optimizer, total_steps=9, warmup_steps=2, count=count)
+
+    def use_scaler(self) -> None:
+        """Steps through a GradScaler from now on, where the optimizers do not scale themselves."""
+        for life in self.lives:
+            if self.options.get("loss_scale") is None and life.scaler is None:
+                life.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
+
+    def check(self) -> None:
+        """Every optimizer equals the reference, bit for bit."""
+        expected, *others = self.lives
+        for life in others:
+            found = life.tensors()
+            for name, tensor in expected.tensors().items():
+                if life.name == "torch" and name not in found:
+                    assert name.startswith("master"), f"torch has no {name}"
+                    continue
+                assert_same_bits(found[name], tensor, f"{life.name}: {name}")
+            if life.name != "torch":
+                # By text, in which NaN equals NaN.
+                found_stats, expected_stats = repr(life.optimizer.stats()), repr(expected.optimizer.stats())
+                assert found_stats == expected_stats, f"{life.name}: {found_stats}, expected {expected_stats}"
+
+
+def _is_torchs(groups: list[dict[str, Any]]) -> bool:
+    """True where torch.optim.SGD does the same."""
+    dtypes = {each.dtype for group in groups for each in group["params"]}
+    return dtypes <= {"f32", "f64"} and all(group.get("bias_decay", True) for group in groups)
