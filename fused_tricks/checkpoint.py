@@ -232,7 +232,12 @@ def _import_value(name: str, param: Tensor, key: str, value: Any) -> Any:
     if key == MASTER_PARAM and param.dtype not in LOW_PRECISION:
         return None
     if key not in (MASTER_PARAM, MOMENTUM_BUFFER):
-        return value.to(param.device, copy=True) if isinstance(value, Tensor) else value
+        try:
+            return value.to(param.device, copy=True) if isinstance(value, Tensor) else value
+        except (RuntimeError, NotImplementedError) as error:
+            raise ValueError(
+                f"loaded state dict has a {key} for {name} that cannot be copied: {error}"
+            ) from error
     # torch.distributed.checkpoint puts {} for state that is not in its file.
     if value is None or (isinstance(value, dict) and not value):
         return None
@@ -240,9 +245,9 @@ def _import_value(name: str, param: Tensor, key: str, value: Any) -> Any:
         raise TypeError(
             f"loaded state dict has a {key} of type {type(value).__name__} for {name}, not a tensor"
         )
-    if value.shape != param.shape:
+    if value.is_nested or value.shape != param.shape:
         raise ValueError(
-            f"loaded state dict has a {key} of shape {tuple(value.shape)} for {name} of shape {tuple(param.shape)}"
+            f"loaded state dict has a {key} of shape {_shape(value)} for {name} of shape {tuple(param.shape)}"
         )
     if not value.dtype.is_floating_point or value.layout != torch.strided:
         raise ValueError(
@@ -254,3 +259,7 @@ def _import_value(name: str, param: Tensor, key: str, value: Any) -> Any:
     local = local_part(placed_like(value, param))
     imported = torch.empty_like(local_part(param), dtype=state_dtype(param), requires_grad=False).copy_(local)
     return distributed_like(imported, param)
+
+
+def _shape(value: Tensor) -> str:
+    return "a nested tensor" if value.is_nested else str(tuple(value.shape))

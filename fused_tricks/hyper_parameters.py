@@ -61,12 +61,19 @@ def check_numbers(group: dict[str, Any]) -> None:
         if not math.isfinite(as_double(value)) or (value < 0 and name != "dampening"):
             raise ValueError(message.format(shown(value)) + _unfit(name, value))
     for name in _FLAGS:
-        if group[name] not in (False, True):
-            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
-    if group.get("differentiable"):
+        value = group[name]
+        if _is_array(value) or value not in (False, True):
+            raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    differentiable = group.get("differentiable")
+    if _is_array(differentiable) or differentiable:
         raise ValueError(
             "differentiable=True is not supported; use torch.optim.SGD to differentiate through steps"
         )
+
+
+def _is_array(value: Any) -> bool:
+    """True for what has no truth value of its own."""
+    return isinstance(value, Tensor) or getattr(value, "ndim", 0) > 0
 
 
 def _unfit(name: str, value: Any) -> str:

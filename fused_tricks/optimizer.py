@@ -49,7 +49,7 @@ class FusedSGD(SavedState):
 
     Mistakes that raise no error are warned of, once for each optimizer: a loss scale although :meth:`scale` is never
     called; FP16 gradients with neither a loss scale nor a ``GradScaler``, where ``loss_scale=1.0`` states that none is
-    wanted; and 25 skipped steps in a row which a lower loss scale will not end.
+    wanted; and 25 skipped steps in a row with a static loss scale or with a dynamic one at its floor.
 
     Args:
         params: Tensors, ``(name, tensor)`` pairs as of ``named_parameters()``, or dicts that define groups.

@@ -105,6 +105,13 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str
     "names that are none": (put_names([1, 2]), ValueError, "group 0 .*param_names"),
     "one text for names": (put_names("ab"), ValueError, "group 0 .*param_names"),
     "initial_lr": (put("initial_lr", "fast"), TypeError, "initial_lr"),
+    "tensor as a flag": (put("nesterov", torch.ones(2)), TypeError, "nesterov must be True or False"),
+    "tensor as differentiable": (put("differentiable", torch.ones(2)), ValueError, "differentiable"),
+    "other state without values": (
+        lambda c: c["state"][1].update(note=torch.ones(2, device="meta")),
+        ValueError,
+        "a note for parameter 'conv'",
+    ),
     "huge lr": (put("lr", 10**400), ValueError, "lr must fit a double"),
     "params": (put("params", 3), ValueError, "match the size"),
     "group": (
