@@ -52,4 +52,6 @@ def test_the_table_in_the_repository_is_that_of_the_build(compiled) -> None:
     if f"nvcc {cuda['version']}\n" not in table:
         pytest.skip(f"the table was made by another nvcc than this one ({cuda['version']})")
     rows = set(cuda_resources.as_markdown(compiled, cuda["version"]).splitlines())
-    assert rows <= set(table.splitlines()), "run python -m benchmarks.cuda_resources --output benchmarks/results"
+    assert rows <= set(table.splitlines()), (
+        "run python -m benchmarks.cuda_resources --output benchmarks/results"
+    )

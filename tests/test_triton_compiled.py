@@ -71,4 +71,6 @@ def test_the_table_in_the_repository_is_that_of_this_triton(compiled) -> None:
     if f"triton {version}\n" not in text:
         pytest.skip(f"the table was made by another triton than this one ({version})")
     rows = set(triton_resources.as_markdown(found).splitlines())
-    assert rows <= set(text.splitlines()), "run python -m benchmarks.triton_resources --output benchmarks/results"
+    assert rows <= set(text.splitlines()), (
+        "run python -m benchmarks.triton_resources --output benchmarks/results"
+    )
