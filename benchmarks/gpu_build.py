@@ -27,19 +27,18 @@ SETUPTOOLS = 77
 
 
 def is_built(architecture: str | None) -> bool:
-    """True if the tree has an extension that no source is newer than, with kernels for the architecture.
+    """True if the tree has an extension with kernels for the architecture that no source is newer than.
 
     Args:
-        architecture: as ``9.0``; None asks for no kernels.
+        architecture: as ``9.0``; None asks for an extension of any age, without kernels.
     """
-    if not MODULE.exists() or not INFO.exists():
-        return False
+    if architecture is None or not MODULE.exists() or not INFO.exists():
+        return MODULE.exists() and architecture is None
     newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
     if newest > MODULE.stat().st_mtime:
         return False
     cuda = json.loads(INFO.read_text(encoding="utf-8")).get("cuda")
-    known = [each.removesuffix("+PTX") for each in cuda["architectures"]] if cuda else []
-    return architecture is None or architecture in known
+    return cuda is not None and architecture in [each.removesuffix("+PTX") for each in cuda["architectures"]]
 
 
 def build(architecture: str, folder: Path) -> int:
@@ -103,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(arguments)
     if is_built(options.architecture):
-        print(f"{MODULE.name} is built and no older than its sources")
+        print(f"{MODULE.name} is built already")
         return 0
     if options.architecture is None:
         print("the extension is not built, and there is no GPU to build it for: make build")

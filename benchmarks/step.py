@@ -290,7 +290,7 @@ def summarise(options: argparse.Namespace, arguments: Sequence[str], found: Meas
                 step, found.moved, host, promised=device.type == "cpu" and options.parameters == "resnet50"
             )
         ]
-        if options.budgets
+        if options.budgets and OURS in step
         else [],
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,11 +203,12 @@ def measure(
     )
 
 
-def sweeps(options: argparse.Namespace) -> tuple[dict[str, list[Point]], dict[str, str]]:
+def sweeps(options: argparse.Namespace) -> Iterator[tuple[dict[str, list[Point]], dict[str, str]]]:
     """Measures the sets of each kind: networks, growing numbers of tensors, growing numbers of elements.
 
-    Returns:
-        A point for each set, by kind; and by name of the set, why the others were not measured.
+    Yields:
+        After each set what there is by then: a point for each set, by kind; and by name of the set, why the others were
+        not measured.
     """
     device = options.device
     gpu.use(device)
@@ -231,8 +232,8 @@ def sweeps(options: argparse.Namespace) -> tuple[dict[str, list[Point]], dict[st
             else:
                 points[kind].append(point)
             shown.update()
+            yield points, skipped
     shown.close()
-    return points, skipped
 
 
 def summarise(
@@ -409,7 +410,12 @@ def _draw(panel: Axes, kind: str, points: list[dict[str, Any]]) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Measures, and writes step_sizes.json, step_sizes.md and step_sizes.png."""
     options = parse(arguments)
-    result = summarise(options, arguments, *sweeps(options))
+    result: dict[str, Any] = {}
+    for points, skipped in sweeps(options):
+        # Saved as it comes, for a run that is stopped.
+        result = summarise(options, arguments, points, skipped)
+        report.write_json(options.output / "step_sizes.json", result)
+        (options.output / "step_sizes.md").write_text(markdown(result), encoding="utf-8")
     report.write(options.output, result, markdown(result), picture if _drawn(result) else None)
 
 

@@ -115,6 +115,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     options.backends, _ = backend_choice.choose(parser, options.backend, options.device)
     if options.graph and not gpu.is_gpu(options.device):
         parser.error("--graph: CUDA graphs need a GPU")
+    if options.graph and options.compile:
+        parser.error("--graph and --compile: take one, as a compiled model may replay graphs of its own")
     try:
         images = data.load(options.dataset, options.data, options.image_size)
     except (ValueError, OSError) as error:

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import machine, report
+from benchmarks import machine, progress, report
 from benchmarks.cuda_resources import USAGE, cuobjdump
 from benchmarks.report import RESULTS, machine_note, table
 from fused_tricks.backends.triton import IS_INTERPRETED
@@ -83,10 +83,10 @@ def kernels() -> list[Kernel]:
     tool = cuobjdump()
     if tool is None:
         raise SystemExit("there is no cuobjdump to read cubins with")
+    targets = [(architecture, *found) for architecture in ARCHITECTURES for found in sources()]
     return [
         inspect(tool, architecture, name, source)
-        for architecture in ARCHITECTURES
-        for name, source in sources()
+        for architecture, name, source in progress.bar(targets, desc="kernels")
     ]
 
 

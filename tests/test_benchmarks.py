@@ -255,7 +255,7 @@ def test_step_sizes_draws_each_sweep_that_has_a_point_and_no_other(
 
 def test_step_sizes_of_networks_only_has_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        step_sizes, "sweeps", lambda options: ({"models": [], "tensors": [], "elements": []}, {})
+        step_sizes, "sweeps", lambda options: [({"models": [], "tensors": [], "elements": []}, {})]
     )
     step_sizes.main([*QUICK, "--output", str(tmp_path)])
     assert "png" not in (tmp_path / "step_sizes.md").read_text(encoding="utf-8")

@@ -186,7 +186,10 @@ def test_a_captured_training_follows_its_learning_rate(
     FakeCuda(monkeypatch)
     trainer = trained(OURS + GRAPH, batch)
     before = trainer.model.weight.clone()
+    # A graph reads the tensor that was there when it was captured.
+    (rate,) = (group["lr"] for group in trainer.optimizer.param_groups)
     train_contestants.set_lr(trainer.optimizer, 0.0)
+    assert trainer.optimizer.param_groups[0]["lr"] is rate
     trainer.forward(*batch)
     assert torch.equal(trainer.model.weight, before)
     train_contestants.set_lr(trainer.optimizer, 1.0)

@@ -61,15 +61,17 @@ class Life:
     def tensors(self) -> dict[str, Tensor]:
         """Parameters by name, and the state of those with a gradient.
 
-        State of the others is fitted to a parameter of another dtype, or to one that was written to, when it is used.
+        State of the others is fitted to a parameter of another dtype, or to one that was written to, when it is used;
+        so is a master by an update, if not by a skipped step.
         """
         found = {}
+        skipped = self.name != "torch" and self.optimizer.stats().last_step_skipped
         for index, param in enumerate(self.params):
             found[f"parameter {index}"] = param.detach()
             if param.grad is None:
                 continue
             for key, value in self.optimizer.state.get(param, {}).items():
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and not (skipped and key == "master_param"):
                     found[f"{key} {index}"] = value
         return found
 
