@@ -153,6 +153,9 @@ class World:
             assert repr(life.optimizer.stats()) == stats, life.name
             last.grad = None
             last.grad_dtype = last.dtype
+        for life in self.lives:
+            for param in life.params:
+                param.grad = None
         self.check()
 
     def add_group(self, group: dict[str, Any]) -> None:
