@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
+from .parameters import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
 from .sharding import distributed_like, local_part, placed_like
 
 # Written into every group of a state dict; not options of a group.

@@ -11,7 +11,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
 from .optimizer import FusedSGD
-from .plan import LOW_PRECISION, MASTER_PARAM, adopt_foreign_values
+from .parameters import LOW_PRECISION, MASTER_PARAM
+from .plan import adopt_foreign_values
 from .sharding import is_distributed, local_part, placed_like
 
 

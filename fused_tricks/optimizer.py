@@ -9,25 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _profiler_enabled
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .agreement import SharedGroup, find_agreement
 from .applied_rate import write_rates_as_numbers
-from .backends import Stepper, check_backend, stepper_class
+from .backends import BACKENDS, Stepper, check_backend, stepper_class
 from .backends.request import Outcome, StepRequest
 from .checkpoint import COUNTERS, SCALE_KEYS, import_state, is_asked_for_state
 from .hyper_parameters import check_group, check_max_grad_norm, check_numbers
 from .loss_scale import DynamicLossScale, check_count, parse_loss_scale
-from .plan import MOMENTUM_BUFFER, Plan, build_plan, named_parameters
+from .parameters import MOMENTUM_BUFFER, named_parameters
+from .plan import Plan, build_plan
 from .sharding import check_flattened, local_part
+from .shared_memory import device_of
+from .step_hooks import is_observed, runs_hooks, with_hooks
+from .step_lock import StepLock, one_at_a_time
 from .step_state import StepState
 from .step_stats import StepStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+# Plans that a step makes before it gives up.
+_ATTEMPTS = 10
 
 
 class FusedSGD(Optimizer):
@@ -109,6 +115,7 @@ class FusedSGD(Optimizer):
         self._backend = backend
         self._stepper: Stepper | None = None
         self._plan: Plan | None = None
+        self._lock = StepLock()
         super().__init__(
             params,
             {
@@ -128,10 +135,8 @@ class FusedSGD(Optimizer):
             self._step_state = loss_scale.bind(self)
         else:
             self._step_state = StepState(scale=1.0 if loss_scale is None else loss_scale)
-        for group in self.param_groups:
-            if group["params"]:
-                self._step_state.move_to(group["params"][0].device)
-                break
+        params = [param for group in self.param_groups for param in group["params"]]
+        self._step_state.move_to(device_of(params, self._step_state.block.device))
 
     @property
     def loss_scale(self) -> float | DynamicLossScale | None:
@@ -185,7 +190,7 @@ class FusedSGD(Optimizer):
                 or a parameter or gradient that cannot be updated; the message names it. Nothing is changed then.
         """
         try:
-            if self._is_observed():
+            if is_observed(self) and runs_hooks(FusedSGD.step, self):
                 return self._observed_step() if closure is None else self._observed_step(closure)
             return self._step(closure)
         except BaseException:
@@ -197,24 +202,19 @@ class FusedSGD(Optimizer):
     # The base class would wrap every step in a profiler range, at several times the cost of the step itself.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _is_observed(self) -> bool:
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or _profiler_enabled()
-        )
+    # torch wraps the step of a class that overrides it in this.
+    profile_hook_step = staticmethod(with_hooks)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         request = self._request()
         loss = None
         if closure is not None:
             loss = self._evaluate(closure, request)
-        if not self.__dict__["state"] and is_asked_for_state():
-            self._fill_state()
-        else:
-            self._update(request)
+        with self._lock:
+            if not self.__dict__["state"] and is_asked_for_state():
+                self._fill_state()
+            else:
+                self._update(request)
         return loss
 
     def _evaluate(self, closure: Callable[[], Any], request: StepRequest) -> Any:
@@ -230,7 +230,10 @@ class FusedSGD(Optimizer):
         try:
             placed: dict[Tensor, Tensor] = {}
             outcome = self._run(request, placed)
-            if outcome is Outcome.STALE:
+            # Other threads may give and take gradients.
+            attempts = 0
+            while outcome is Outcome.STALE and attempts < _ATTEMPTS:
+                attempts += 1
                 self._stepper, self._plan = self._prepare()
                 outcome = self._run(request, placed)
         except (KeyError, TypeError, ValueError, RuntimeError):
@@ -239,7 +242,10 @@ class FusedSGD(Optimizer):
                 check_numbers(group)
             raise
         if outcome is Outcome.STALE:
-            raise RuntimeError("parameters, gradients or state changed while the step was being prepared")
+            raise RuntimeError(
+                "parameters, gradients or state changed while the step was being prepared; leave them alone in other "
+                "threads, and in what the step calls"
+            )
         if outcome is Outcome.APPLIED and self._plan is not None and self._plan.new:
             assert self._stepper is not None
             if not self._stepper.answers_late:
@@ -269,7 +275,8 @@ class FusedSGD(Optimizer):
         Synchronises where a GPU has yet to tell whether the first steps were skipped.
         """
         if self._stepper is not None and self._stepper.answers_late:
-            self._publish()
+            with self._lock:
+                self._publish()
         state: defaultdict[Any, Any] = self.__dict__["state"]
         return state
 
@@ -282,9 +289,17 @@ class FusedSGD(Optimizer):
         # Those without a gradient do not matter, unless there are no others.
         named = [(name, param) for name, param in listed if param.grad is not None] or listed
         stepper = stepper_class(self._backend, named)
-        device = named[0][1].device if named else self._step_state.block.device
+        device = device_of([param for _, param in named], self._step_state.block.device)
         agreement = find_agreement([param for _, param in listed], self._partition.group, device)
-        plan = build_plan(self.param_groups, self.__dict__["state"], self._step_state, self._plan, agreement)
+        arguments = (self.param_groups, self.__dict__["state"], self._step_state)
+        plan = build_plan(*arguments, self._plan, agreement)
+        reference = BACKENDS["reference"].stepper
+        if plan.is_in_order:
+            stepper = reference
+        if stepper is reference and self._stepper is not None and self._stepper.answers_late:
+            # A device that answers late may have written what the host takes for new.
+            self._publish()
+            plan = build_plan(*arguments, self._plan, agreement)
         self._step_state.move_to(device)
         return stepper(plan, self._step_state), plan
 
@@ -319,6 +334,7 @@ class FusedSGD(Optimizer):
         verdict = found_inf if isinstance(found_inf, Tensor) else None
         return StepRequest(grad_scale is not None, grad_scale, verdict, self._max_grad_norm, None)
 
+    @one_at_a_time
     def stats(self) -> StepStats:
         """Scale, counters and the last norm. Synchronises with the device, which ``step`` never does."""
         scale, _, _, grad_norm, applied, skipped, last_skipped = self._step_state.read()
@@ -335,6 +351,7 @@ class FusedSGD(Optimizer):
         if self._plan is not None:
             self._plan.is_outdated = True
 
+    @one_at_a_time
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as ``torch.optim.Optimizer.add_param_group``.
 
@@ -362,6 +379,7 @@ class FusedSGD(Optimizer):
             decides and self._partition.group is None,
         )
 
+    @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
         """The state in the format of ``torch.optim.SGD``, which can load it.
 
@@ -393,6 +411,7 @@ class FusedSGD(Optimizer):
         for group in self.param_groups:
             group.update(extra)
 
+    @one_at_a_time
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of ``torch.optim.SGD``.
 
@@ -458,6 +477,7 @@ class FusedSGD(Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("_lock", StepLock())
         super().__setstate__(state)
         self._stepper = self._plan = None
         if "_step_state" in state:

@@ -47,7 +47,7 @@ __device__ inline void prepare_update(const Args& args, const StepState& state, 
   const GroupRecord group =
       args.more_groups != nullptr ? load(&args.more_groups[tensor.group]) : args.groups[tensor.group];
   const bool decays = group.weight_decay != 0 && (group.bias_decay || tensor.is_matrix);
-  const bool first = group.momentum != 0 && is_first(tensor, chunk, state.applied_steps);
+  const bool first = group.momentum != 0 && is_first(tensor, chunk, update_number(state));
   const double lr = learning_rate(group, state.applied_steps - 1);
   const int64_t state_size = tensor.type == DType::kFloat64 ? 8 : 4;
   work.param = static_cast<char*>(tensor.param) + chunk.begin * size_of(tensor.type);
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
     work.grad = nullptr;
     StepState state = load(tables.state);
     // Without a scan every block comes to the same decision by itself.
-    if (!args.scanned) state = decided(args, state, false, 0.0);
+    if (!args.scanned) state = decided(args, state, false, false, 0.0);
     // Backwards: the second read of the gradients that the scan read last still finds them in the cache.
     if (blockIdx.x < tables.chunk_count) prepare_update(args, state, tables.chunk_count - 1 - blockIdx.x, work);
   }
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
     }
   }
   if (args.scanned || !arrives_last(tables.state)) return;
-  if (threadIdx.x == 0) store(tables.state, decided(args, load(tables.state), false, 0.0));
+  if (threadIdx.x == 0) store(tables.state, decided(args, load(tables.state), false, false, 0.0));
 }
 
 }  // namespace fused_tricks::cuda

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..plan import Entry, Plan, is_wrapper
+from ..parameters import is_wrapper
+from ..plan import Entry, Plan
+from ..shared_memory import has_memory
 from ..step_state import StepState
 from . import cpu, cuda, reference, triton
 from .request import Outcome, StepRequest
@@ -89,12 +91,18 @@ def check_backend(name: str) -> None:
 def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan, StepState], Stepper]:
     """The backend called ``name`` for parameters with names; ``"auto"`` takes the fastest that serves them.
 
-    Where there are no parameters there is nothing to choose, and the reference counts the steps.
+    Where there are no parameters there is nothing to choose, and the reference counts the steps. It also runs where one
+    has no memory: on ``meta``, or as a ``FakeTensor``.
 
     Raises:
         RuntimeError: The backend does not serve one of them.
     """
     devices = {param.device for _, param in named}
+    if not all(
+        has_memory(tensor) for _, param in named for tensor in (param, param.grad) if tensor is not None
+    ):
+        # Only torch's own operations know what becomes of shapes.
+        return BACKENDS["reference"].stepper
     wrappers = [(who, type(t)) for who, p in named for t in (p, p.grad) if t is not None and is_wrapper(t)]
     if name == "auto" or not named:
         missing: list[str] = []

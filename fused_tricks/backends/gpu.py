@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import MOMENTUM_BUFFER, Entry, Plan
+from ..parameters import MOMENTUM_BUFFER
+from ..plan import Entry, Plan
 from ..sharding import local_part
 from ..step_state import StepState
 
@@ -40,7 +41,7 @@ class GpuStepper:
         self._entries = plan.entries
         self._agreement = plan.agreement
         written = torch.zeros((), dtype=torch.int64, device=self._device)
-        applied = step_state.applied_steps.clone()
+        applied = step_state.last_update()
         for tensor in (tensor for entry in plan.new for tensor in entry.own_state().values()):
             step_state.applied_before.setdefault(tensor, applied)
         self._first_steps = [_first_step(entry, step_state, written) for entry in plan.entries]
@@ -57,7 +58,7 @@ class GpuStepper:
         if key == MOMENTUM_BUFFER and tensor in self._step_state.first_steps and has_elements:
             return bool(self._step_state.first_steps[tensor] >= 0)
         before = self._step_state.applied_before.get(tensor)
-        return before is None or int(self._step_state.applied_steps) > int(before)
+        return before is None or int(self._step_state.last_update()) != int(before)
 
     def _keep(self, groups: list[dict[str, Any]], *tables: object) -> None:
         """Keeps alive what a captured step works on, since its graph may be replayed after the plan is replaced."""
@@ -71,7 +72,11 @@ class GpuStepper:
         return torch.cuda.device(self._device)
 
     def _on_device(self, scalar: Tensor | None) -> Tensor | None:
-        return None if scalar is None else scalar.to(self._device, torch.float32, non_blocking=True)
+        return (
+            None
+            if scalar is None
+            else scalar.to(self._device, torch.float32, non_blocking=True).resolve_neg()
+        )
 
 
 def _first_step(entry: Entry, step_state: StepState, written: Tensor) -> Tensor | None:
