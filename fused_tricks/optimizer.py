@@ -22,7 +22,7 @@ from .loss_scale import DynamicLossScale, check_count, parse_loss_scale
 from .parameters import MOMENTUM_BUFFER, named_parameters
 from .plan import Plan, build_plan
 from .sharding import check_flattened, local_part
-from .shared_memory import device_of
+from .shared_memory import device_of, has_memory
 from .step_hooks import is_observed, runs_hooks, with_hooks
 from .step_lock import StepLock, one_at_a_time
 from .step_state import StepState
@@ -30,10 +30,6 @@ from .step_stats import StepStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-# Plans that a step makes before it gives up.
-_ATTEMPTS = 10
 
 
 class FusedSGD(Optimizer):
@@ -168,6 +164,8 @@ class FusedSGD(Optimizer):
         if self._loss_scale is None:
             return loss
         scale = self._step_state.scale
+        if not torch.compiler.is_compiling() and not has_memory(loss):
+            scale = loss.new_ones((), dtype=torch.float32)
         if scale.device != loss.device:
             scale = scale.to(loss.device, non_blocking=True)
         # A copy, because the step changes the scale before autograd is through with a retained graph.
@@ -230,10 +228,7 @@ class FusedSGD(Optimizer):
         try:
             placed: dict[Tensor, Tensor] = {}
             outcome = self._run(request, placed)
-            # Other threads may give and take gradients.
-            attempts = 0
-            while outcome is Outcome.STALE and attempts < _ATTEMPTS:
-                attempts += 1
+            if outcome is Outcome.STALE:
                 self._stepper, self._plan = self._prepare()
                 outcome = self._run(request, placed)
         except (KeyError, TypeError, ValueError, RuntimeError):
