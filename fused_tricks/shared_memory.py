@@ -104,7 +104,7 @@ def must_be_in_order(pieces: Sequence[Piece]) -> bool:
 
 def _clusters(spans: list[_Span]) -> Iterator[list[_Span]]:
     """Spans that are connected by overlaps, more than one at a time."""
-    spans.sort(key=lambda span: span[:2])
+    spans.sort(key=lambda span: span.begin)
     cluster: list[_Span] = []
     end = 0
     for span in spans:

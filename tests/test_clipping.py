@@ -78,7 +78,9 @@ def test_only_gradients_of_this_step_make_the_norm_one_in_fp64(backend, device):
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e50, 1e-50], ids=str)
-@pytest.mark.parametrize("dtypes", [[torch.float64] * 2, [torch.float64, torch.float32]], ids=["FP64", "mixed"])
+@pytest.mark.parametrize(
+    "dtypes", [[torch.float64] * 2, [torch.float64, torch.float32]], ids=["FP64", "mixed"]
+)
 def test_clipping_with_fp64_gradients_is_that_of_torch(backend, device, dtypes, magnitude):
     """Each gradient has one element, so that no order of a sum matters."""
     params = parameters([(1,), (1,)], dtypes, device)
