@@ -38,7 +38,13 @@ class FusedSGD(Optimizer):
     Parameters in FP16 or BF16 are updated through FP32 master weights and momentum, which live in the optimizer's
     state; FP32 and FP64 parameters are updated in place in their own type (Bag of Tricks, arXiv 1812.01187, section
     3). The roundings are those of ``torch.optim.SGD(foreach=False)``: with FP32 parameters, ``loss_scale=None`` and
-    ``bias_decay=True`` the results are equal bit for bit. Gradients are read and never written.
+    ``bias_decay=True`` the results are equal bit for bit, except where a gradient has been expanded (it has a stride of
+    0), which torch's loops round otherwise in places that depend on the processor. Gradients are read and never
+    written.
+
+    Parameters that share memory are updated one after the other, as ``torch.optim.SGD`` does, by
+    ``backend="reference"``; FP16 and BF16 parameters that do are refused. Parameters on ``meta`` and ``FakeTensor``s
+    get the state that real ones would. Steps of several threads wait for each other.
 
     A step in which any gradient element is not finite is skipped where gradients are scanned, that is with a loss
     scale or ``max_grad_norm``: it changes nothing but the scale and the counters. ``loss_scale=None`` works under a
