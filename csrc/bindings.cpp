@@ -25,8 +25,8 @@ namespace {
 enum Outcome : int { kStale, kSkipped, kApplied };
 
 void connect(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
-             const py::dict& functions, const py::list& samples) {
-  connect_torch(tensor_type, parameter_type, increment_version, functions, samples);
+             const py::dict& functions, const py::list& samples, const py::object& negative) {
+  connect_torch(tensor_type, parameter_type, increment_version, functions, samples, negative);
   void* parallel_for = nullptr;
   if (functions.contains("torch_parallel_for")) {
     parallel_for = reinterpret_cast<void*>(functions["torch_parallel_for"].cast<uintptr_t>());
@@ -69,16 +69,33 @@ struct RequestFields {
   py::handle unscales, grad_scale, found_inf, max_norm, scale_rule;
 };
 
-struct ReleaseGradients {
-  Plan& plan;
-  ~ReleaseGradients() { plan.release_gradients(); }
+// A step over a plan, which is refused where one runs already.
+class Running {
+ public:
+  explicit Running(Plan& plan) : plan_(plan), began_(!plan.is_running) { plan.is_running = true; }
+  Running(const Running&) = delete;
+  Running& operator=(const Running&) = delete;
+  ~Running() {
+    if (!began_) return;
+    plan_.release_gradients();
+    plan_.is_running = false;
+  }
+
+  bool began() const { return began_; }
+
+ private:
+  Plan& plan_;
+  bool began_;
 };
 
-// For kernels that Python launches: the addresses of this step's gradients, and whether one is FP32 beside a 16-bit
-// parameter; None where a new plan is needed.
+// For kernels that Python launches: the addresses of this step's gradients, which live until they are released, and
+// whether one is FP32 beside a 16-bit parameter, and one FP64; None where a new plan is needed.
 py::object gradient_addresses(Plan& plan, const py::list& groups, const py::dict& state) {
-  const ReleaseGradients release{plan};
-  if (!plan.refresh(groups, state)) return py::none();
+  plan.release_gradients();
+  if (!plan.refresh(groups, state)) {
+    plan.release_gradients();
+    return py::none();
+  }
   py::list addresses(plan.entries.size());
   bool has_wide = false;
   for (size_t i = 0; i < plan.entries.size(); ++i) {
@@ -86,16 +103,19 @@ py::object gradient_addresses(Plan& plan, const py::list& groups, const py::dict
     has_wide = has_wide || (address & 1u) != 0;
     addresses[i] = address;
   }
-  return py::make_tuple(addresses, has_wide);
+  return py::make_tuple(addresses, has_wide, plan.in_double);
 }
+
+bool had_gradient(const Plan& plan, size_t index) { return plan.entries.at(index).has_grad; }
 
 int cpu_step(Plan& plan, const py::list& groups, const py::dict& state, const py::tuple& request_fields) {
   const RequestFields fields(request_fields);
   StepRequest request = fields.request();
   if (request.external) request.grad_scale = static_cast<float>(number(fields.grad_scale));
   request.found_inf = !fields.found_inf.is_none() && number(fields.found_inf) != 0;
-  const ReleaseGradients release{plan};
-  if (!plan.refresh(groups, state)) return kStale;
+  const Running running(plan);
+  if (!running.began() || !plan.refresh(groups, state)) return kStale;
+  request.in_double = plan.in_double;
   return cpu::run_step(plan, request) ? kApplied : kSkipped;
 }
 
@@ -112,9 +132,10 @@ void set_cuda_scratch(cuda::Step& step, const py::object& memory) { step.set_scr
 int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::dict& state,
               const py::tuple& request_fields) {
   const RequestFields fields(request_fields);
-  const StepRequest request = fields.request();
-  const ReleaseGradients release{plan};
-  if (!plan.refresh(groups, state)) return kStale;
+  StepRequest request = fields.request();
+  const Running running(plan);
+  if (!running.began() || !plan.refresh(groups, state)) return kStale;
+  request.in_double = plan.in_double;
   const cuda::External external{static_cast<const float*>(data_of(fields.grad_scale)),
                                 static_cast<const float*>(data_of(fields.found_inf))};
   step.run(plan, request, external, target_of(plan));
@@ -126,7 +147,7 @@ int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::di
 
 PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   module.def("connect", &connect, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("increment_version"),
-             py::arg("functions"), py::arg("samples"));
+             py::arg("functions"), py::arg("samples"), py::arg("negative"));
   module.attr("CPU_COMPARED") = cpu::kCompared;
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("selected_instruction_set", &cpu::selected_instruction_set);
@@ -136,6 +157,8 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
            py::arg("entries"), py::arg("step_state"), py::arg("reads_lr"), py::arg("compared"), py::arg("rates"),
            py::arg("agreement"))
       .def("gradient_addresses", &gradient_addresses, py::arg("groups"), py::arg("state"))
+      .def("release_gradients", &Plan::release_gradients)
+      .def("had_gradient", &had_gradient, py::arg("index"))
       .def("mark_updated", &Plan::mark_updated)
       .def("cpu_step", &cpu_step, py::arg("groups"), py::arg("state"), py::arg("request"));
 #if defined(FUSED_TRICKS_CUDA)

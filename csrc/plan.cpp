@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -22,7 +23,6 @@ struct Names {
   PyObject* bias_decay = interned("bias_decay");
   PyObject* momentum_buffer = interned("momentum_buffer");
   PyObject* master_param = interned("master_param");
-  PyObject* is_neg = interned("is_neg");
 };
 
 const Names& names() {
@@ -47,19 +47,6 @@ bool truth(PyObject* dict, PyObject* key) {
   const int value = PyObject_IsTrue(item(dict, key));
   if (value < 0) throw py::error_already_set();
   return value != 0;
-}
-
-// Whether a gradient may have the negative bit, which DLPack does not tell and torch only slowly. It marks the
-// imaginary part of a conjugated tensor: every second element, from the second on, so that a dense one has a single
-// element.
-bool may_be_negative(const TensorView& tensor, int64_t count) {
-  return count == 1 && reinterpret_cast<uintptr_t>(tensor.data) / static_cast<size_t>(size_of(tensor.type)) % 2 == 1;
-}
-
-bool is_negative(PyObject* tensor) {
-  const py::object value = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, names().is_neg));
-  if (!value) throw py::error_already_set();
-  return value.ptr() == Py_True;
 }
 
 bool has_one_element(const TensorView& tensor) {
@@ -95,6 +82,12 @@ bool has_state(PyObject* state, PyObject* buffer, PyObject* master) {
   return state_item(state, names().momentum_buffer) == buffer && state_item(state, names().master_param) == master;
 }
 
+// Whether a tensor of the state, and this process's part of it, are still where the plan works.
+bool is_in_place(PyObject* held, PyObject* own, const void* address) {
+  if (held == nullptr || address == nullptr) return true;
+  return is_at(held, address) && (own == held || is_at(own, address));
+}
+
 }  // namespace
 
 // Strides of dimensions of one element mean nothing, and torch sets them as it likes.
@@ -118,7 +111,7 @@ Plan::Plan(const py::list& specifications, const py::object& step_state, bool re
     const py::object verdict = agreed.attr("verdict");
     agreement.object = agreed.ptr();
     agreement.verdict = static_cast<double*>(data_of(verdict));
-    agreement.parts = static_cast<int32_t>(py::len(verdict) - 1);
+    agreement.parts = static_cast<int32_t>(py::len(verdict) - 2);
   }
   for (const py::handle& item : rates) {
     AppliedRate rate;
@@ -153,6 +146,8 @@ Plan::Plan(const py::list& specifications, const py::object& step_state, bool re
       entry.has_buffer = !fields[6].is_none();
       entry.master = data_of(fields[5]);
       entry.buffer = data_of(fields[6]);
+      entry.own_master = fields[5].ptr();
+      entry.own_buffer = fields[6].ptr();
       entry.first = fields[7].cast<bool>();
       entry.compares = entry.has_master && entry.count <= compared;
       entry.watches_version = fields[8].cast<bool>() && !entry.compares;
@@ -167,6 +162,28 @@ Plan::Plan(const py::list& specifications, const py::object& step_state, bool re
     }
     entries.push_back(entry);
   }
+  find_written_memory();
+}
+
+void Plan::find_written_memory() {
+  const auto add = [this](const void* address, int64_t size) {
+    const auto begin = reinterpret_cast<uintptr_t>(address);
+    if (address != nullptr) written_.push_back({begin, begin + static_cast<uintptr_t>(size)});
+  };
+  for (const Entry& entry : entries) {
+    const int64_t state_size = entry.type == DType::kFloat64 ? 8 : 4;
+    add(entry.param, entry.count * size_of(entry.type));
+    add(entry.master, entry.count * state_size);
+    add(entry.buffer, entry.count * state_size);
+  }
+  std::sort(written_.begin(), written_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+}
+
+// No two ranges have an address in common: fused_tricks/shared_memory.py finds those, and no plan is made here.
+bool Plan::is_written(uintptr_t begin, uintptr_t end) const {
+  const auto after = std::lower_bound(written_.begin(), written_.end(), end,
+                                      [](const Range& range, uintptr_t address) { return range.begin < address; });
+  return after != written_.begin() && std::prev(after)->end > begin;
 }
 
 void Plan::watch_state(const py::dict& optimizer_state) {
@@ -196,17 +213,16 @@ bool Plan::state_is_unchanged(const py::dict& optimizer_state) const {
   for (const Entry& entry : entries) {
     if (entry.state == nullptr) continue;
     if (!has_state(entry.state, entry.state_buffer, entry.state_master)) return false;
-    if (entry.buffer != nullptr && entry.state_buffer != nullptr && !is_at(entry.state_buffer, entry.buffer))
-      return false;
-    if (entry.master != nullptr && entry.state_master != nullptr && !is_at(entry.state_master, entry.master))
-      return false;
+    if (!is_in_place(entry.state_buffer, entry.own_buffer, entry.buffer)) return false;
+    if (!is_in_place(entry.state_master, entry.own_master, entry.master)) return false;
   }
   return true;
 }
 
 bool Plan::refresh_entry(Entry& entry) {
   PyObject* grad = grad_of(entry.source);
-  if (grad == Py_None) {
+  entry.has_grad = grad != Py_None;
+  if (!entry.has_grad) {
     Py_DECREF(grad);
     entry.grad = nullptr;
     return true;
@@ -220,7 +236,6 @@ bool Plan::refresh_entry(Entry& entry) {
   if (gradient.device.type != entry.device.type || gradient.device.index != entry.device.index) return false;
   // A tensor that wraps others has elements and no address.
   if (gradient.data == nullptr && entry.count > 0) return false;
-  if (may_be_negative(gradient, entry.count) && is_negative(grad)) return false;
   const bool wide = gradient.type == DType::kFloat32 && entry.has_master;
   if (gradient.type != entry.type && !wide) return false;
   if (groups[entry.group].momentum != 0 && !entry.has_buffer) return false;
@@ -228,6 +243,15 @@ bool Plan::refresh_entry(Entry& entry) {
   // An empty tensor may have no address, and there is nothing to update.
   entry.grad = entry.count == 0 ? nullptr : gradient.data;
   entry.grad_type = gradient.type;
+  const uint64_t address = entry.gradient_address();
+  if (address == 0) return true;
+  in_double = in_double || entry.type == DType::kFloat64;
+  // Not again where it is in the same place. A parameter may be its own gradient: each element is read before it is
+  // written.
+  if (address == entry.checked || address == reinterpret_cast<uint64_t>(entry.param)) return true;
+  const auto begin = reinterpret_cast<uintptr_t>(entry.grad);
+  if (is_written(begin, begin + static_cast<uintptr_t>(entry.count * size_of(gradient.type)))) return false;
+  entry.checked = address;
   return true;
 }
 
@@ -283,6 +307,7 @@ bool Plan::refresh(const py::list& group_dicts, const py::dict& optimizer_state)
   if (!watches_state_) watch_state(optimizer_state);
   if (!state_is_unchanged(optimizer_state)) return false;
   groups.clear();
+  in_double = false;
   size_t index = 0;
   for (const py::handle& handle : group_dicts) {
     PyObject* dict = handle.ptr();

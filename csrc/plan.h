@@ -19,8 +19,8 @@ struct Layout {
 // How processes that hold parts of one model decide together: fused_tricks/agreement.py's object, which Plan borrows.
 struct Agreement {
   PyObject* object = nullptr;  // null: this process decides alone
-  // On the parameters' device: whether a gradient is not finite, then one sum of squares for each of the entries'
-  // parts.
+  // On the parameters' device: whether a gradient is not finite, whether one is FP64, then one sum of squares for each
+  // of the entries' parts.
   double* verdict = nullptr;
   int32_t parts = 1;
 
@@ -69,11 +69,15 @@ struct Entry {
   PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and what it must still hold
   PyObject* state_buffer = nullptr;
   PyObject* state_master = nullptr;
+  PyObject* own_buffer = nullptr;  // what the plan works on: the same, or this process's part of it
+  PyObject* own_master = nullptr;
 
+  bool has_grad = false;       // in this step; an empty one as well
   const void* grad = nullptr;  // of this step; null: no gradient, no update
   DType grad_type = DType::kFloat32;
   bool decays = false;
-  int32_t part = 0;  // which of the verdict's sums of squares the gradient belongs to
+  int32_t part = 0;      // which of the verdict's sums of squares the gradient belongs to
+  uint64_t checked = 0;  // the last gradient's address, known to be in no memory that a step writes
 
   // Of the gradient; the lowest bit says that it is FP32 beside a 16-bit parameter. 0: there is none.
   uint64_t gradient_address() const {
@@ -89,6 +93,12 @@ struct AppliedRate {
   const double* factors = nullptr;
   int64_t last = 0;
   int64_t origin = 0;
+};
+
+// Addresses from `begin` up to `end`.
+struct Range {
+  uintptr_t begin;
+  uintptr_t end;
 };
 
 struct Chunk {
@@ -111,6 +121,9 @@ class Plan {
   Plan& operator=(const Plan&) = delete;
   ~Plan() { release_gradients(); }
 
+  // Whether a step over this plan runs. Another one, which Python code within it may begin, needs a plan of its own.
+  bool is_running = false;
+
   // Reads groups and gradients for this step. False: something that the plan holds has changed, Optimizer.state since
   // the first step included, and nothing was touched; make a new plan.
   bool refresh(const py::list& group_dicts, const py::dict& state);
@@ -128,12 +141,15 @@ class Plan {
   StepState* state = nullptr;
   dlpack::Device device{};
   Agreement agreement;
+  bool in_double = false;  // a gradient of this step is FP64
 
  private:
   bool refresh_group(PyObject* dict, size_t& index);
   bool refresh_entry(Entry& entry);
   void read_lr(PyObject* dict, Group& group) const;
   void follow(const AppliedRate& rate, Group& group) const;
+  void find_written_memory();
+  bool is_written(uintptr_t begin, uintptr_t end) const;
   void watch_state(const py::dict& state);
   bool state_is_unchanged(const py::dict& state) const;
 
@@ -141,6 +157,7 @@ class Plan {
   std::vector<AppliedRate> rates_;  // by group
   py::list updated_;                // aliases of what the last step updated
   std::vector<PyObject*> grads_;    // owned during a step, which runs without the interpreter lock
+  std::vector<Range> written_;      // the memory of parameters, masters and buffers, by address
   bool watches_state_ = false;
   std::vector<std::pair<PyObject*, PyObject*>> watched_;  // the items of Optimizer.state
 };

@@ -9,27 +9,28 @@
 
 namespace fused_tricks {
 
-// Lives on the parameters' device, so that no step waits for the host. fused_tricks/step_state.py
-// reads fields at these offsets.
+// Lives on the parameters' device, so that no step waits for the host. fused_tricks/step_state.py has views of most
+// fields at these offsets, and fused_tricks/backends/triton/decision.py of all.
 struct StepState {
   float scale;
   int32_t growth_tracker;
   int32_t hysteresis_tracker;
-  float grad_norm;
+  int32_t found;  // used within a launch on a GPU
   int64_t applied_steps;
   int64_t skipped_steps;
   int32_t skip;  // the last decision
   float inverse_scale;
-  float clip;
-  int32_t found;      // used within a launch on a GPU
-  uint32_t arrivals;  // likewise
+  double clip;        // the FP32 factor, or an FP64 one where an FP64 gradient takes part
+  uint32_t arrivals;  // used within a launch on a GPU
   int32_t skipped_in_a_row;
+  double grad_norm;  // an FP32 number, or an FP64 one where an FP64 gradient takes part
 };
 
-static_assert(offsetof(StepState, grad_norm) == 12, "the Python views rely on it");
 static_assert(offsetof(StepState, applied_steps) == 16, "the Python views rely on it");
 static_assert(offsetof(StepState, skip) == 32, "the Python views rely on it");
 static_assert(offsetof(StepState, skipped_in_a_row) == 52, "the Python views rely on it");
+static_assert(offsetof(StepState, grad_norm) == 56, "the Python views rely on it");
+static_assert(sizeof(StepState) == 64, "fused_tricks/step_state.py allocates it");
 
 struct ScaleRule {
   double growth_factor;
@@ -46,6 +47,7 @@ struct StepRequest {
   float grad_scale;  // the external factor
   bool found_inf;    // the GradScaler's verdict
   bool clips;        // measure the norm and clip to max_norm
+  bool in_double;    // an FP64 gradient takes part, so that the norm is one in FP64
   double max_norm;
   bool dynamic;  // adjust the scale by `rule`
   ScaleRule rule;
@@ -63,7 +65,7 @@ FUSED_TRICKS_INLINE void advance_scale(StepState& state, bool found, const Scale
     state.scale = static_cast<float>(state.scale * rule.backoff_factor);
   } else {
     state.hysteresis_tracker = rule.hysteresis;
-    state.growth_tracker += 1;
+    if (state.growth_tracker < INT32_MAX) state.growth_tracker += 1;
     if (state.growth_tracker >= rule.growth_interval) {
       const float grown = static_cast<float>(state.scale * rule.growth_factor);
       if (std::isfinite(grown)) state.scale = grown;
@@ -81,15 +83,28 @@ FUSED_TRICKS_INLINE int64_t factor_due(int64_t applied, int64_t origin, int64_t 
   return position < last ? position : last;
 }
 
+// The factor that clips gradients of this norm to `max_norm`.
+template <typename T>
+FUSED_TRICKS_INLINE T clip_factor(T norm, T max_norm) {
+  const T ratio = max_norm / (norm + static_cast<T>(1e-6));
+  return ratio < T(1) ? ratio : T(1);
+}
+
 // `found`: a gradient element is not finite. `squares`: the sum of all squared elements as they are stored.
 FUSED_TRICKS_INLINE void decide_step(StepState& state, bool found, double squares, const StepRequest& request) {
   found = found || request.found_inf;
   state.inverse_scale = request.unscales ? 1.0f / (request.external ? request.grad_scale : state.scale) : 1.0f;
-  state.clip = 1.0f;
+  state.clip = 1.0;
   if (request.clips) {
-    state.grad_norm = static_cast<float>(std::sqrt(squares) * static_cast<double>(state.inverse_scale));
-    const float ratio = static_cast<float>(request.max_norm) / (state.grad_norm + 1e-6f);
-    if (ratio < 1.0f) state.clip = ratio;
+    const double norm = std::sqrt(squares) * static_cast<double>(state.inverse_scale);
+    if (request.in_double) {
+      state.grad_norm = norm;
+      state.clip = clip_factor(norm, request.max_norm);
+    } else {
+      const float rounded = static_cast<float>(norm);
+      state.grad_norm = static_cast<double>(rounded);
+      state.clip = static_cast<double>(clip_factor(rounded, static_cast<float>(request.max_norm)));
+    }
   }
   state.skip = found;
   if (found) {

@@ -44,6 +44,15 @@ dlpack::Tensor require_dlpack(PyObject* object) {
   return tensor;
 }
 
+// DLPack says nothing of the negative bit.
+bool is_negative(PyObject* tensor) {
+  if (torch_api.is_negative != nullptr && has_handle(tensor)) return torch_api.is_negative(handle_of(tensor));
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  const py::object value = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name));
+  if (!value) throw py::error_already_set();
+  return value.ptr() == Py_True;
+}
+
 bool read_with_dlpack(PyObject* object, TensorView& out) {
   dlpack::Tensor tensor;
   if (torch_api.exchange->tensor_from_object(object, &tensor) != 0) {
@@ -140,6 +149,17 @@ bool same(const TensorView& a, const TensorView& b) {
          a.type == b.type && a.device.type == b.device.type && a.device.index == b.device.index;
 }
 
+// Keeps torch's own test for the negative bit, if it tells these tensors apart.
+void learn_negative(const py::dict& functions, const py::list& samples, const py::object& negative) {
+  bool (*is_negative)(TensorShim::Handle) = nullptr;
+  if (!find(functions, "_ZN2at6native6is_negERKNS_6TensorE", is_negative)) return;
+  if (!has_handle(negative.ptr()) || !is_negative(handle_of(negative.ptr()))) return;
+  for (const py::handle& sample : samples) {
+    if (is_negative(handle_of(sample.ptr()))) return;
+  }
+  torch_api.is_negative = is_negative;
+}
+
 // Reads the samples, of one dimension on the CPU, both ways. Where that is not the same DLPack remains.
 void learn_handles(const py::list& samples) {
   TensorShim& shim = torch_api.shim;
@@ -164,7 +184,7 @@ void learn_handles(const py::list& samples) {
 }  // namespace
 
 void connect_torch(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
-                   const py::dict& functions, const py::list& samples) {
+                   const py::dict& functions, const py::list& samples, const py::object& negative) {
   const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
   auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (api == nullptr) throw py::error_already_set();
@@ -179,17 +199,20 @@ void connect_torch(const py::object& tensor_type, const py::object& parameter_ty
   torch_api.grad = getter_of(tensor_type, "grad");
   torch_api.version = getter_of(tensor_type, "_version");
   torch_api.handle_offset = 0;
+  torch_api.is_negative = nullptr;
   if (find_shim(functions)) learn_handles(samples);
+  if (torch_api.handle_offset != 0) learn_negative(functions, samples, negative);
 }
 
 bool read_tensor(PyObject* tensor, TensorView& out) {
-  return (has_handle(tensor) && read_with_shim(handle_of(tensor), out)) || read_with_dlpack(tensor, out);
+  const bool is_read = (has_handle(tensor) && read_with_shim(handle_of(tensor), out)) || read_with_dlpack(tensor, out);
+  return is_read && !is_negative(tensor);
 }
 
 bool read_tensor_at(const void* address, PyObject* tensor, TensorView& out) {
   if (!has_handle(tensor)) return read_tensor(tensor, out) && out.data == address;
   return torch_api.shim.data(handle_of(tensor), &out.data) == 0 && out.data == address &&
-         read_arrangement(handle_of(tensor), out);
+         read_arrangement(handle_of(tensor), out) && !is_negative(tensor);
 }
 
 void* data_of(const py::handle& tensor) { return tensor.is_none() ? nullptr : require_dlpack(tensor.ptr()).data; }
@@ -198,7 +221,9 @@ dlpack::Device device_of(const py::handle& tensor) { return require_dlpack(tenso
 
 bool is_at(PyObject* tensor, const void* address) {
   void* data;
-  if (has_handle(tensor) && torch_api.shim.data(handle_of(tensor), &data) == 0) return data == address;
+  if (has_handle(tensor) && torch_api.shim.data(handle_of(tensor), &data) == 0) {
+    return data == address && !is_negative(tensor);
+  }
   TensorView view;
   if (!read_tensor(tensor, view)) return false;
   return view.data == address || (view.data == nullptr && !is_plain(tensor));

@@ -42,16 +42,20 @@ struct TorchApi {
   getter grad = nullptr;  // Tensor.grad and Tensor._version, as plain functions for those two types
   getter version = nullptr;
   TensorShim shim;
+  // Whether a tensor has the negative bit: at::native::is_neg, which no stable interface has. Null: unknown to this
+  // torch.
+  bool (*is_negative)(TensorShim::Handle tensor) = nullptr;
   size_t handle_offset = 0;  // where objects of those two types have what a handle points to; 0: read through DLPack
 };
 extern TorchApi torch_api;
 
 // Fills torch_api.
 //
-// functions: addresses in torch's stable C interface by name; before torch 2.14 some are missing.
+// functions: addresses of torch's functions by name; before torch 2.14 some are missing.
 // samples: a tensor of each DType, in order, to see how torch stores and numbers things.
+// negative: a tensor with the negative bit.
 void connect_torch(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
-                   const py::dict& functions, const py::list& samples);
+                   const py::dict& functions, const py::list& samples, const py::object& negative);
 
 // What a tensor is. Shape and strides, in elements, are the tensor's own.
 struct TensorView {
@@ -63,8 +67,8 @@ struct TensorView {
   dlpack::Device device;
 };
 
-// False, with no Python error left, for a tensor of another dtype, or whose elements are not all in one place (sparse,
-// quantised, …).
+// False, with no Python error left, for a tensor of another dtype, whose elements are not all in one place (sparse,
+// quantised, …), or whose memory holds their negatives (torch's negative bit).
 bool read_tensor(PyObject* tensor, TensorView& out);
 // The same for a tensor that was at `address` before; false, too, where it no longer is. Its device, which can only
 // have changed together with its address, is left out.
@@ -73,7 +77,7 @@ bool read_tensor_at(const void* address, PyObject* tensor, TensorView& out);
 // The address of a tensor's first element; null for None and for empty tensors. Reads a tensor of any dtype.
 void* data_of(const py::handle& tensor);
 dlpack::Device device_of(const py::handle& tensor);
-// Whether a tensor's first element is at `address`, or has no address that could be known, as a DTensor's.
+// Whether a tensor's first element is at `address` as it is, or has no address that could be known, as a DTensor's.
 bool is_at(PyObject* tensor, const void* address);
 
 // `tensor.grad`, a new reference.

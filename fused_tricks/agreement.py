@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .sharding import is_distributed
+from .shared_memory import has_memory
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,8 +46,8 @@ class Agreement:
     squares of its own. An overflow counts wherever it was found.
 
     Attributes:
-        verdict: FP64 tensor of (1 + ``parts``,), written by the scan: whether a gradient is not finite, then the sum of
-            squares of each part.
+        verdict: FP64 tensor of (2 + ``parts``,), written by the scan: whether a gradient is not finite, whether one is
+            FP64, then the sum of squares of each part.
         parts: How many.
         part_of: For each parameter, which part it belongs to.
     """
@@ -61,17 +62,17 @@ class Agreement:
     ) -> None:
         self.parts = max(1, len(parts))
         self.part_of = part_of
-        self.verdict = torch.zeros(1 + self.parts, dtype=torch.float64, device=device)
+        self.verdict = torch.zeros(2 + self.parts, dtype=torch.float64, device=device)
         self._partition_group = partition_group
         self._sums: list[tuple[ProcessGroup, slice | Tensor]] = []
         self._spreads: list[tuple[ProcessGroup, slice | Tensor]] = []
         for name, group in groups.items():
             for is_divided, reductions in ((True, self._sums), (False, self._spreads)):
-                fields = [1 + part for part, dividing in enumerate(parts) if (name in dividing) == is_divided]
+                fields = [2 + part for part, dividing in enumerate(parts) if (name in dividing) == is_divided]
                 if fields:
                     is_all = len(fields) == len(parts)
                     reductions.append(
-                        (group, slice(None) if is_all else torch.tensor([0, *fields], device=device))
+                        (group, slice(None) if is_all else torch.tensor([0, 1, *fields], device=device))
                     )
 
     def reach(self) -> None:
@@ -84,14 +85,16 @@ class Agreement:
             verdict[fields] = _reduced(verdict[fields], torch.distributed.ReduceOp.MAX, group)
         if self._partition_group is not None:
             # Processes of other parts of the model may divide theirs otherwise.
-            whole = torch.stack((verdict[0], verdict[1:].sum()))
-            verdict.zero_()[:2] = _reduced(whole, torch.distributed.ReduceOp.SUM, self._partition_group)
+            whole = torch.stack((verdict[0], verdict[1], verdict[2:].sum()))
+            verdict.zero_()[:3] = _reduced(whole, torch.distributed.ReduceOp.SUM, self._partition_group)
 
 
 def find_agreement(
     params: Sequence[Tensor], partition_group: ProcessGroup | None, device: torch.device
 ) -> Agreement | None:
     """What the process that has these parameters must agree upon with others; None where it decides alone.
+
+    It does so where no parameter has memory, and so no gradient has values.
 
     Every process finds the same parts, whichever gradients and elements it has.
 
@@ -100,6 +103,8 @@ def find_agreement(
         partition_group: The group over which the parameters of the model are partitioned, if they are.
         device: Where the verdict is needed.
     """
+    if params and not any(map(has_memory, params)):
+        return None
     places: dict[Any, int] = {}
     parts: list[set[str]] = []
     groups: dict[str, ProcessGroup] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from .applied_rate import applied_rate_of
 from .hyper_parameters import check_numbers
 from .loss_scale import DynamicLossScale, check_count
-from .plan import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
+from .parameters import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
 from .sharding import distributed_like, local_part, placed_like
 from .step_state import StepState
 
@@ -73,7 +73,8 @@ def restore_progress(
     """
     counters = {key: saved[key] for key in COUNTERS if key in saved}
     for key, value in counters.items():
-        check_count(key, value, 0, 2**63 - 1)
+        # Far from where the device's counters would wrap.
+        check_count(key, value, 0, 2**62)
     if isinstance(loss_scale, DynamicLossScale) and "loss_scale" in saved:
         loss_scale.restore(
             saved["loss_scale"],

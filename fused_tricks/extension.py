@@ -29,6 +29,8 @@ _STABLE_FUNCTIONS = (
     "aoti_torch_get_device_type",
     "aoti_torch_get_device_index",
     "aoti_torch_device_type_cuda",
+    # Not a stable one: the extension tries it before it relies on it.
+    "_ZN2at6native6is_negERKNS_6TensorE",
 )
 
 
@@ -62,6 +64,7 @@ def connect(module: ModuleType) -> None:
         torch.autograd.graph.increment_version,
         _stable_functions(),
         [torch.empty(1, dtype=dtype, device="cpu") for dtype in _DTYPES],
+        torch._neg_view(torch.empty(1, device="cpu")),
     )
 
 
@@ -83,7 +86,7 @@ def missing_because() -> str | None:
 
 
 def _stable_functions() -> dict[str, int]:
-    """The addresses of those functions of torch's stable C interface that this torch has."""
+    """The addresses of those functions that this torch has: of its stable C interface, and one more."""
     assert torch._C.__file__ is not None
     try:
         library = ctypes.CDLL(torch._C.__file__)

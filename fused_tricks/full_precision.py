@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from .masters import masters_in_use
 from .optimizer import FusedSGD
-from .plan import LOW_PRECISION, MASTER_PARAM, adopt_foreign_values
+from .parameters import LOW_PRECISION, MASTER_PARAM
+from .plan import adopt_foreign_values
 from .sharding import is_distributed, local_part, placed_like
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import LOW_PRECISION, MASTER_PARAM, Plan, adopt_foreign_values
+from .parameters import LOW_PRECISION, MASTER_PARAM
+from .plan import Plan, adopt_foreign_values
 from .sharding import local_part
 
 

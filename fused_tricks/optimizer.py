@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _profiler_enabled
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .agreement import SharedGroup, find_agreement
 from .backends import BACKENDS, Stepper, check_backend, stepper_class
@@ -21,9 +19,13 @@ from .diagnostics import StepDiagnostics
 from .hyper_parameters import check_group, check_max_grad_norm, check_numbers, check_params, check_range
 from .loss_scale import DynamicLossScale, parse_loss_scale
 from .masters import masters_in_use, refresh_masters
-from .plan import MOMENTUM_BUFFER, Plan, build_plan, named_parameters
+from .parameters import MOMENTUM_BUFFER, named_parameters
+from .plan import Plan, build_plan
 from .saved_state import SavedState
 from .sharding import check_flattened
+from .shared_memory import device_of, has_memory
+from .step_hooks import is_observed, runs_hooks, with_hooks
+from .step_lock import StepLock, one_at_a_time
 from .step_state import StepState
 from .step_stats import StepStats
 
@@ -37,7 +39,13 @@ class FusedSGD(SavedState):
     Parameters in FP16 or BF16 are updated through FP32 master weights and momentum, which live in the optimizer's
     state; FP32 and FP64 parameters are updated in place in their own type (Bag of Tricks, arXiv 1812.01187, section
     3). The roundings are those of ``torch.optim.SGD(foreach=False)``: with FP32 parameters, ``loss_scale=None`` and
-    ``bias_decay=True`` the results are equal bit for bit. Gradients are read and never written.
+    ``bias_decay=True`` the results are equal bit for bit, except where a gradient has been expanded (it has a stride of
+    0), which torch's loops round otherwise in places that depend on the processor. Gradients are read and never
+    written.
+
+    Parameters that share memory are updated one after the other, as ``torch.optim.SGD`` does, by
+    ``backend="reference"``; FP16 and BF16 parameters that do are refused. Parameters on ``meta`` and ``FakeTensor``s
+    get the state that real ones would. Steps of several threads wait for each other.
 
     A step in which any gradient element is not finite is skipped where gradients are scanned, that is with a loss
     scale or ``max_grad_norm``: it changes nothing but the scale and the counters. ``loss_scale=None`` works under a
@@ -119,6 +127,7 @@ class FusedSGD(SavedState):
         self._backend_in_use: str | None = None
         self._stepper: Stepper | None = None
         self._plan: Plan | None = None
+        self._lock = StepLock()
         super().__init__(
             params,
             {
@@ -139,10 +148,8 @@ class FusedSGD(SavedState):
         else:
             self._step_state = StepState(scale=1.0 if loss_scale is None else loss_scale)
         self._diagnostics = StepDiagnostics(loss_scale, self._step_state)
-        for group in self.param_groups:
-            if group["params"]:
-                self._step_state.move_to(group["params"][0].device)
-                break
+        params = [param for group in self.param_groups for param in group["params"]]
+        self._step_state.move_to(device_of(params, self._step_state.block.device))
 
     @property
     def loss_scale(self) -> float | DynamicLossScale | None:
@@ -191,6 +198,8 @@ class FusedSGD(SavedState):
             return loss
         self._step_state.scale_was_read = True
         scale = self._step_state.scale
+        if not torch.compiler.is_compiling() and not has_memory(loss):
+            scale = loss.new_ones((), dtype=torch.float32)
         if scale.device != loss.device:
             scale = scale.to(loss.device, non_blocking=True)
         # A copy, because the step changes the scale before autograd is through with a retained graph.
@@ -213,7 +222,7 @@ class FusedSGD(SavedState):
                 or a parameter or gradient that cannot be updated; the message names it. Nothing is changed then.
         """
         try:
-            if self._is_observed():
+            if is_observed(self) and runs_hooks(FusedSGD.step, self):
                 return self._observed_step() if closure is None else self._observed_step(closure)
             return self._step(closure)
         except BaseException:
@@ -225,24 +234,19 @@ class FusedSGD(SavedState):
     # The base class would wrap every step in a profiler range, at several times the cost of the step itself.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _is_observed(self) -> bool:
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or _profiler_enabled()
-        )
+    # torch wraps the step of a class that overrides it in this.
+    profile_hook_step = staticmethod(with_hooks)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         request = self._request()
         loss = None
         if closure is not None:
             loss = self._evaluate(closure, request)
-        if not self.__dict__["state"] and is_asked_for_state():
-            self._fill_state()
-        else:
-            self._update(request)
+        with self._lock:
+            if not self.__dict__["state"] and is_asked_for_state():
+                self._fill_state()
+            else:
+                self._update(request)
         return loss
 
     def _evaluate(self, closure: Callable[[], Any], request: StepRequest) -> Any:
@@ -270,7 +274,10 @@ class FusedSGD(SavedState):
                 check_numbers(group)
             raise
         if outcome is Outcome.STALE:
-            raise RuntimeError("parameters, gradients or state changed while the step was being prepared")
+            raise RuntimeError(
+                "parameters, gradients or state changed while the step was being prepared; leave them alone in other "
+                "threads, and in what the step calls"
+            )
         stepper, plan = self._stepper, self._plan
         assert stepper is not None and plan is not None
         if outcome is Outcome.SKIPPED:
@@ -307,7 +314,8 @@ class FusedSGD(SavedState):
             # torch.distributed.checkpoint loads no option that a group does not have.
             self._note_progress()
         if self._stepper is not None and self._stepper.answers_late:
-            self._publish()
+            with self._lock:
+                self._publish()
         state: defaultdict[Any, Any] = self.__dict__["state"]
         return state
 
@@ -324,13 +332,20 @@ class FusedSGD(SavedState):
         # Those without a gradient do not matter, unless there are no others.
         named = [(name, param) for name, param in listed if param.grad is not None] or listed
         stepper = stepper_class(self._backend, named)
-        names = [name for name, backend in BACKENDS.items() if backend.stepper is stepper]
-        device = named[0][1].device if named else self._step_state.block.device
+        device = device_of([param for _, param in named], self._step_state.block.device)
         agreement = find_agreement([param for _, param in listed], self._partition.group, device)
-        plan = build_plan(self.param_groups, self.__dict__["state"], self._step_state, self._plan, agreement)
+        arguments = (self.param_groups, self.__dict__["state"], self._step_state)
+        plan = build_plan(*arguments, self._plan, agreement)
+        reference = BACKENDS["reference"].stepper
+        if plan.is_in_order:
+            stepper = reference
+        if stepper is reference and self._stepper is not None and self._stepper.answers_late:
+            # A device that answers late may have written what the host takes for new.
+            self._publish()
+            plan = build_plan(*arguments, self._plan, agreement)
         self._step_state.move_to(device)
         made = stepper(plan, self._step_state)
-        self._backend_in_use = names[0]
+        self._backend_in_use = next(name for name, backend in BACKENDS.items() if backend.stepper is stepper)
         return made, plan
 
     _observed_step = Optimizer.profile_hook_step(_step)
@@ -364,6 +379,7 @@ class FusedSGD(SavedState):
         verdict = found_inf if isinstance(found_inf, Tensor) else None
         return StepRequest(grad_scale is not None, grad_scale, verdict, self._max_grad_norm, None)
 
+    @one_at_a_time
     def stats(self) -> StepStats:
         """Returns scale, counters and the last norm. Synchronises with the device, which ``step`` never does."""
         self._step_state.scale_was_read = True
@@ -382,6 +398,7 @@ class FusedSGD(SavedState):
         if self._plan is not None:
             self._plan.is_outdated = True
 
+    @one_at_a_time
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as ``torch.optim.Optimizer.add_param_group``.
 
@@ -414,6 +431,7 @@ class FusedSGD(SavedState):
             decides and self._partition.group is None,
         )
 
+    @one_at_a_time
     def refresh_masters(self) -> None:
         """Takes over, into the FP32 masters, values that were written to FP16 and BF16 parameters without notice.
 

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .agreement import Agreement
+from .parameters import (
+    LOW_PRECISION,
+    MASTER_PARAM,
+    MOMENTUM_BUFFER,
+    SUPPORTED,
+    check_update,
+    is_wrapper,
+    named_parameters,
+    state_dtype,
+)
 from .sharding import distributed_like, is_distributed, local_part, placed_like
+from .shared_memory import (
+    GRADIENT,
+    PARAMETER,
+    Piece,
+    has_memory,
+    is_addressable,
+    missing_bytes,
+    must_be_in_order,
+    overlaps_itself,
+)
 from .step_state import StepState
-
-MOMENTUM_BUFFER = "momentum_buffer"
-MASTER_PARAM = "master_param"
-LOW_PRECISION = (torch.float16, torch.bfloat16)
-_SUPPORTED = (*LOW_PRECISION, torch.float32, torch.float64)
 
 
 @dataclass(eq=False)
@@ -78,12 +92,14 @@ class Plan:
         new: Those whose masters or buffers are not in the optimizer's state yet.
         lrs: The groups' learning rates as they were, tensors that follow the updates applied among them.
         agreement: How to decide with other processes; None where this one decides alone.
+        is_in_order: Parameters have to be updated one after the other, because some share memory.
         is_outdated: What the plan was made from has changed in a way that backends do not look for.
     """
 
     entries: list[Entry]
     lrs: list[Any]
     agreement: Agreement | None = None
+    is_in_order: bool = False
     staged: list[Entry] = field(init=False)
     new: list[Entry] = field(init=False)
     is_outdated: bool = False
@@ -117,7 +133,7 @@ class Plan:
             if entry.is_copy:
                 source.copy_(param)
                 grad = grad.resolve_neg().clone(memory_format=torch.contiguous_format)
-            elif param.data_ptr() != source.data_ptr() or param.stride() != source.stride():
+            elif _address(param) != _address(source) or param.stride() != source.stride() or param.is_neg():
                 return False
             elif not same_strides(grad, source) or grad.is_neg() or grad._is_zerotensor():
                 grad = torch.empty_like(source, dtype=grad.dtype).copy_(grad)
@@ -172,9 +188,9 @@ class Plan:
                     state.setdefault(entry.param, {})
 
 
-def applied_state(entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
+def applied_state(entry: Entry, has_momentum: bool, had_grad: bool) -> tuple[dict[str, Tensor], bool]:
     """What a step that was applied has written of a new entry's state, and whether the rest may still be."""
-    if entry.param.grad is None:
+    if not had_grad:
         return {}, True
     written = entry.own_state()
     if entry.first and not has_momentum:
@@ -206,120 +222,92 @@ def build_plan(
     Raises:
         RuntimeError: A parameter or gradient cannot be updated. Then nothing is changed at all.
     """
+    with torch.no_grad():
+        return _build_plan(groups, state, step_state, former, agreement)
+
+
+def _build_plan(
+    groups: list[dict[str, Any]],
+    state: dict[Tensor, dict[str, Any]],
+    step_state: StepState,
+    former: Plan | None,
+    agreement: Agreement | None,
+) -> Plan:
     listed = named_parameters(groups)
+    # Read once: another thread may set them.
+    grads = [param.grad for _, param, _ in listed]
+    pending = {} if former is None else {entry.param: entry.own_state() for entry in former.new}
+    used = [_used_state(p, groups[g], [state.get(p, {}), pending.get(p, {})]) for _, p, g in listed]
     seen: dict[Tensor, str] = {}
-    for name, param, _ in listed:
-        if param.grad is not None:
-            _check(name, param, param.grad, state.get(param, {}))
+    for (name, param, _), grad, own in zip(listed, grads, used, strict=True):
+        if grad is not None:
+            check_update(name, param, grad, state.get(param, {}), own)
             if param in seen:
                 raise RuntimeError(f"{name} is also {seen[param]}, and would be updated twice; list it once")
             seen[param] = name
     devices = {param.device for param in seen}
     before = {} if former is None else {entry.param: entry for entry in former.entries if entry.live}
-    pending = {} if former is None else {entry.param: entry.own_state() for entry in former.new}
+    is_live = [
+        grad is not None or (param.device in devices and _is_ready(before.get(param), param, own))
+        for (_, param, _), grad, own in zip(listed, grads, used, strict=True)
+    ]
+    pieces = [
+        piece
+        for (name, param, _), grad, own, live in zip(listed, grads, used, is_live, strict=True)
+        if live
+        for piece in _pieces(name, param, grad, own)
+    ]
+    is_in_order = must_be_in_order(pieces)
     entries = []
-    with torch.no_grad():
-        for _, param, group in listed:
-            has_momentum = groups[group]["momentum"] != 0
-            states = [state.get(param, {}), pending.get(param, {})]
-            if param.grad is not None:
-                local = local_part(param)
-                is_dense = _fits(param.grad if local is param else local, local)
-            elif param.device in devices and _is_ready(before.get(param), param, has_momentum, states):
-                is_dense = not before[param].is_copy
-            else:
-                entries.append(Entry(group, param, live=False, source=param))
-                continue
-            entries.append(_entry(param, group, is_dense, has_momentum, states, step_state))
+    for (_, param, group), grad, live in zip(listed, grads, is_live, strict=True):
+        if not live:
+            entries.append(Entry(group, param, live=False, source=param))
+            continue
+        if is_in_order:
+            is_dense = True
+        elif grad is None:
+            is_dense = not before[param].is_copy
+        else:
+            local = local_part(param)
+            is_dense = _fits(grad if local is param else local, local)
+        has_momentum = groups[group]["momentum"] != 0
+        states = [state.get(param, {}), pending.get(param, {})]
+        entries.append(_entry(param, group, is_dense, has_momentum, states, step_state, is_in_order))
     if agreement is not None:
         for entry, part in zip(entries, agreement.part_of, strict=True):
             entry.part = part
-    return Plan(entries, [group["lr"] for group in groups], agreement)
+    return Plan(entries, [group["lr"] for group in groups], agreement, is_in_order)
 
 
-def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:
-    """Every parameter with what errors call it, its name where the optimizer was given names, and its group's index."""
-    return [
-        (
-            f"parameter '{group['param_names'][index]}'"
-            if "param_names" in group
-            else f"parameter {index} of group {group_index}",
-            param,
-            group_index,
-        )
-        for group_index, group in enumerate(groups)
-        for index, param in enumerate(group["params"])
-    ]
+def _used_state(
+    param: Tensor, group: dict[str, Any], states: list[dict[str, Any]]
+) -> dict[str, Tensor | None]:
+    """What an update of a parameter needs of its state, from the first dict that has it."""
+    keys = [MASTER_PARAM] if param.dtype in LOW_PRECISION else []
+    keys += [MOMENTUM_BUFFER] if group["momentum"] != 0 else []
+    return {key: next((s[key] for s in states if s.get(key) is not None), None) for key in keys}
 
 
-def is_wrapper(tensor: Tensor) -> bool:
-    """Whether the elements of a tensor, or of its local part, are in other tensors that only torch operations reach."""
-    return is_traceable_wrapper_subclass(local_part(tensor))
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    """The type of the arithmetic, of masters and of momentum buffers: FP64 for FP64 parameters, else FP32."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def _check(name: str, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
-    if param.is_inference():
-        raise RuntimeError(
-            f"{name} was made under torch.inference_mode() and cannot be trained; make it outside, or clone() it there"
-        )
-    if param.dtype not in _SUPPORTED:
-        raise RuntimeError(
-            f"{name} has dtype {param.dtype}; FusedSGD updates float16, bfloat16, float32 and float64"
-        )
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"{name} has a gradient of layout {grad.layout}; FusedSGD needs dense gradients: build the layer with "
-            "sparse=False, or use torch.optim.SGD for it"
-        )
-    if param.layout != torch.strided:
-        raise RuntimeError(f"{name} has layout {param.layout}; FusedSGD needs dense parameters")
-    wide = grad.dtype == torch.float32 and param.dtype in LOW_PRECISION
-    if grad.dtype != param.dtype and not wide:
-        raise RuntimeError(
-            f"{name} has dtype {param.dtype} and a gradient of dtype {grad.dtype}; cast the gradient to the "
-            "parameter's dtype, or to float32 for a float16 or bfloat16 parameter"
-        )
-    if is_distributed(grad) != is_distributed(param):
-        kinds = ["a DTensor" if is_distributed(tensor) else "a plain tensor" for tensor in (param, grad)]
-        raise RuntimeError(
-            f"{name} is {kinds[0]} and its gradient {kinds[1]}; make the gradient one of the same placement"
-        )
-    if grad.device != param.device:
-        raise RuntimeError(
-            f"{name} is on {param.device} and its gradient on {grad.device}; move the gradient there"
-        )
-    if grad.shape != param.shape:
-        raise RuntimeError(
-            f"{name} has shape {tuple(param.shape)} and a gradient of shape {tuple(grad.shape)}"
-        )
-    if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
-        raise RuntimeError(
-            f"{name} has elements that share memory (it was expanded); clone() it before it is optimized"
-        )
-    for key in (MASTER_PARAM, MOMENTUM_BUFFER):
-        value = state.get(key)
-        if value is not None and value.shape != param.shape:
-            raise RuntimeError(
-                f"{name} has shape {tuple(param.shape)} and a {key} of shape {tuple(value.shape)} in the optimizer's "
-                "state; load the state that belongs to this model, or delete the entry"
-            )
-
-
-def _is_ready(former: Entry | None, param: Tensor, has_momentum: bool, states: list[dict[str, Any]]) -> bool:
+def _is_ready(former: Entry | None, param: Tensor, used: dict[str, Tensor | None]) -> bool:
     """Whether a parameter without a gradient can stay live, so that gradients that take turns need no new plans."""
-    if former is None or is_wrapper(param) or param.dtype not in _SUPPORTED or param.layout != torch.strided:
+    if former is None or is_wrapper(param) or param.dtype not in SUPPORTED or param.layout != torch.strided:
+        return False
+    if not has_memory(param) or missing_bytes(param) or overlaps_itself(local_part(param)):
         return False
     if not former.is_copy and not _fits(local_part(param), local_part(param)):
         return False
-    needed = [MASTER_PARAM] if param.dtype in LOW_PRECISION else []
-    needed += [MOMENTUM_BUFFER] if has_momentum else []
-    found = [next((s[key] for s in states if s.get(key) is not None), None) for key in needed]
-    return all(value is not None and value.shape == param.shape for value in found)
+    return all(
+        value is not None and value.shape == param.shape and has_memory(value) and not missing_bytes(value)
+        for value in used.values()
+    )
+
+
+def _pieces(name: str, param: Tensor, grad: Tensor | None, used: dict[str, Tensor | None]) -> Iterator[Piece]:
+    """What an update of a parameter reads and writes."""
+    tensors = {PARAMETER: param, **used, GRADIENT: grad}
+    for key, tensor in tensors.items():
+        if tensor is not None:
+            yield Piece(local_part(tensor), key, name, MASTER_PARAM in used)
 
 
 def _is_alike(a: Tensor, b: Tensor) -> bool:
@@ -333,6 +321,7 @@ def _entry(
     has_momentum: bool,
     states: list[dict[str, Any]],
     step_state: StepState,
+    is_in_order: bool,
 ) -> Entry:
     local = local_part(param)
     source = param
@@ -343,7 +332,7 @@ def _entry(
     entry = Entry(group, param, live=True, source=source, is_copy=not is_dense, storage=local.detach())
     entry.identity = _identity(param, local)
     if param.dtype in LOW_PRECISION:
-        entry.master, entry.is_new = _find_state(entry, states, MASTER_PARAM, step_state)
+        entry.master, entry.is_new = _find_state(entry, states, MASTER_PARAM, step_state, is_in_order)
         if entry.master is None:
             entry.master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
         else:
@@ -352,7 +341,7 @@ def _entry(
         # A master from before the parameter was converted would be stale when the parameter is converted back.
         states[0].pop(MASTER_PARAM, None)
     if has_momentum:
-        entry.buffer, entry.first = _find_state(entry, states, MOMENTUM_BUFFER, step_state)
+        entry.buffer, entry.first = _find_state(entry, states, MOMENTUM_BUFFER, step_state, is_in_order)
         if entry.buffer is None:
             entry.buffer = torch.zeros_like(source, dtype=state_dtype(param), requires_grad=False)
         entry.is_new = entry.is_new or entry.first
@@ -364,7 +353,7 @@ def _entry(
 
 
 def _find_state(
-    entry: Entry, states: list[dict[str, Any]], key: str, step_state: StepState
+    entry: Entry, states: list[dict[str, Any]], key: str, step_state: StepState, is_in_order: bool
 ) -> tuple[Tensor | None, bool]:
     """The tensor of that name in the first dict that has it, and whether no update is known to have written it."""
     for index, state in enumerate(states):
@@ -372,7 +361,7 @@ def _find_state(
         if value is None:
             state.pop(key, None)  # torch.optim.SGD takes None for "not there yet"
         else:
-            value = _fitting_state(entry, state, key, value, step_state)
+            value = _fitting_state(entry, state, key, value, step_state, is_in_order)
             if is_distributed(value):
                 entry.distributed[key] = value
             return local_part(value), index > 0 or value in step_state.unwritten
@@ -380,8 +369,12 @@ def _find_state(
 
 
 def _identity(param: Tensor, local: Tensor) -> tuple[int, ...]:
-    address = 0 if is_traceable_wrapper_subclass(local) else local.data_ptr()
-    return address, param._version, local._version
+    return _address(local), param._version, local._version
+
+
+def _address(local: Tensor) -> int:
+    """Of a tensor's first element; 0 where it has none."""
+    return local.data_ptr() if is_addressable(local) else 0
 
 
 def _fits(grad: Tensor, param: Tensor) -> bool:
@@ -398,7 +391,7 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
 
 
 def _fitting_state(
-    entry: Entry, state: dict[str, Any], key: str, value: Tensor, step_state: StepState
+    entry: Entry, state: dict[str, Any], key: str, value: Tensor, step_state: StepState, is_in_order: bool
 ) -> Tensor:
     source = entry.source
     dtype = state_dtype(source)
@@ -408,7 +401,7 @@ def _fitting_state(
         placed is value
         and value.dtype == dtype
         and local.device == source.device
-        and same_strides(local, source)
+        and (is_in_order or (same_strides(local, source) and not local.is_neg()))
     ):
         return value
     fitting = torch.empty_like(source, dtype=dtype, requires_grad=False).copy_(local)
@@ -427,5 +420,5 @@ def adopt_foreign_values(master: Tensor, param: Tensor) -> None:
     """A master takes over those of its parameter's elements that are not its rounding: somebody else wrote them."""
     agrees = master.to(param.dtype) == param
     # To look costs a GPU a synchronisation, and the CPU less memory than to write what is there already.
-    if param.device.type != "cpu" or not agrees.all():
+    if param.device.type != "cpu" or not has_memory(param) or not agrees.all():
         master.copy_(torch.where(agrees, master, param.to(master.dtype)))

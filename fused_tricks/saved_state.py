@@ -22,6 +22,7 @@ from .checkpoint import (
 from .diagnostics import StepDiagnostics
 from .loss_scale import DynamicLossScale
 from .plan import Plan
+from .step_lock import StepLock, one_at_a_time
 from .step_state import StepState
 
 
@@ -37,7 +38,9 @@ class SavedState(Optimizer):
     _backend_in_use: str | None
     _stepper: Stepper | None
     _plan: Plan | None
+    _lock: StepLock
 
+    @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
         """The state in the format of ``torch.optim.SGD``, which can load it.
 
@@ -72,6 +75,7 @@ class SavedState(Optimizer):
             for key in SCALE_KEYS:
                 group.pop(key, None)
 
+    @one_at_a_time
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of ``torch.optim.SGD``.
 
@@ -108,6 +112,7 @@ class SavedState(Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault("_lock", StepLock())
         super().__setstate__(state)
         self._stepper = self._plan = None
         if "_step_state" in state:

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# The layout of StepState in csrc/step_state.h, whose fields from 36 to 52 are private to the kernels.
+# The layout of StepState in csrc/step_state.h, some of which is private to the kernels.
 _SIZE = 64
-_READ = struct.Struct("=fiifqqi16xi8x")
+_READ = struct.Struct("=fii4xqqi16xid")
 
 
 def to_float32(value: float) -> float:
@@ -26,11 +27,11 @@ class StepReading(NamedTuple):
     scale: float
     growth_tracker: int
     hysteresis_tracker: int
-    grad_norm: float
     applied_steps: int
     skipped_steps: int
     skip: int
     skipped_in_a_row: int
+    grad_norm: float
 
     @classmethod
     def of(cls, block: Tensor) -> StepReading:
@@ -42,14 +43,15 @@ class StepState:
     """Loss scale, trackers and counters of one optimizer in one 64-byte tensor.
 
     Every attribute is a 0-dim view of ``block``, so a kernel changes them without a host sync, and reading one as a
-    Python number is a sync.
+    Python number is a sync. ``block`` has memory even where the parameters have none, and a ``FakeTensorMode`` does not
+    change that.
 
     Attributes:
         block: ``uint8`` tensor of 64 bytes that the kernels are given.
         scale: FP32, the loss scale; 1 where none is in use.
         growth_tracker: INT32, good steps since the scale last changed or an overflow was found.
         hysteresis_tracker: INT32, overflows left until the scale backs off.
-        grad_norm: FP32, the unscaled L2 norm of the last measured gradients.
+        grad_norm: FP64, the unscaled L2 norm of the last measured gradients; an FP32 number unless one was FP64.
         applied_steps: INT64, updates applied.
         skipped_steps: INT64, updates skipped.
         skip: INT32, 1 when the last step was skipped.
@@ -59,14 +61,15 @@ class StepState:
             hear whether its first step was skipped: a 0-dim INT64 tensor with the number of the update that first
             wrote it, -1 before.
         unwritten: Momentum buffers that are in the optimizer's state although no update has written them, as keys.
-        applied_before: For each master and buffer, ``applied_steps`` as it was when a GPU's plan made it: more of them
-            now mean that an update may have written it.
+        applied_before: For each master and buffer, ``applied_steps`` as it was when a GPU's plan made it: another one
+            now means that an update may have written it.
     """
 
     def __init__(self, device: torch.device | str = "cpu", scale: float = 1.0, hysteresis: int = 1) -> None:
-        self._start(torch.zeros(_SIZE, dtype=torch.uint8, device=device))
-        self.scale.fill_(scale)
-        self.hysteresis_tracker.fill_(hysteresis)
+        with _disable_current_modes():
+            self._start(torch.zeros(_SIZE, dtype=torch.uint8, device=device))
+            self.scale.fill_(scale)
+            self.hysteresis_tracker.fill_(hysteresis)
 
     def _start(self, block: Tensor) -> None:
         self._view(block)
@@ -81,16 +84,17 @@ class StepState:
         self.scale = block[0:4].view(torch.float32)[0]
         self.growth_tracker = block[4:8].view(torch.int32)[0]
         self.hysteresis_tracker = block[8:12].view(torch.int32)[0]
-        self.grad_norm = block[12:16].view(torch.float32)[0]
         self.applied_steps = block[16:24].view(torch.int64)[0]
         self.skipped_steps = block[24:32].view(torch.int64)[0]
         self.skip = block[32:36].view(torch.int32)[0]
         self.skipped_in_a_row = block[52:56].view(torch.int32)[0]
+        self.grad_norm = block[56:64].view(torch.float64)[0]
 
     def move_to(self, device: torch.device) -> None:
         """Continues on another device."""
         if self.block.device != device:
-            self._view(self.block.to(device))
+            with _disable_current_modes():
+                self._view(self.block.to(device))
 
     def keep(self, *memory: object) -> None:
         """Keeps objects and the present ``block`` alive for as long as this state: a captured CUDA graph uses them."""
@@ -98,7 +102,8 @@ class StepState:
 
     def read(self) -> StepReading:
         """Returns every field, in one copy to the host."""
-        return StepReading.of(self.block)
+        with _disable_current_modes():
+            return StepReading.of(self.block)
 
     def __getstate__(self) -> tuple[Tensor, list[Tensor], bool]:
         return self.block, list(self.unwritten), self.scale_was_read
@@ -107,6 +112,7 @@ class StepState:
         # States pickled before scale_was_read was added have two items.
         block, unwritten, *scale_was_read = state
         # A copied or unpickled block no longer shares memory with views that were copied beside it.
-        self._start(block.clone())
+        with _disable_current_modes():
+            self._start(block.clone())
         self.unwritten.update((buffer, True) for buffer in unwritten)
         self.scale_was_read = any(scale_was_read)

@@ -49,8 +49,52 @@ def test_the_norm_is_the_unscaled_l2_norm_over_all_gradients(backend, device, sc
     optimizer = FusedSGD(params, lr=0.1, max_grad_norm=1e9, loss_scale=scale, backend=backend)
     for grads in gradients(params, 3):
         norm = norm_after_step(optimizer, params, grads)
-        assert norm == float(np.float32(norm))
         assert norm == pytest.approx(exact_norm(grads) / (scale or 1), rel=2**-23)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_without_fp64_gradients_the_norm_is_an_fp32_number(backend, device, dtype):
+    params = parameters(SHAPES, dtype, device)
+    optimizer = FusedSGD(params, lr=0.1, max_grad_norm=1e9, backend=backend)
+    (grads,) = gradients(params, 1)
+    assert norm_after_step(optimizer, params, grads) == float(np.float32(exact_norm(grads)))
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float64] * 5, MIXED], ids=["FP64", "mixed"])
+def test_with_an_fp64_gradient_the_norm_is_an_fp64_number(backend, device, dtypes):
+    params = parameters(SHAPES, dtypes, device)
+    optimizer = FusedSGD(params, lr=0.1, max_grad_norm=1e9, backend=backend)
+    (grads,) = gradients(params, 1)
+    assert norm_after_step(optimizer, params, grads) == pytest.approx(exact_norm(grads), rel=1e-14)
+
+
+def test_only_gradients_of_this_step_make_the_norm_one_in_fp64(backend, device):
+    params = parameters([(33,), (5,)], [torch.float32, torch.float64], device)
+    optimizer = FusedSGD(params, lr=0.1, max_grad_norm=1e9, backend=backend)
+    (grads,) = gradients(params, 1)
+    norm_after_step(optimizer, params, grads)
+    norm = norm_after_step(optimizer, params, [grads[0], None])
+    assert norm == float(np.float32(exact_norm(grads[:1])))
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e50, 1e-50], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [[torch.float64] * 2, [torch.float64, torch.float32]], ids=["FP64", "mixed"]
+)
+def test_clipping_with_fp64_gradients_is_that_of_torch(backend, device, dtypes, magnitude):
+    """Each gradient has one element, so that no order of a sum matters."""
+    params = parameters([(1,), (1,)], dtypes, device)
+    expected = copies(params)
+    grads = [torch.tensor([0.75 * magnitude], dtype=torch.float64), torch.tensor([0.25], dtype=dtypes[1])]
+    optimizer = FusedSGD(params, lr=0.3, momentum=0.9, max_grad_norm=0.7, bias_decay=True, backend=backend)
+    reference = torch.optim.SGD(expected, lr=0.3, momentum=0.9, foreach=False)
+    for _ in range(3):
+        norm = norm_after_step(optimizer, params, grads)
+        set_gradients(expected, grads)
+        total = torch.nn.utils.clip_grad_norm_(expected, 0.7, foreach=False)
+        reference.step()
+        assert norm == total.item()
+    assert_all_same_bits(params, expected)
 
 
 @pytest.mark.parametrize("magnitude", [1e30, 1e-30], ids=str)
@@ -183,7 +227,7 @@ def test_fp64_parameters_are_clipped_with_the_global_coefficient(backend, device
     grads = [torch.full((9,), 4.0, dtype=torch.float64), torch.full((9,), 3.0)]
     norm = norm_after_step(optimizer, params, grads)
     assert norm == 15.0
-    assert_same_bits(params[0], before - grads[0] * clip_of(norm, 0.5).double())
+    assert_same_bits(params[0], before - grads[0] * (0.5 / (norm + 1e-6)))
 
 
 def test_maximizing_clips_the_same_norm(backend, device):

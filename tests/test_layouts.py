@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from comparison import assert_same_bits, copies, gradients, set_gradients
-from fused_tricks import FusedSGD
+from fused_tricks import FusedSGD, extension
 
 DTYPES = [torch.float32, torch.float16, torch.float64]
 OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": True}
@@ -185,6 +185,73 @@ def test_a_gradient_that_gets_the_negative_bit_after_some_steps_is_negated(backe
         assert param.grad.is_neg() is (step >= 2)
         optimizer.step()
     assert param.item() == 0.0
+
+
+NEGATIVE_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "_neg_view": torch._neg_view,
+    "as_strided": lambda values: (
+        torch.complex(values, values).conj().imag.as_strided(values.shape, values.stride(), 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 40])
+@pytest.mark.parametrize("view", NEGATIVE_VIEWS)
+def test_a_dense_gradient_of_any_size_may_get_the_negative_bit_after_some_steps(backend, device, view, count):
+    param = Parameter(torch.zeros(count, device=device))
+    expected = copies([param])
+    optimizer = FusedSGD([param], backend=backend, bias_decay=True, **OPTIONS)
+    reference = torch.optim.SGD(expected, foreach=False, **OPTIONS)
+    for step in range(5):
+        values = torch.arange(1.0, count + 1)
+        grad = NEGATIVE_VIEWS[view](values) if step in (2, 3) else values
+        assert grad.is_neg() is (step in (2, 3)) and grad.is_contiguous()
+        param.grad, expected[0].grad = grad.to(device), grad
+        optimizer.step()
+        reference.step()
+    assert_same_bits(param, expected[0])
+
+
+@pytest.mark.parametrize("functions", [(), extension._STABLE_FUNCTIONS], ids=["DLPack", "shim"])
+@pytest.mark.parametrize("what", ["parameter", "momentum_buffer", "master_param"])
+def test_a_parameter_and_its_state_may_get_the_negative_bit_in_place(
+    backend, device, what, functions, monkeypatch
+):
+    """Neither address nor strides tell."""
+    if extension.missing_because() is not None:
+        pytest.skip(extension.missing_because())
+    module = extension.load_extension()
+    dtype = torch.float16 if what == "master_param" else torch.float32
+    params = [Parameter(torch.arange(1.0, 10.0, device=device).to(dtype)) for _ in range(2)]
+    optimizers = [FusedSGD([param], backend=backend, bias_decay=True, **OPTIONS) for param in params]
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(extension, "_STABLE_FUNCTIONS", functions)
+            extension.connect(module)
+        for step in range(4):
+            if step == 2:
+                for optimizer, param, negate in zip(
+                    optimizers, params, (torch._neg_view, torch.neg), strict=True
+                ):
+                    tensor = param if what == "parameter" else optimizer.state[param][what]
+                    tensor.data = negate(tensor.data)
+                    if what == "master_param":
+                        # Or the parameter would be taken for written by others.
+                        param.data = param.data.neg()
+            for optimizer, param in zip(optimizers, params, strict=True):
+                param.grad = torch.ones_like(param)
+                optimizer.step()
+    finally:
+        extension.connect(module)
+    assert_same_bits(params[0], params[1].detach())
+
+
+def test_a_learning_rate_with_the_negative_bit_is_read_as_it_is(backend, device):
+    lr = torch._neg_view(torch.tensor(-0.5, device=device))
+    param = Parameter(torch.ones(3, device=device))
+    param.grad = torch.ones_like(param)
+    FusedSGD([param], lr=lr, backend=backend).step()
+    assert_same_bits(param, torch.full((3,), 0.5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -67,7 +67,7 @@ Span span_of(const Entry& entry, const Chunk& chunk, bool has_momentum, bool str
   return span;
 }
 
-// What the scan found: whether an element is not finite, then the squares of each part.
+// What the scan found: whether an element is not finite, whether one is FP64, then the squares of each part.
 std::vector<double> scan(const Plan& plan, const StepRequest& request) {
   const Kernels& kernels = selected_kernels();
   const int64_t chunk_count = static_cast<int64_t>(plan.chunks.size());
@@ -83,10 +83,11 @@ std::vector<double> scan(const Plan& plan, const StepRequest& request) {
       if (request.clips) partial[i] = kernels.sum_of_squares(grad, entry.grad_type, chunk.count);
     }
   });
-  std::vector<double> verdict(1 + static_cast<size_t>(plan.agreement.parts));
+  std::vector<double> verdict(2 + static_cast<size_t>(plan.agreement.parts));
   verdict[0] = any.load();
+  verdict[1] = request.in_double;
   for (size_t i = 0; i < partial.size(); ++i) {
-    verdict[1 + static_cast<size_t>(plan.entries[static_cast<size_t>(plan.chunks[i].entry)].part)] += partial[i];
+    verdict[2 + static_cast<size_t>(plan.entries[static_cast<size_t>(plan.chunks[i].entry)].part)] += partial[i];
   }
   return verdict;
 }
@@ -124,15 +125,16 @@ void update(const Plan& plan, const StepRequest& request) {
 
 }  // namespace
 
-bool run_step(Plan& plan, const StepRequest& request) {
+bool run_step(Plan& plan, StepRequest request) {
   {
     const py::gil_scoped_release release;
-    std::vector<double> verdict = {0};
+    std::vector<double> verdict(2);
     if (request.scans()) {
       verdict = scan(plan, request);
       agree(plan.agreement, verdict);
     }
-    const double squares = std::accumulate(verdict.begin() + 1, verdict.end(), 0.0);
+    request.in_double = verdict[1] != 0;
+    const double squares = std::accumulate(verdict.begin() + 2, verdict.end(), 0.0);
     decide_step(*plan.state, verdict[0] != 0, squares, request);
     if (!plan.state->skip) update(plan, request);
   }

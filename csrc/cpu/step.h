@@ -6,6 +6,6 @@
 namespace fused_tricks::cpu {
 
 // Scan (where the request needs one), decision, update. Returns whether the update was applied.
-bool run_step(Plan& plan, const StepRequest& request);
+bool run_step(Plan& plan, StepRequest request);
 
 }  // namespace fused_tricks::cpu

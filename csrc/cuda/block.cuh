@@ -59,8 +59,9 @@ __device__ inline void store_decision(StepState* to, const StepState& state) {
 }
 
 template <typename Args>
-__device__ inline StepState decided(const Args& args, StepState state, bool found, double squares) {
+__device__ inline StepState decided(const Args& args, StepState state, bool found, bool in_double, double squares) {
   StepRequest request = args.request;
+  request.in_double = in_double;
   if (args.external_scale != nullptr) request.grad_scale = load(args.external_scale);
   if (args.external_found_inf != nullptr) request.found_inf = load(args.external_found_inf) != 0.0f;
   decide_step(state, found, squares, request);

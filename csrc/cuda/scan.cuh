@@ -153,18 +153,19 @@ __device__ inline double block_sum(double value, double* per_warp) {
 }
 
 // Writes what this process found, for others to add to.
-__device__ inline void report(const Tables& tables, bool measures, double* per_warp) {
+__device__ inline void report(const Tables& tables, bool measures, bool in_double, double* per_warp) {
   for (int part = 0; part < tables.parts; ++part) {
     double total = 0;
     for (int64_t i = threadIdx.x; measures && i < tables.chunk_count; i += kThreads) {
       if (load(&tables.chunks[i].part) == part) total += load_fresh(&tables.partial_squares[i]);
     }
     total = block_sum(total, per_warp);
-    if (threadIdx.x == 0) store(&tables.verdict[1 + part], total);
+    if (threadIdx.x == 0) store(&tables.verdict[2 + part], total);
     __syncthreads();
   }
   if (threadIdx.x == 0) {
     store(tables.verdict, load_fresh(&tables.state->found) != 0 ? 1.0 : 0.0);
+    store(tables.verdict + 1, in_double ? 1.0 : 0.0);
     store(&tables.state->found, 0);
   }
 }
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
   }
   if (!arrives_last(tables.state)) return;
   if (tables.verdict != nullptr) {
-    report(tables, measures, per_warp);
+    report(tables, measures, args.request.in_double, per_warp);
     return;
   }
   double total = 0;
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
   }
   if (threadIdx.x == 0) {
     const bool found = load_fresh(&tables.state->found) != 0;
-    store_decision(tables.state, decided(args, load(tables.state), found, total));
+    store_decision(tables.state, decided(args, load(tables.state), found, args.request.in_double, total));
   }
 }
 
@@ -229,8 +230,9 @@ __global__ void __launch_bounds__(kThreads) decide_kernel(const __grid_constant_
   if (threadIdx.x != 0) return;
   const Tables& tables = args.tables;
   double squares = 0;
-  for (int part = 0; part < tables.parts; ++part) squares += load(&tables.verdict[1 + part]);
-  store_decision(tables.state, decided(args, load(tables.state), load(tables.verdict) != 0, squares));
+  for (int part = 0; part < tables.parts; ++part) squares += load(&tables.verdict[2 + part]);
+  const bool found = load(tables.verdict) != 0, in_double = load(tables.verdict + 1) != 0;
+  store_decision(tables.state, decided(args, load(tables.state), found, in_double, squares));
 }
 
 }  // namespace fused_tricks::cuda

@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
     work.grad = nullptr;
     StepState state = load(tables.state);
     // Without a scan every block comes to the same decision by itself.
-    if (!args.scanned) state = decided(args, state, false, 0.0);
+    if (!args.scanned) state = decided(args, state, false, false, 0.0);
     // Backwards: the second read of the gradients that the scan read last still finds them in the cache.
     if (blockIdx.x < tables.chunk_count) prepare_update(args, state, tables.chunk_count - 1 - blockIdx.x, work);
   }
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
     return;
   }
   if (!arrives_last(tables.state)) return;
-  if (threadIdx.x == 0) store_decision(tables.state, decided(args, load(tables.state), false, 0.0));
+  if (threadIdx.x == 0) store_decision(tables.state, decided(args, load(tables.state), false, false, 0.0));
 }
 
 }  // namespace fused_tricks::cuda

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..plan import Entry, Plan, is_wrapper
+from ..parameters import is_wrapper
+from ..plan import Entry, Plan
+from ..shared_memory import has_memory
 from ..step_state import StepState
 from . import cpu, cuda, reference, triton
 from .request import Outcome, StepRequest
@@ -107,13 +109,19 @@ def check_backend(name: str) -> None:
 def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan, StepState], Stepper]:
     """The backend called ``name`` for parameters with names; ``"auto"`` takes the fastest that serves them.
 
-    Where there are no parameters there is nothing to choose, and the reference counts the steps.
+    Where there are no parameters there is nothing to choose, and the reference counts the steps. It also runs where one
+    has no memory: on ``meta``, or as a ``FakeTensor``.
 
     Raises:
         RuntimeError: The backend does not serve one of them.
     """
     devices = {param.device for _, param in named}
-    wrappers = [(who, type(t)) for who, p in named for t in (p, p.grad) if t is not None and is_wrapper(t)]
+    tensors = [(who, tensor) for who, param in named for tensor in (param, param.grad) if tensor is not None]
+    # What becomes of shapes is known to torch's own operations alone.
+    has_shapes_only = not all(has_memory(tensor) for _, tensor in tensors)
+    wrappers = [(who, type(tensor)) for who, tensor in tensors if is_wrapper(tensor)]
+    if has_shapes_only and name == "auto":
+        return BACKENDS["reference"].stepper
     if name == "auto" or not named:
         missing: list[str] = []
         for backend_name, backend in BACKENDS.items():
@@ -128,10 +136,14 @@ def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan,
                 missing.append(f"backend={backend_name!r}: {reason}")
     backend = BACKENDS[name]
     if not _serves(backend, devices):
+        home = next((device for device in devices if device.type == backend.device_type), None)
+        who, device = next((who, param.device) for who, param in named if param.device != home)
         raise RuntimeError(
             f"backend={name!r} updates parameters on one device of type '{backend.device_type}', and these are on "
-            f"{', '.join(sorted(map(str, devices)))}; use backend='auto', or move them"
+            f"{', '.join(sorted(map(str, devices)))}: {who} is on {device}; use backend='auto', or move them"
         )
+    if has_shapes_only:
+        return BACKENDS["reference"].stepper
     if wrappers and backend.device_type is not None:
         who, kind = wrappers[0]
         raise RuntimeError(

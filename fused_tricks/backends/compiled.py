@@ -81,9 +81,15 @@ class CompiledPlan:
 class CompiledWatch(CompiledPlan):
     """A plan for kernels that Python launches: the extension notices whether it holds, and reads the gradients."""
 
-    def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> tuple[list[int], bool] | None:
+    def gradients(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any]
+    ) -> tuple[list[int], bool, bool] | None:
         """As :meth:`fused_tricks.backends.triton.watch.PlanWatch.gradients`."""
         return self.handle.gradient_addresses(groups, state)
+
+    def release_gradients(self) -> None:
+        """As :meth:`fused_tricks.backends.triton.watch.PlanWatch.release_gradients`."""
+        self.handle.release_gradients()
 
     def mark_updated(self) -> None:
         """After an update: tells autograd that the parameters changed."""

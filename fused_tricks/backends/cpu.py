@@ -26,9 +26,10 @@ class CpuStepper:
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         extension = load_extension()
         self._plan = CompiledPlan(extension, plan, step_state, compared=extension.CPU_COMPARED)
+        self._positions = {id(entry): index for index, entry in enumerate(plan.entries) if entry.is_new}
 
     def written_state(self, entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
-        return applied_state(entry, has_momentum)
+        return applied_state(entry, has_momentum, self._plan.handle.had_gradient(self._positions[id(entry)]))
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
         return OUTCOMES[self._plan.handle.cpu_step(groups, state, request)]

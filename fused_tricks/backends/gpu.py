@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import MOMENTUM_BUFFER, Entry, Plan
+from ..parameters import MOMENTUM_BUFFER
+from ..plan import Entry, Plan
 from ..sharding import local_part
 from ..step_state import StepState
 
@@ -75,7 +76,7 @@ class GpuStepper:
         if key == MOMENTUM_BUFFER and tensor in self._step_state.first_steps and has_elements:
             return bool(self._step_state.first_steps[tensor] >= 0)
         before = self._step_state.applied_before.get(tensor)
-        return before is None or int(self._step_state.applied_steps) > int(before)
+        return before is None or int(self._step_state.applied_steps) != int(before)
 
     def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
         """Memory for the kernels, of at least one element."""
@@ -95,7 +96,11 @@ class GpuStepper:
         return torch.cuda.device(self._device)
 
     def _on_device(self, scalar: Tensor | None) -> Tensor | None:
-        return None if scalar is None else scalar.to(self._device, torch.float32, non_blocking=True)
+        return (
+            None
+            if scalar is None
+            else scalar.to(self._device, torch.float32, non_blocking=True).resolve_neg()
+        )
 
 
 def _release(memory: list[Tensor], streams: set[int], home: int) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..applied_rate import applied_rate_of
 from ..hyper_parameters import as_float
-from ..plan import Entry, Plan, applied_state, state_dtype
+from ..parameters import state_dtype
+from ..plan import Entry, Plan, applied_state
+from ..shared_memory import has_memory
 from ..step_state import StepState, to_float32
 from .request import Outcome, StepRequest
 
@@ -25,9 +28,10 @@ class ReferenceStepper:
         self._plan = plan
         self._step_state = step_state
         self._is_used = False
+        self._updated: set[int] = set()
 
     def written_state(self, entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
-        return applied_state(entry, has_momentum)
+        return applied_state(entry, has_momentum, id(entry) in self._updated)
 
     @torch.no_grad()
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
@@ -35,53 +39,69 @@ class ReferenceStepper:
             return Outcome.STALE
         self._is_used = True
         active = list(self._active(groups))
-        found, squares = (
-            self._scan(request, [entry for entry, _ in active]) if request.scans else (False, 0.0)
+        found, in_double, squares = (
+            self._scan(request, [(entry, grad) for entry, grad, _ in active])
+            if request.scans
+            else (False, False, 0.0)
         )
         found = found or request.has_found
-        inverse_scale, clip = self._factors(request, squares)
-        self._record(request, found)
+        # What has no memory keeps its own numbers out of a FakeTensorMode.
+        with _disable_current_modes():
+            inverse_scale, clip = self._factors(request, in_double, squares)
+            self._record(request, found)
         if found:
             return Outcome.SKIPPED
-        for entry, group in active:
-            _update(entry, group, inverse_scale if request.unscales else None, clip)
+        for entry, grad, group in active:
+            _update(entry, grad, group, inverse_scale if request.unscales else None, clip)
+        self._updated = {id(entry) for entry, _, _ in active}
         return Outcome.APPLIED
 
-    def _active(self, groups: list[dict[str, Any]]) -> Iterator[tuple[Entry, dict[str, Any]]]:
-        applied = int(self._step_state.applied_steps)
+    def _active(self, groups: list[dict[str, Any]]) -> Iterator[tuple[Entry, Tensor, dict[str, Any]]]:
+        applied = self._step_state.read()[4]
         listed = [
             numbers for group in groups for numbers in [_numbers(group, applied)] * len(group["params"])
         ]
         for entry, group in zip(self._plan.entries, listed, strict=True):
-            if entry.source.grad is not None:
-                yield entry, group
+            grad = entry.source.grad
+            if grad is not None:
+                yield entry, grad, group
 
-    def _scan(self, request: StepRequest, entries: list[Entry]) -> tuple[bool, float]:
-        """Whether a gradient is not finite, and the sum of all squares where it is asked for."""
+    def _scan(self, request: StepRequest, entries: list[tuple[Entry, Tensor]]) -> tuple[bool, bool, float]:
+        """Whether a gradient is not finite, whether one is FP64, and the sum of all squares where it is asked for."""
         agreement = self._plan.agreement
         squares = [0.0] * (1 if agreement is None else agreement.parts)
-        found = False
-        for entry in entries:
-            assert entry.source.grad is not None
-            found = found or not _is_finite(entry.source.grad)
+        found = in_double = False
+        for entry, grad in entries:
+            in_double = in_double or (grad.dtype == torch.float64 and grad.numel() > 0)
+            if not has_memory(grad):
+                continue
+            found = found or not _is_finite(grad)
             if request.max_norm is not None:
-                squares[entry.part] += float(entry.source.grad.double().square().sum())
+                squares[entry.part] += float(grad.double().square().sum())
         if agreement is None:
-            return found, sum(squares)
-        agreement.verdict.copy_(torch.tensor([float(found), *squares], dtype=torch.float64))
+            return found, in_double, sum(squares)
+        verdict = [float(found), float(in_double), *squares]
+        agreement.verdict.copy_(torch.tensor(verdict, dtype=torch.float64))
         agreement.reach()
-        any_found, *squares = agreement.verdict.tolist()
-        return any_found != 0, sum(squares)
+        any_found, any_in_double, *squares = agreement.verdict.tolist()
+        return any_found != 0, any_in_double != 0, sum(squares)
 
-    def _factors(self, request: StepRequest, squares: float) -> tuple[float, float | None]:
-        scale = self._step_state.scale.item() if request.grad_scale is None else float(request.grad_scale)
+    def _factors(self, request: StepRequest, in_double: bool, squares: float) -> tuple[float, float | None]:
+        if request.grad_scale is None:
+            scale = self._step_state.scale.item()
+        else:
+            scale = float(request.grad_scale) if has_memory(request.grad_scale) else 1.0
         inverse_scale = to_float32(1.0 / scale if scale else math.inf) if request.unscales else 1.0
         if request.max_norm is None:
             return inverse_scale, None
-        norm = to_float32(math.sqrt(squares) * inverse_scale)
+        norm = math.sqrt(squares) * inverse_scale
+        if in_double:
+            ratio = float(request.max_norm) / (norm + 1e-6)
+        else:
+            # Sums and quotients of FP32 numbers, taken in FP64 and rounded, are those of FP32 arithmetic.
+            norm = to_float32(norm)
+            ratio = to_float32(to_float32(request.max_norm) / to_float32(norm + to_float32(1e-6)))
         self._step_state.grad_norm.fill_(norm)
-        # Sums and quotients of FP32 numbers, taken in FP64 and rounded, are those of FP32 arithmetic.
-        ratio = to_float32(to_float32(request.max_norm) / to_float32(norm + to_float32(1e-6)))
         return inverse_scale, min(1.0, ratio)
 
     def _record(self, request: StepRequest, found: bool) -> None:
@@ -133,10 +153,11 @@ def _numbers(group: dict[str, Any], applied: int) -> dict[str, Any]:
     return numbers if rate is None else numbers | {"lr": rate.after(applied)}
 
 
-def _update(entry: Entry, group: dict[str, Any], inverse_scale: float | None, clip: float | None) -> None:
-    assert entry.source.grad is not None
+def _update(
+    entry: Entry, grad: Tensor, group: dict[str, Any], inverse_scale: float | None, clip: float | None
+) -> None:
     weight = entry.source if entry.master is None else entry.master
-    grad = entry.source.grad.to(state_dtype(entry.source))
+    grad = grad.to(state_dtype(entry.source))
     if inverse_scale is not None:
         grad = grad * inverse_scale
     if clip is not None:

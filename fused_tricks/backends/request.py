@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..shared_memory import has_memory
+
 
 class StepRequest(NamedTuple):
     """The step's own options.
@@ -33,7 +35,7 @@ class StepRequest(NamedTuple):
     @property
     def has_found(self) -> bool:
         """The ``GradScaler``'s verdict, read on the host."""
-        return self.found_inf is not None and float(self.found_inf) != 0
+        return self.found_inf is not None and has_memory(self.found_inf) and float(self.found_inf) != 0
 
 
 class Outcome(enum.Enum):

@@ -6,9 +6,10 @@ import argparse
 import time
 import warnings
 
-import backends
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
+
+import backends
 
 from .machine import histories_of
 
@@ -16,11 +17,15 @@ from .machine import histories_of
 def main() -> None:
     """Runs histories on each backend in turn until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60, help="how long, at least one round (default: 60)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="how long, at least one round (default: 60)"
+    )
     parser.add_argument("--backend", action="append", help="default: every backend that is usable here")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    usable = [name for name in backends.NAMES if name != "reference" and backends.unusable_because(name) is None]
+    usable = [
+        name for name in backends.NAMES if name != "reference" and backends.unusable_because(name) is None
+    ]
     names = arguments.backend or usable
     began, rounds = time.monotonic(), 0
     while rounds == 0 or time.monotonic() - began < arguments.seconds:

@@ -20,7 +20,9 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "maximize": st.booleans(),
     "bias_decay": st.booleans(),
 }
-DESCRIBED = st.tuples(st.sampled_from(sorted(DTYPES)), st.sampled_from(SHAPES), st.sampled_from(LAYOUTS), SEEDS)
+DESCRIBED = st.tuples(
+    st.sampled_from(sorted(DTYPES)), st.sampled_from(SHAPES), st.sampled_from(LAYOUTS), SEEDS
+)
 FULL = st.tuples(st.sampled_from(["f32", "f64"]), st.sampled_from(SHAPES), st.sampled_from(LAYOUTS), SEEDS)
 SCALING = st.sampled_from(
     [
@@ -41,7 +43,9 @@ def groups_of(described: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, 
     return st.fixed_dictionaries({"params": params}, optional=OPTIONS)
 
 
-GROUPS = st.lists(groups_of(DESCRIBED), min_size=1, max_size=2) | st.lists(groups_of(FULL), min_size=1, max_size=2)
+GROUPS = st.lists(groups_of(DESCRIBED), min_size=1, max_size=2) | st.lists(
+    groups_of(FULL), min_size=1, max_size=2
+)
 
 
 class Histories(RuleBasedStateMachine):
@@ -64,9 +68,9 @@ class Histories(RuleBasedStateMachine):
         try:
             getattr(self.world, call)(*args)
         except Exception as error:
-            error.add_note(f"This history repeats it:\n\n{self.script()}\n") if hasattr(error, "add_note") else print(
-                self.script()
-            )
+            error.add_note(f"This history repeats it:\n\n{self.script()}\n") if hasattr(
+                error, "add_note"
+            ) else print(self.script())
             raise
 
     @initialize(groups=GROUPS, options=SCALING)

@@ -149,7 +149,9 @@ class World:
             else:
                 raise AssertionError(f"{life.name} took a sparse gradient")
             after = {name: bits(tensor) for name, tensor in life.tensors().items()}
-            assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), life.name
+            assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), (
+                life.name
+            )
             assert repr(life.optimizer.stats()) == stats, life.name
             last.grad = None
             last.grad_dtype = last.dtype

@@ -46,7 +46,13 @@ TESTS = {
         "-k",
         "not triton and not reference",
     ],
-    "thread": ["test_threads.py", "test_instruction_sets.py", "-k", "not triton and not emulated"],
+    "thread": [
+        "test_threads.py",
+        "test_parallel_steps.py",
+        "test_instruction_sets.py",
+        "-k",
+        "not triton and not emulated",
+    ],
 }
 
 

@@ -26,7 +26,7 @@ def advance_scale(state, found, scale_rule):
     """GradScaler's rule with Apex's hysteresis, then the floor and the ceiling."""
     growth_factor, backoff_factor, min_scale, max_scale, growth_interval, hysteresis = scale_rule
     scale = tl.load(field(state, 0, tl.float32))
-    good_steps = tl.load(field(state, 4, tl.int32)) + 1
+    good_steps = tl.minimum(tl.load(field(state, 4, tl.int32)), 0x7FFFFFFE) + 1
     overflows_left = tl.maximum(tl.load(field(state, 8, tl.int32)) - 1, 0)
     grows = (found == 0) & (good_steps >= growth_interval)
     tolerated = (found != 0) & (overflows_left > 0)
@@ -50,6 +50,7 @@ def decide(
     grad_scale,
     found_inf,
     max_norm,
+    in_double,
     is_dynamic,
     scale_rule,
     CLIPS: tl.constexpr,
@@ -59,14 +60,18 @@ def decide(
     Args:
         found: Whether a gradient is not finite.
         squares: The sum of all squared elements as they are stored, where ``CLIPS``.
+        in_double: Whether an FP64 gradient takes part, so that the norm is one in FP64.
     """
     found = found | verdict_of(found_inf)
     inverse_scale = inverse_scale_of(state, unscales, grad_scale)
-    clip = tl.full((), 1.0, tl.float32)
+    clip = float64(1.0)
     if CLIPS:
-        norm = (tl.sqrt(squares) * inverse_scale.to(tl.float64)).to(tl.float32)
-        tl.store(field(state, 12, tl.float32), norm)
-        ratio = tl.div_rn(float64(max_norm).to(tl.float32), norm + 1e-6)
+        norm = tl.sqrt(squares) * inverse_scale.to(tl.float64)
+        rounded = norm.to(tl.float32)
+        ratio = float64(max_norm) / (norm + float64(1e-6))
+        rounded_ratio = tl.div_rn(float64(max_norm).to(tl.float32), rounded + 1e-6)
+        tl.store(field(state, 56, tl.float64), tl.where(in_double != 0, norm, rounded.to(tl.float64)))
+        ratio = tl.where(in_double != 0, ratio, rounded_ratio.to(tl.float64))
         clip = tl.where(ratio < 1.0, ratio, 1.0)
     record_decision(state, found, inverse_scale, clip)
     if is_dynamic != 0:
@@ -76,12 +81,12 @@ def decide(
 @triton.jit
 def record_decision(state, found, inverse_scale, clip):
     """Stores what the update needs, counts the step, and forgets what the scan found."""
-    tl.store(field(state, 44, tl.int32), 0)
+    tl.store(field(state, 12, tl.int32), 0)
     tl.store(field(state, 16, tl.int64), tl.load(field(state, 16, tl.int64)) + tl.where(found != 0, 0, 1))
     tl.store(field(state, 24, tl.int64), tl.load(field(state, 24, tl.int64)) + tl.where(found != 0, 1, 0))
     tl.store(field(state, 32, tl.int32), tl.where(found != 0, 1, 0))
     tl.store(field(state, 36, tl.float32), inverse_scale)
-    tl.store(field(state, 40, tl.float32), clip)
+    tl.store(field(state, 40, tl.float64), clip)
     skipped_in_a_row = tl.minimum(tl.load(field(state, 52, tl.int32)), 2**31 - 2) + 1
     tl.store(field(state, 52, tl.int32), tl.where(found != 0, skipped_in_a_row, 0))
 

@@ -27,7 +27,7 @@ WORDS = 128
 
 _GROUP = ("fp64", "fp64", "fp64", "fp64", "i64", "i64", "i64", "i32")
 _SCALE_RULE = ("fp64", "fp64", "fp64", "fp64", "i32", "i32")
-_RULES = {"max_norm": "fp64", "is_dynamic": "i32", "scale_rule": _SCALE_RULE}
+_RULES = {"max_norm": "fp64", "in_double": "i32", "is_dynamic": "i32", "scale_rule": _SCALE_RULE}
 _REQUEST = {"state": "i64", "unscales": "i32", "grad_scale": "i64", "found_inf": "i64"}
 
 

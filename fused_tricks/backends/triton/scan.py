@@ -148,7 +148,7 @@ def squares_in_fp64(words, count, kind: tl.constexpr):
 @triton.jit
 def scan_kernel(
     chunks, tensors, grads, chunk_count, state, unscales, grad_scale, found_inf,
-    partial_squares, verdict, max_norm, is_dynamic, scale_rule,
+    partial_squares, verdict, max_norm, in_double, is_dynamic, scale_rule,
     KINDS: tl.constexpr, CLIPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Looks for gradients that are not finite and adds up their squares.
@@ -181,38 +181,62 @@ def scan_kernel(
                 if HAS_FLOAT64 & KINDS:
                     found, squares = scan_span(address + begin * 8, count, FLOAT64, CLIPS)
         if found != 0:
-            tl.atomic_or(field(state, 44, tl.int32), 1, sem="relaxed")
+            tl.atomic_or(field(state, 12, tl.int32), 1, sem="relaxed")
         if CLIPS:
             tl.store(pointer_to(partial_squares, tl.float64) + index, squares)
     if arrives_last(state):
-        found = tl.load(field(state, 44, tl.int32), volatile=True)
+        found = tl.load(field(state, 12, tl.int32), volatile=True)
         total = float64(0.0)
         if PARTS == 0:
             if CLIPS:
                 total = sum_of(partial_squares, chunks, tensors, chunk_count, None)
             decide(
-                state, found, total, unscales, grad_scale, found_inf, max_norm, is_dynamic, scale_rule, CLIPS
+                state,
+                found,
+                total,
+                unscales,
+                grad_scale,
+                found_inf,
+                max_norm,
+                in_double,
+                is_dynamic,
+                scale_rule,
+                CLIPS,
             )
         else:
             for part in tl.static_range(PARTS):
                 if CLIPS:
                     total = sum_of(partial_squares, chunks, tensors, chunk_count, part)
-                tl.store(pointer_to(verdict, tl.float64) + 1 + part, total)
+                tl.store(pointer_to(verdict, tl.float64) + 2 + part, total)
             tl.store(pointer_to(verdict, tl.float64), found.to(tl.float64))
-            tl.store(field(state, 44, tl.int32), 0)
+            tl.store(pointer_to(verdict, tl.float64) + 1, in_double.to(tl.float64))
+            tl.store(field(state, 12, tl.int32), 0)
 
 
 @triton.jit
 def decide_kernel(
-    state, unscales, grad_scale, found_inf, verdict, max_norm, is_dynamic, scale_rule,
+    state, unscales, grad_scale, found_inf, verdict, max_norm, in_double, is_dynamic, scale_rule,
     CLIPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Takes the decision, after the verdicts of other processes were added."""
     found = (tl.load(pointer_to(verdict, tl.float64)) != 0).to(tl.int32)
+    in_double = (tl.load(pointer_to(verdict, tl.float64) + 1) != 0).to(tl.int32)
     squares = float64(0.0)
     for part in tl.static_range(PARTS):
-        squares += tl.load(pointer_to(verdict, tl.float64) + 1 + part)
-    decide(state, found, squares, unscales, grad_scale, found_inf, max_norm, is_dynamic, scale_rule, CLIPS)
+        squares += tl.load(pointer_to(verdict, tl.float64) + 2 + part)
+    decide(
+        state,
+        found,
+        squares,
+        unscales,
+        grad_scale,
+        found_inf,
+        max_norm,
+        in_double,
+        is_dynamic,
+        scale_rule,
+        CLIPS,
+    )
 
 
 @triton.jit

@@ -43,7 +43,20 @@ class TritonStepper(GpuStepper):
         gradients = self._watch.gradients(groups, state)
         if gradients is None:
             return Outcome.STALE
-        addresses, has_wide = gradients
+        try:
+            self._launch(groups, request, *gradients)
+        finally:
+            self._watch.release_gradients()
+        return Outcome.APPLIED
+
+    def _launch(
+        self,
+        groups: list[dict[str, Any]],
+        request: StepRequest,
+        addresses: list[int],
+        has_wide: bool,
+        in_double: bool,
+    ) -> None:
         numbers = tuple(group_numbers(group, self._device) for group in groups)
         grad_scale, found_inf = self._on_device(request.grad_scale), self._on_device(request.found_inf)
         tables = self._tables
@@ -74,6 +87,7 @@ class TritonStepper(GpuStepper):
             verdict = 0 if agreement is None else agreement.verdict.data_ptr()
             rules = (
                 request.max_norm or 0.0,
+                int(in_double),
                 int(request.scale_rule is not None),
                 request.scale_rule or _NO_SCALE_RULE,
             )
@@ -97,7 +111,6 @@ class TritonStepper(GpuStepper):
         if is_capturing(self._device):
             self._keep(groups, tables, self._grads, self._groups)
         self._watch.mark_updated()
-        return Outcome.APPLIED
 
     def _group_table(self, numbers: tuple[Any, ...]) -> int:
         if self._groups is None:

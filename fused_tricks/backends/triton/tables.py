@@ -138,6 +138,7 @@ def group_numbers(group: dict[str, Any], device: torch.device) -> GroupNumbers:
         and lr.numel() == 1
         and lr.device == device
         and lr.dtype in (torch.float32, torch.float64)
+        and not lr.is_neg()
     ):
         address, lr_flag = lr.data_ptr(), (_LR_IS_DOUBLE if lr.dtype == torch.float64 else 0)
         lr = 1.0

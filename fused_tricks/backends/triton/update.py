@@ -5,7 +5,14 @@ import triton.language as tl
 
 from . import IS_INTERPRETED
 from .arithmetic import sgd_update
-from .decision import arrives_last, field, inverse_scale_of, record_decision, verdict_of
+from .decision import (
+    arrives_last,
+    field,
+    float64,
+    inverse_scale_of,
+    record_decision,
+    verdict_of,
+)
 from .elements import high_half, low_half, rounded_bits
 from .groups import (
     BIAS_DECAY,
@@ -152,13 +159,13 @@ def update_kernel(
 ):  # fmt: skip
     """Updates every tensor that has a gradient, in the reverse order of the scan, whose last reads are in the cache."""
     inverse_scale = tl.load(field(state, 36, tl.float32))
-    clip = tl.load(field(state, 40, tl.float32))
+    clip = tl.load(field(state, 40, tl.float64))
     skips = tl.load(field(state, 32, tl.int32))
     number = tl.load(field(state, 16, tl.int64))
     if is_scanned == 0:
         # Every program comes to the same decision by itself.
         inverse_scale = inverse_scale_of(state, unscales, grad_scale)
-        clip = tl.full((), 1.0, tl.float32)
+        clip = float64(1.0)
         skips = verdict_of(found_inf)
         number += 1
     index = chunk_count - 1 - tl.program_id(0)
@@ -190,7 +197,7 @@ def update_kernel(
                 replaces = is_first_update(record, begin, number)
             chunk = (address, param, master, buffer, begin, count, has_momentum)
             rule = (
-                inverse_scale, signed_clip, weight_decay.to(tl.float32), momentum.to(tl.float32),
+                inverse_scale, signed_clip.to(tl.float32), weight_decay.to(tl.float32), momentum.to(tl.float32),
                 gradient_weight.to(tl.float32), minus_lr.to(tl.float32), decays, replaces, nesterov,
             )  # fmt: skip
             if kind == FLOAT16:
@@ -211,7 +218,7 @@ def update_kernel(
             else:
                 if HAS_FLOAT64 & KINDS:
                     double_rule = (
-                        inverse_scale.to(tl.float64), signed_clip.to(tl.float64), weight_decay, momentum,
+                        inverse_scale.to(tl.float64), signed_clip, weight_decay, momentum,
                         gradient_weight, minus_lr, decays, replaces, nesterov,
                     )  # fmt: skip
                     update_chunk(chunk, double_rule, FLOAT64, False)

@@ -6,6 +6,7 @@ Python would cost more than all the rest of a step.
 
 from __future__ import annotations
 
+import bisect
 from itertools import compress, repeat
 from operator import attrgetter, is_, is_not
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...plan import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, Entry, Plan, same_strides
+from ...parameters import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER
+from ...plan import Entry, Plan, same_strides
 from ...sharding import is_distributed
 
 _grad = attrgetter("grad")
@@ -47,6 +49,15 @@ class PlanWatch:
         self._sources = [entry.source for entry in entries]
         self._without_buffer = {entry.group for entry in entries if entry.live and entry.buffer is None}
         self._state: _State | None = None
+        self._grads: list[Tensor] = []
+        self._written = sorted(
+            (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
+            for entry in entries
+            if entry.live
+            for tensor in (entry.source, entry.master, entry.buffer)
+            if tensor is not None and tensor.numel()
+        )
+        self._begins = [begin for begin, _ in self._written]
         self._watched = [e.param for e in entries if e.live and e.master is not None and not e.is_staged]
         self._versions = list(map(_version, self._watched))
         self._expect([entry.live for entry in entries])
@@ -59,11 +70,11 @@ class PlanWatch:
             for entry, own in live
             for key, tensor in ((MOMENTUM_BUFFER, entry.buffer), (MASTER_PARAM, entry.master))
         ]
-        # A DTensor has no address of its own.
-        shared = [
-            (held, tensor)
+        # A DTensor has no address of its own, and its part here is the plan's tensor.
+        tensors = [
+            tensor if is_distributed(held) else held
             for held, tensor in pairs
-            if held is not None and tensor is not None and not is_distributed(held)
+            if held is not None and tensor is not None
         ]
         self._state = _State(
             list(state),
@@ -71,16 +82,19 @@ class PlanWatch:
             [own for _, own in live],
             [own.get(MOMENTUM_BUFFER) for _, own in live],
             [own.get(MASTER_PARAM) for _, own in live],
-            [held for held, _ in shared],
-            [tensor.data_ptr() for _, tensor in shared],
+            tensors,
+            list(map(Tensor.data_ptr, tensors)),
         )
 
-    def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> tuple[list[int], bool] | None:
-        """Reads this step's gradients.
+    def gradients(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any]
+    ) -> tuple[list[int], bool, bool] | None:
+        """Reads this step's gradients, and keeps them alive until they are released.
 
         Returns:
             Each entry's gradient as an address, 0 where it has none, with the lowest bit set where it is FP32 beside an
-            FP16 or BF16 parameter; and whether there is such a one. None where the plan no longer holds.
+            FP16 or BF16 parameter; whether there is such a one; and whether there is an FP64 one. None where the plan
+            no longer holds.
         """
         if self._state is None:
             self._watch(state)
@@ -104,7 +118,12 @@ class PlanWatch:
         if not self._all_have:
             remaining = iter(addresses)
             addresses = [next(remaining) if present else 0 for present in has_grad]
-        return addresses, bool(self._wide)
+        self._grads = grads
+        return addresses, bool(self._wide), self._in_double
+
+    def release_gradients(self) -> None:
+        """Lets go of the gradients that were read last."""
+        self._grads = []
 
     def mark_updated(self) -> None:
         """After an update: tells autograd that the parameters changed."""
@@ -126,6 +145,8 @@ class PlanWatch:
         self._devices = list(map(Tensor.get_device, self._present_sources))
         self._updated = [entry.param for entry in present if not entry.is_staged]
         self._empty = [index for index, entry in enumerate(present) if entry.source.numel() == 0]
+        self._in_double = any(e.source.dtype == torch.float64 and e.source.numel() for e in present)
+        self._grad_addresses: list[int] = []
         self._grad_strides: list[Any] = []
         self._grad_dtypes: list[Any] = []
         self._wide: list[int] = []
@@ -150,6 +171,7 @@ class PlanWatch:
             and all(map(is_, map(dict.get, known.dicts, repeat(MOMENTUM_BUFFER)), known.buffers))
             and all(map(is_, map(dict.get, known.dicts, repeat(MASTER_PARAM)), known.masters))
             and list(map(Tensor.data_ptr, known.tensors)) == known.addresses
+            and not any(map(Tensor.is_neg, known.tensors))
         )
 
     def _addresses(self, grads: list[Tensor]) -> list[int] | None:
@@ -164,6 +186,7 @@ class PlanWatch:
             or list(map(_shape, grads)) != self._shapes
             or list(map(Tensor.get_device, grads)) != self._devices
             or any(map(Tensor.is_neg, grads))
+            or any(map(Tensor.is_neg, sources))
         ):
             return None
         strides = list(map(Tensor.stride, grads))
@@ -189,7 +212,19 @@ class PlanWatch:
             return None
         for index in self._wide:
             addresses[index] |= 1
+        if addresses != self._grad_addresses:
+            if any(map(self._is_written, addresses, grads, self._source_addresses)):
+                return None
+            self._grad_addresses = list(addresses)
         return addresses
+
+    def _is_written(self, address: int, grad: Tensor, source: int) -> bool:
+        """True where a gradient lies in memory that the step writes, unless each element is its own parameter's."""
+        if address in (0, source):
+            return False
+        begin = address & -2
+        after = bisect.bisect_left(self._begins, begin + grad.numel() * grad.element_size())
+        return after > 0 and self._written[after - 1][1] > begin
 
 
 def _may_be_wide(entry: Entry, dtype: torch.dtype) -> bool:

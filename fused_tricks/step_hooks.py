@@ -1,0 +1,45 @@
+"""The hooks of a step: whether there are any, and who runs them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from torch._C._autograd import _profiler_enabled
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def is_observed(optimizer: Optimizer) -> bool:
+    """True if an optimizer's steps have hooks or are profiled."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or _profiler_enabled()
+    )
+
+
+def runs_hooks(step: Callable[..., object], optimizer: object) -> bool:
+    """True unless the ``step`` of a subclass, which calls this one by ``super()``, runs the hooks already."""
+    steps = (base.__dict__.get("step") for base in type(optimizer).__mro__)
+    return next(outer for outer in steps if getattr(outer, "hooked", False)) is step
+
+
+def with_hooks(func: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Returns a ``step`` that runs the hooks as ``Optimizer.profile_hook_step`` does, unless an outer one has run them.
+
+    Hooks then run once, around the outermost ``step`` of an optimizer's classes.
+    """
+    observed = Optimizer.profile_hook_step(func)
+
+    @functools.wraps(func)
+    def hooked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return (observed if runs_hooks(hooked, args[0]) else func)(*args, **kwargs)
+
+    return hooked
