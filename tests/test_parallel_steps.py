@@ -14,7 +14,7 @@ from fused_tricks import FusedSGD
 
 # Beyond what one thread does alone, and beyond the last chunk's end.
 SIZES = [(70_001,), (257, 129), (32_768,), (5,)]
-OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "loss_scale": 8.0, "max_grad_norm": 1.0}
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "loss_scale": 8.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
