@@ -49,7 +49,7 @@ def has_memory(tensor: Tensor) -> bool:
     local = local_part(tensor)
     # Who made a FakeTensor has imported the module.
     module = sys.modules.get("torch._subclasses.fake_tensor")
-    return not local.is_meta and (module is None or not isinstance(local, module.FakeTensor))
+    return local.device.type != "meta" and (module is None or not isinstance(local, module.FakeTensor))
 
 
 def device_of(params: Iterable[Tensor], otherwise: torch.device) -> torch.device:
