@@ -114,6 +114,21 @@ def test_a_transformer_encoder_is_close_to_fp32(
     torch.testing.assert_close(output[used], expected[used], rtol=0.05, atol=0.05)
 
 
+def test_a_table_of_positions_keeps_all_of_them() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(1, 1)
+            self.register_buffer("table", torch.arange(4096.0), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * (self.table[:, None] / 4096).to(x.dtype)
+
+    model = cast_model(nn.Sequential(Positions()), BF16, keep_fp32="*.table")
+    assert model[0].table.unique().numel() == 4096
+    assert model(torch.ones(1, 1)).shape == (4096, 1)
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_torchvision_model_trains_and_is_at_most_twice_as_far_from_fp32_as_under_autocast(
