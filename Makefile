@@ -27,8 +27,8 @@ BENCH_ARGS ?=
 # Seconds that the report on a GPU may take.
 LIMIT ?= 530
 GPU_REPORT_ARGS ?=
-# Releases of torch that one wheel is tried with.
-TORCHES ?= 2.10.0 2.13.0 2.14.1
+# Releases of torch that one wheel is tried with: the oldest, one that many have, and the newest.
+TORCHES ?= 2.10.0 2.11.0 2.14.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -39,7 +39,7 @@ help:
 	@echo "make test     run the tests; PYTEST_ARGS='-k overflow' chooses some"
 	@echo "make sanitize the extension and the emulated kernels under AddressSanitizer, UndefinedBehaviorSanitizer"
 	@echo "              and ThreadSanitizer"
-	@echo "make test-torches  one wheel in clean environments with several torches: TORCHES='$(TORCHES)'"
+	@echo "make test-torches  all tests, with one wheel and several torches: TORCHES='$(TORCHES)'"
 	@echo "make bench    measure training and the step against torch.amp, into build/benchmarks;"
 	@echo "              BENCH_ARGS goes to the training, and BENCH_ARGS=--help lists its options"
 	@echo "make gpu-report  build, test, time and profile on this machine's GPU within LIMIT=$(LIMIT) seconds, with"
@@ -63,12 +63,22 @@ sanitize: $(STAMPS)/build $(STAMPS)/test
 
 test-torches: $(TORCHES:%=test-torch-%)
 
-# Outside the checkout's top folder, so that the wheel is what is imported.
+# In a clone that lacks the package, with the changes that git knows of, so that the wheel is what is imported.
 test-torch-%: build/wheel
 	test -x .venv-torch-$*/bin/python || $(PYTHON) -m venv .venv-torch-$*
-	.venv-torch-$*/bin/python -m pip install --quiet "torch==$*" numpy "pytest>=8"
+	.venv-torch-$*/bin/python -m pip install --quiet "torch==$*" "$$(echo build/wheel/*.whl)[test]"
+	.venv-torch-$*/bin/python -m pip install --quiet "$$(.venv-torch-$*/bin/python -c '$(NUMPY)')"
 	.venv-torch-$*/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
-	cd tests/smoke && ../../.venv-torch-$*/bin/python -m pytest --confcutdir . -c /dev/null -p no:cacheprovider
+	rm -rf build/torch-$* && git clone --quiet . build/torch-$*
+	changed=$$(git stash create) && git archive $${changed:-HEAD} | tar -xf - -C build/torch-$*
+	rm -rf build/torch-$*/fused_tricks
+	cd build/torch-$* && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+		../../.venv-torch-$*/bin/python -m pytest -n $(TEST_PROCESSES) -rs $(PYTEST_ARGS)
+
+# What Triton's interpreter before 3.7 works with.
+define NUMPY
+import importlib.metadata as m; print("numpy<2.4" if [*map(int, m.version("triton").split(".")[:2])] < [3, 7] else "numpy")
+endef
 
 .PHONY: build/wheel
 build/wheel: $(STAMPS)/build

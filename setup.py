@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -70,6 +71,10 @@ class BuildFailure(Exception):
         self.log = log[-8000:]
 
 
+class MissingTool(BuildFailure):
+    """A build tool of pyproject.toml is missing, which only happens without build isolation."""
+
+
 class Package(build_py):
     """The Python files, which are all there is in a pure build."""
 
@@ -101,6 +106,11 @@ class NinjaExtension(build_ext):
         except BuildFailure as failure:
             if is_required():
                 raise SystemExit(f"{PACKAGE}: the extension cannot be built: {failure}") from None
+            if isinstance(failure, MissingTool):
+                raise SystemExit(
+                    f"{PACKAGE}: {failure}, or install without --no-build-isolation; FUSED_TRICKS_EXTENSION=0 leaves "
+                    "the extension out"
+                ) from None
             info.update(extension_failure=str(failure), extension_log=failure.log)
             print(f"\n{PACKAGE}: {what_is_lost(failure)}\n", file=sys.stderr, flush=True)
         write_info(target.parent, info)
@@ -175,7 +185,7 @@ class Ninja:
         except ImportError:
             executable = shutil.which("ninja")
         if executable is None:
-            raise BuildFailure("ninja is missing; pip install ninja")
+            raise MissingTool("ninja is missing: pip install ninja")
         path = ROOT / self._folder / "build.ninja"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join([*self._lines, ""]))
@@ -331,7 +341,7 @@ def python_includes() -> list[str]:
     try:
         import pybind11
     except ImportError:
-        raise BuildFailure("pybind11 is missing; pip install pybind11") from None
+        raise MissingTool("pybind11 is missing: pip install pybind11") from None
     include = sysconfig.get_path("include")
     if not Path(include, "Python.h").exists():
         raise BuildFailure(
@@ -375,6 +385,19 @@ def switch(name: str) -> bool | None:
     return None if value == "" else value == "1"
 
 
+def check_wheels() -> None:
+    """Raises where setuptools cannot make wheels, in place of its "invalid command 'bdist_wheel'"."""
+    makes_wheels = {"bdist_wheel", "dist_info", "editable_wheel"} & {*sys.argv}
+    if makes_wheels and not any(map(_can_import, ("setuptools.command.bdist_wheel", "wheel"))):
+        raise SystemExit(
+            f"{PACKAGE}: setuptools {setuptools.__version__} needs another package to make wheels: pip install wheel"
+        )
+
+
+def _can_import(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
 def is_required() -> bool:
     """Whether what cannot be built is an error."""
     return bool(switch("FUSED_TRICKS_REQUIRE_EXTENSION") or switch("FUSED_TRICKS_CUDA"))
@@ -411,8 +434,10 @@ def _quoted(arguments: Sequence[str]) -> str:
     return shlex.join(arguments).replace("$", "$$")
 
 
+check_wheels()
 extension = Extension("fused_tricks._extension", [str(path) for path in sorted(Path("csrc").rglob("*.cpp"))])
 setup(
+    license="MIT",
     ext_modules=[] if switch("FUSED_TRICKS_EXTENSION") is False else [extension],
     cmdclass={"build_ext": NinjaExtension, "build_py": Package},
 )

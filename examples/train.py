@@ -147,7 +147,9 @@ def build_model(options: argparse.Namespace, classes: int) -> nn.Module:
     if options.zero_gamma is not False:
         images = torch.zeros(2, 3, options.image_size, options.image_size)
         try:
-            ft.zero_gamma_(model, images, strict=options.zero_gamma is True)
+            # Where it was not asked for, a network without such a norm is fine.
+            if options.zero_gamma or ft.zero_gamma_names(model, images):
+                ft.zero_gamma_(model, images, strict=True)
         except ValueError as error:
             sys.exit(f"--zero-gamma: {error}")
     model = model.to(options.device).to(memory_format=torch.channels_last)

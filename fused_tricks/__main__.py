@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import json
 import platform
@@ -15,6 +14,7 @@ import torch
 import fused_tricks
 from fused_tricks.backends import availability
 from fused_tricks.cuda_toolkit import find_toolkit
+from fused_tricks.extension import load_extension, missing_because
 
 Row = tuple[str, str]
 
@@ -62,9 +62,8 @@ def _backends() -> Iterator[Row]:
 
 def _processors() -> Iterator[Row]:
     try:
-        instruction_sets = importlib.import_module("fused_tricks._extension").instruction_sets()
-        yield "instruction sets", ", ".join(instruction_sets)
-    except ImportError:
+        yield "instruction sets", ", ".join(load_extension().instruction_sets())
+    except RuntimeError:
         yield "instruction sets", "unknown without the extension"
     yield "CPU threads", f"{torch.get_num_threads()} in torch"
     if not torch.cuda.is_available():
@@ -86,7 +85,7 @@ def _build_info() -> dict[str, Any] | None:
 
 def _extension(info: dict[str, Any] | None) -> Iterator[Row]:
     if info is None:
-        yield "build", "unknown: there is no record of it; pip install fused_tricks leaves one"
+        yield "build", missing_because() or "unknown: there is no record of it; pip install leaves one"
         return
     yield "built", f"version {info['version']} by Python {info['python']} for {info['platform']}"
     if info["extension_failure"] is not None:

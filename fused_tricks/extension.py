@@ -6,12 +6,15 @@ import ctypes
 import functools
 import importlib
 import json
+import platform
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-_ADVICE = "install a C++ compiler and reinstall fused_tricks"
+_REINSTALL = "reinstall fused_tricks"
 
 # As csrc/dtype.h numbers them.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,7 +42,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module("fused_tricks._extension")
     except ImportError as error:
-        return None, _why_not_built() or f"the compiled extension cannot be imported ({error}); {_ADVICE}"
+        return None, _why_missing() or f"the compiled extension cannot be imported ({error}); {_REINSTALL}"
+    # The finder of an editable installation has one for a source tree elsewhere, too.
+    if Path(str(module.__file__)).parent != Path(__file__).parent:
+        return None, _why_missing()
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
         return (
             None,
@@ -99,14 +105,59 @@ def _stable_functions() -> dict[str, int]:
     }
 
 
-def _why_not_built() -> str | None:
+def _why_missing() -> str | None:
+    """Why there is no extension for this Python, and what to do; None where there is one."""
+    package = Path(__file__).parent
+    if any((package / f"_extension{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        return None
+    # Only a source tree has its C++ beside the package.
+    is_source = (package.parent / "csrc").is_dir()
+    installed = _other_installation(package) if is_source else None
+    if installed is not None:
+        return (
+            f"Python runs the source tree {package.parent}, in which nothing is built, and not what is installed in "
+            f"{installed}: run Python from another folder, or pip install -e {package.parent}"
+        )
+    reason = _failure(package)
+    if reason is not None:
+        return f"the extension was not built ({reason}); {_advice(reason)}"
+    others = sorted(path.name for path in package.glob("_extension.*") if path.suffix in (".so", ".pyd"))
+    if others:
+        return (
+            f"the extension was built for another Python ({', '.join(others)}), and this is Python "
+            f"{platform.python_version()}; {_REINSTALL} with it"
+        )
+    if is_source:
+        return (
+            f"Python runs the source tree {package.parent}, in which nothing is built: pip install -e "
+            f"{package.parent}, or pip install it and run Python from another folder"
+        )
+    return f"{package} has no extension; {_REINSTALL}"
+
+
+def _other_installation(package: Path) -> Path | None:
+    """The folder of another copy of the package on Python's path, which this one hides."""
+    for entry in sys.path:
+        folder = Path(entry).resolve()
+        if folder != package.parent and (folder / package.name / "__init__.py").is_file():
+            return folder
+    return None
+
+
+def _failure(package: Path) -> str | None:
+    """Why the build left the extension out, as its record says."""
     try:
-        info = json.loads((Path(__file__).parent / "_build_info.json").read_text())
+        info = json.loads((package / "_build_info.json").read_text())
     except (OSError, ValueError):
         return None
-    reason = info.get("extension_failure")
-    if not reason:
-        return None
-    # setup.py was told so: a compiler may well be there.
-    advice = "reinstall fused_tricks without it" if reason.startswith("FUSED_TRICKS_EXTENSION") else _ADVICE
-    return f"the extension was not built ({reason}); {advice}"
+    reason: str | None = info.get("extension_failure")
+    return reason
+
+
+def _advice(reason: str) -> str:
+    if reason.startswith("FUSED_TRICKS_EXTENSION"):
+        # setup.py was told so: a compiler may well be there.
+        return f"{_REINSTALL} without it"
+    if reason.startswith("no C++ compiler"):
+        return f"install a C++ compiler and {_REINSTALL}"
+    return f"mend that and {_REINSTALL}"

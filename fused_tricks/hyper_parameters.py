@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from numbers import Rational, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .arguments import as_double, shown
+from .sharding import is_flattened, is_partitioning
 from .step_state import to_float32
 
 _MESSAGES = {
@@ -95,6 +97,24 @@ def check_range(group: dict[str, Any]) -> None:
             continue
         if math.isinf(to_float32(as_double(value))):
             raise ValueError(f"{name}={value} does not fit FP32, in which the group's parameters are updated")
+
+
+def lists_biases_to_decay(group: dict[str, Any], stated: Collection[str]) -> bool:
+    """True if a new group lists biases and norms apart in order to decay them.
+
+    Args:
+        group: The group with every option filled in.
+        stated: The options that it came with, before the optimizer's own filled in the others.
+    """
+    if "weight_decay" not in stated or "bias_decay" in stated or not group["params"]:
+        return False
+    weight_decay = group["weight_decay"]
+    return (
+        (isinstance(weight_decay, Tensor) or weight_decay > 0)
+        and all(not is_lazy(param) and param.dim() <= 1 for param in group["params"])
+        and not any(is_flattened(param) for param in group["params"])
+        and not is_partitioning()
+    )
 
 
 def as_float(value: Any) -> float:

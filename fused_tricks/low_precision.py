@@ -1,15 +1,18 @@
 """Low-precision training: a network in FP16 or BF16 whose norm layers stay in FP32."""
 
-import copy
 import dataclasses
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, MutableMapping
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils._pytree import tree_leaves
+
+from .nested_cast import cast_nested
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Keep = type | str | nn.Module
@@ -21,9 +24,6 @@ _NORM_TYPES = (
 
 # Their kernels take FP16 or BF16 input with FP32 weights and statistics; autocast relies on the same.
 _MIXED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-
-# True where torch.compile traces copy.copy of any object; torch 2.11 breaks the graph there.
-_TRACES_COPY = torch.__version__ >= "2.14"
 
 
 def norm_layers(model: nn.Module) -> list[nn.Module]:
@@ -41,6 +41,7 @@ def cast_model(
     dtype: torch.dtype = torch.float16,
     keep_fp32: Iterable[Keep] | Keep | None = None,
     output_dtype: torch.dtype | None = torch.float32,
+    cast_inputs: bool | Iterable[str] = True,
 ) -> ModelT:
     """Converts ``model`` to low-precision training, in place, and returns it.
 
@@ -56,6 +57,11 @@ def cast_model(
     does not go through ``model(...)`` or ``kept_module(...)`` runs without them. Convert first, then wrap the
     model in `torch.compile` or `DistributedDataParallel`.
 
+    After ``model.float()``, ``model.half()`` or ``model.to(dtype)`` the casts follow: the model works in the dtype
+    that its weights have then, and returns ``output_dtype`` as before. A model that computes its loss itself, such as
+    a detector, takes boxes and targets that ``dtype`` would round: convert a part, as in
+    ``cast_model(model.backbone)``, or choose by ``cast_inputs`` what is cast.
+
     Calling it again starts anew from the arguments given then; with ``torch.float32`` it undoes the
     conversion: everything is FP32, and nothing is cast on the way in or out.
 
@@ -65,15 +71,20 @@ def cast_model(
         keep_fp32: the modules to keep in FP32, with all that they contain, instead of the default
             ``norm_layers(model)``. One or several of: a type (its instances), a module, or a name pattern (as
             in `fnmatch`, case-sensitive, against the whole name in ``model.named_modules()``; ``*`` matches
-            dots too). To keep the classifier as well: ``[*norm_layers(model), "fc"]``.
+            dots too). To keep the classifier as well: ``[*norm_layers(model), "fc"]``. A name pattern also keeps
+            the buffers whose whole name in ``model.named_buffers()`` it matches, such as a table of 4096 positions,
+            of which BF16 has 769; the code that reads such a buffer casts what it takes from it.
         output_dtype: a floating-point dtype; ``None`` leaves the outputs as the model computes them.
+        cast_inputs: True, False, or the names of those arguments of ``model.forward`` that are cast to ``dtype``. All
+            others are passed on as they are; a kept module still gets its input in FP32.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``keep_fp32`` holds something of another kind.
+        TypeError: ``model`` is not a module, or ``keep_fp32`` or ``cast_inputs`` holds something of another kind.
         ValueError: ``dtype`` or ``output_dtype`` is not one of the above; a name pattern or module in
-            ``keep_fp32`` is not found in ``model``; a parameter to be cast is complex; a parameter belongs
-            to a kept module and to another one; ``model`` is wrapped in ``DistributedDataParallel`` already.
-            A refused call leaves the model as it was.
+            ``keep_fp32`` is not found in ``model``, or a name in ``cast_inputs`` not among the arguments of its
+            ``forward``; a parameter to be cast is complex; a parameter belongs to a kept module and to another one;
+            ``model`` contains itself, or is wrapped in ``DistributedDataParallel`` already. A refused call leaves
+            the model as it was.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.2, low-precision
     training; "Mixed Precision Training" (arXiv 1710.03740), section 3.3, for the norm layers in FP32.
@@ -91,8 +102,10 @@ def cast_model(
             "model is wrapped in DistributedDataParallel, which would no longer see the gradients of converted "
             "parameters; convert the model first, then wrap it"
         )
-    kept = _kept_modules(model, norm_layers(model) if keep_fp32 is None else keep_fp32)
-    fp32 = _fp32_tensors(model, kept)
+    _check_ends(model)
+    casts_argument = _argument_names(model, cast_inputs)
+    kept, buffers = _kept(model, norm_layers(model) if keep_fp32 is None else keep_fp32)
+    fp32 = _fp32_tensors(model, kept) | {id(buffer): buffer for buffer in buffers}
     converted: dict[int, tuple[Tensor, Tensor]] = {}
 
     def convert(tensor: Tensor) -> Tensor:
@@ -107,26 +120,75 @@ def cast_model(
     model._apply(convert)
     _remove_casts(model)
     if dtype is not torch.float32:
-        _add_casts(model, kept, dtype, output_dtype)
+        _add_casts(model, kept, dtype, output_dtype, casts_argument)
     return model
 
 
-def _kept_modules(model: nn.Module, keep_fp32: Iterable[Keep] | Keep) -> set[nn.Module]:
-    """The modules that `keep_fp32` asks for and all that they contain."""
+def _check_ends(model: nn.Module) -> None:
+    """Raises if a module contains itself: torch's own recursions over modules do not end there."""
+    around: dict[nn.Module, None] = {}
+    finished: set[nn.Module] = set()
+
+    def enter(module: nn.Module, name: str) -> None:
+        if module in around:
+            raise ValueError(
+                f"{type(module).__name__} contains itself, as {name}, where torch's own to() and train() do not end: "
+                "keep the reference in a plain list, which registers no module"
+            )
+        if module not in finished:
+            around[module] = None
+            for child_name, child in module.named_children():
+                enter(child, f"{name}.{child_name}" if name else child_name)
+            del around[module]
+            finished.add(module)
+
+    enter(model, "")
+
+
+def _argument_names(model: nn.Module, cast_inputs: bool | Iterable[str]) -> frozenset[str] | bool:
+    """`cast_inputs`, with the names checked against the arguments of `model.forward`."""
+    if isinstance(cast_inputs, bool):
+        return cast_inputs
+    names: Any = [cast_inputs] if isinstance(cast_inputs, str) else cast_inputs
+    names = [*names] if isinstance(names, Iterable) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"cast_inputs must be True, False or names of forward's arguments, got {cast_inputs!r}"
+        )
+    arguments = inspect.signature(model.forward).parameters
+    takes_any = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
+    unknown = [name for name in names if name not in arguments and not takes_any]
+    if unknown:
+        raise ValueError(
+            f"cast_inputs: {type(model).__name__}.forward has no argument {unknown[0]!r}; it has "
+            f"{', '.join(arguments) or 'none'}"
+        )
+    return frozenset(names)
+
+
+def _kept(model: nn.Module, keep_fp32: Iterable[Keep] | Keep) -> tuple[set[nn.Module], list[Tensor]]:
+    """The modules that `keep_fp32` asks for, with all that they contain, and the buffers that it names."""
     if isinstance(keep_fp32, Keep):
         keep_fp32 = (keep_fp32,)
     if not isinstance(keep_fp32, Iterable):
         raise TypeError(f"keep_fp32 takes types, name patterns and modules, got {keep_fp32!r}")
     named = list(model.named_modules(remove_duplicate=False))
     kept: set[nn.Module] = set()
+    kept_buffers: list[Tensor] = []
     for keep in keep_fp32:
         found: list[nn.Module]
         if isinstance(keep, type):
             found = [module for _, module in named if issubclass(type(module), keep)]
         elif isinstance(keep, str):
             found = [module for name, module in named if fnmatchcase(name, keep)]
-            if not found:
-                raise ValueError(f"keep_fp32: no module's name matches {keep!r}; see model.named_modules()")
+            named_buffers = model.named_buffers(remove_duplicate=False)
+            buffers = [buffer for name, buffer in named_buffers if fnmatchcase(name, keep)]
+            if not found and not buffers:
+                raise ValueError(
+                    f"keep_fp32: no module's name matches {keep!r}, and no buffer's; see model.named_modules() and "
+                    "model.named_buffers()"
+                )
+            kept_buffers += buffers
         elif isinstance(keep, nn.Module):
             found = [module for _, module in named if module is keep]
             if not found:
@@ -139,7 +201,7 @@ def _kept_modules(model: nn.Module, keep_fp32: Iterable[Keep] | Keep) -> set[nn.
         # It computes with out_proj's weight without calling out_proj, so the two go together.
         if isinstance(module, nn.MultiheadAttention) and module.out_proj in kept:
             kept.update(module.modules())
-    return kept
+    return kept, kept_buffers
 
 
 def _inside(module: nn.Module) -> Iterator[nn.Module]:
@@ -171,112 +233,153 @@ def _fp32_tensors(model: nn.Module, kept: set[nn.Module]) -> dict[int, Tensor]:
     return fp32
 
 
-class _CastInput:
-    """Forward pre-hook: casts the arguments of the module it is on."""
+@dataclasses.dataclass(frozen=True)
+class _WorkingDtype:
+    """The dtype in which a part of the model works, told by one of its tensors.
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+    Attributes:
+        module: the module that owns the tensor; ``None`` where there is no tensor.
+        name: the tensor's name there. Not the tensor: `nn.Module.to` may put another one in its place.
+        at_first: the dtype where there is no tensor.
+    """
+
+    module: nn.Module | None
+    name: str
+    at_first: torch.dtype
+
+    def now(self) -> torch.dtype:
+        tensor = getattr(self.module, self.name, None)
+        return tensor.dtype if isinstance(tensor, Tensor) and tensor.is_floating_point() else self.at_first
+
+
+def _working_dtype(modules: Iterable[nn.Module], at_first: torch.dtype) -> _WorkingDtype | None:
+    """That of the first of `modules` with a parameter or buffer of the dtype `at_first`."""
+    for module in modules:
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.dtype == at_first:
+                return _WorkingDtype(module, name, at_first)
+    return None
+
+
+class _Cast:
+    """A hook that casts; `handle` takes it off."""
+
+    handle: torch.utils.hooks.RemovableHandle
+
+    @property
+    def __name__(self) -> str:
+        # The first thing that torch.jit.script asks of a hook, and shows as the reason that it fails.
+        raise AttributeError(
+            "torch.jit.script cannot compile the casts of cast_model: use torch.jit.trace or torch.export, or undo the "
+            "conversion by cast_model(model, torch.float32) before it"
+        )
+
+
+class _CastInput(_Cast):
+    """Forward pre-hook: casts the arguments of the module it is on.
+
+    Args:
+        module: the module.
+        dtype: the dtype to cast to.
+        names: the arguments of the module's ``forward`` to cast; all without it.
+    """
+
+    def __init__(self, module: nn.Module, dtype: _WorkingDtype, names: frozenset[str] | None = None) -> None:
         self.dtype = dtype
+        self.names = names
+        if names is not None:
+            arguments = inspect.signature(module.forward).parameters.values()
+            self.positional = [
+                a.name for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)
+            ]
+            self.rest = next((a.name for a in arguments if a.kind is a.VAR_POSITIONAL), "")
         # Pickled along, so that a process that loads the model gives the hook's key to no other hook.
         self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return _cast((args, kwargs), self.dtype, {})
+        dtype = self.dtype.now()
+        names = self.names
+        if names is None:
+            return cast_nested((args, kwargs), dtype, {})
+        done: dict[Tensor, Tensor] = {}
+        of_args = self.positional + [self.rest] * (len(args) - len(self.positional))
+        args = [
+            cast_nested(value, dtype, done) if name in names else value for name, value in zip(of_args, args)
+        ]
+        kwargs = {
+            name: cast_nested(value, dtype, done) if name in names else value
+            for name, value in kwargs.items()
+        }
+        return tuple(args), kwargs
 
 
-class _CastOutput:
-    """Forward hook: casts what the module it is on returns."""
+class _CastOutput(_Cast):
+    """Forward hook: casts what the module it is on returns.
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+    Args:
+        module: the module.
+        dtype: the dtype to cast to; ``None`` casts nothing.
+        is_whole: True for the whole model, where an error about images in integers is given a line of advice.
+    """
+
+    def __init__(
+        self, module: nn.Module, dtype: _WorkingDtype | torch.dtype | None, is_whole: bool = False
+    ) -> None:
         self.dtype = dtype
-        self.handle = module.register_forward_hook(self)
+        self.handle = module.register_forward_hook(self, with_kwargs=True, always_call=is_whole)
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return _cast(output, self.dtype, {})
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if output is None and not torch.compiler.is_compiling():
+            _explain_integers(sys.exc_info()[1], (args, kwargs))
+        dtype = self.dtype.now() if isinstance(self.dtype, _WorkingDtype) else self.dtype
+        return None if dtype is None else cast_nested(output, dtype, {})
+
+
+def _explain_integers(error: BaseException | None, inputs: Any) -> None:
+    """Adds to the error of a forward pass what to write where it was given images in integers."""
+    if (
+        error is None
+        or [type(arg) for arg in error.args] != [str]
+        or not any(
+            isinstance(x, Tensor) and x.dtype is torch.uint8 and x.dim() >= 3 for x in tree_leaves(inputs)
+        )
+    ):
+        return
+    advice = (
+        "The model was given torch.uint8 tensors, and cast_model casts floating-point tensors alone: for images write "
+        "model(images.float() / 255)"
+    )
+    error.args = (f"{error.args[0]}\n{advice}",)
 
 
 def _add_casts(
-    model: nn.Module, kept: set[nn.Module], dtype: torch.dtype, output_dtype: torch.dtype | None
+    model: nn.Module,
+    kept: set[nn.Module],
+    dtype: torch.dtype,
+    output_dtype: torch.dtype | None,
+    casts_argument: frozenset[str] | bool,
 ) -> None:
-    casts: dict[nn.Module, tuple[torch.dtype, torch.dtype | None]] = {}
+    def works_in(modules: Iterable[nn.Module], at_first: torch.dtype) -> _WorkingDtype:
+        return _working_dtype(modules, at_first) or _WorkingDtype(None, "", at_first)
+
+    whole = works_in(model.modules(), torch.float32 if model in kept else dtype)
+    leaving: dict[nn.Module, _WorkingDtype] = {}
     for parent in model.modules():
         if parent not in kept:
-            casts.update((child, (torch.float32, dtype)) for child in parent.children() if child in kept)
-    casts = {module: c for module, c in casts.items() if type(module).forward not in _MIXED_FORWARDS}
-    casts[model] = (torch.float32 if model in kept else dtype, output_dtype)
-    for module, (entering, leaving) in casts.items():
-        _CastInput(module, entering)
-        if leaving is not None:
-            _CastOutput(module, leaving)
+            # The nearest weights, so that a part which is cast by itself later works in itself.
+            around = _working_dtype(parent.modules(), dtype) or whole
+            leaving.update((child, around) for child in parent.children() if child in kept)
+    for module, leaves_in in leaving.items():
+        if module is not model and type(module).forward not in _MIXED_FORWARDS:
+            _CastInput(module, works_in(module.modules(), torch.float32))
+            _CastOutput(module, leaves_in)
+    if casts_argument is not False:
+        _CastInput(model, whole, None if casts_argument is True else casts_argument)
+    _CastOutput(model, output_dtype, is_whole=True)
 
 
 def _remove_casts(model: nn.Module) -> None:
     for module in model.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if isinstance(hook, _CastInput | _CastOutput):
+            if isinstance(hook, _Cast):
                 hook.handle.remove()
-
-
-def _cast(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> Any:
-    """`value` with every floating-point tensor in `dtype`; containers are rebuilt where one of theirs is cast.
-
-    `done` holds what was cast so far, by the original: a tensor that occurs several times stays one
-    tensor, which is how attention knows self-attention.
-    """
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            return value
-        if value not in done:
-            done[value] = value.to(dtype)
-        return done[value]
-    if not _needs_cast(value, dtype):
-        return value
-    if isinstance(value, tuple):
-        items = [_cast(item, dtype, done) for item in value]
-        return value._make(items) if hasattr(value, "_make") else type(value)(items)
-    if isinstance(value, list):
-        items = [_cast(item, dtype, done) for item in value]
-        if type(value) is list:
-            return items
-        sequence = _copy(value)
-        sequence[:] = items
-        return sequence
-    if type(value) in (dict, OrderedDict):  # the copy below would break torch.compile's graph
-        return type(value)((key, _cast(item, dtype, done)) for key, item in value.items())
-    if isinstance(value, MutableMapping):
-        mapping = _copy(value)
-        for key, item in value.items():
-            mapping[key] = _cast(item, dtype, done)
-        return mapping
-    rebuilt = _copy(value)
-    for name in _field_names(value):
-        object.__setattr__(rebuilt, name, _cast(getattr(value, name), dtype, done))
-    return rebuilt
-
-
-def _copy(value: Any) -> Any:
-    """A shallow copy; in a compiled graph of an older torch, which cannot trace one, an object with the same fields."""
-    if not torch.compiler.is_compiling() or _TRACES_COPY or not dataclasses.is_dataclass(value):
-        return copy.copy(value)
-    kind: Any = type(value)
-    fields = kind.__new__(kind)
-    for name in _field_names(value):
-        object.__setattr__(fields, name, getattr(value, name))
-    return fields
-
-
-def _needs_cast(value: Any, dtype: torch.dtype) -> bool:
-    """Whether there is a floating-point tensor of another type in `value`."""
-    if isinstance(value, Tensor):
-        return value.is_floating_point() and value.dtype != dtype
-    if isinstance(value, tuple | list):
-        return any(_needs_cast(item, dtype) for item in value)
-    if isinstance(value, MutableMapping):
-        return any(_needs_cast(item, dtype) for item in value.values())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return any(_needs_cast(getattr(value, name), dtype) for name in _field_names(value))
-    return False
-
-
-def _field_names(value: Any) -> list[str]:
-    """Without those with init=False that are not set yet."""
-    return [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]

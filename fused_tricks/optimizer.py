@@ -16,7 +16,15 @@ from .backends import BACKENDS, Stepper, check_backend, stepper_class
 from .backends.request import Outcome, StepRequest
 from .checkpoint import SCALE_KEYS, is_asked_for_state
 from .diagnostics import StepDiagnostics
-from .hyper_parameters import check_group, check_max_grad_norm, check_numbers, check_params, check_range
+from .group_source import check_nothing_is_lost, register_source
+from .hyper_parameters import (
+    check_group,
+    check_max_grad_norm,
+    check_numbers,
+    check_params,
+    check_range,
+    lists_biases_to_decay,
+)
 from .loss_scale import DynamicLossScale, parse_loss_scale
 from .masters import masters_in_use, refresh_masters
 from .parameters import MOMENTUM_BUFFER, named_parameters
@@ -68,7 +76,9 @@ class FusedSGD(SavedState):
         nesterov: Nesterov momentum; needs momentum and no dampening.
         maximize: Ascend instead of descend.
         bias_decay: Whether parameters of one dimension or fewer (biases, norms' γ and β) are decayed as well. False
-            is the paper's "no bias decay" (section 3.1), True the behaviour of ``torch.optim.SGD``.
+            is the paper's "no bias decay" (section 3.1), True the behaviour of ``torch.optim.SGD``. A group of nothing
+            but such parameters that states a ``weight_decay`` above zero itself means it: it gets
+            ``bias_decay=True``, unless it states ``bias_decay`` as well.
         loss_scale: None, a positive number (a static scale), ``"dynamic"``, or a :class:`DynamicLossScale`.
         max_grad_norm: Clip gradients to this global L2 norm, as ``torch.nn.utils.clip_grad_norm_``, without writing
             to them; ``inf`` only measures. Squares are summed in FP64 (on a GPU partly in pairs of FP32 numbers that
@@ -89,7 +99,8 @@ class FusedSGD(SavedState):
     Raises:
         TypeError: An option has the wrong type.
         ValueError: An option is outside its range, or a group is malformed.
-        RuntimeError: The backend is not usable here, or ``foreach`` and ``fused`` are both True.
+        RuntimeError: The backend is not usable here, ``foreach`` and ``fused`` are both True, or the groups are those
+            of another FusedSGD with a loss scale, clipping or partition group, which this one would not have.
     """
 
     # torch.amp.GradScaler hands `grad_scale` and `found_inf` to an optimizer that has this.
@@ -120,6 +131,12 @@ class FusedSGD(SavedState):
         check_backend(backend)
         check_max_grad_norm(max_grad_norm)
         loss_scale = parse_loss_scale(loss_scale)
+        settings = {
+            "loss_scale": loss_scale,
+            "max_grad_norm": max_grad_norm,
+            "partition_group": partition_group,
+        }
+        params = check_nothing_is_lost(params, settings)
         self._max_grad_norm = max_grad_norm
         self._loss_scale = loss_scale
         self._partition = SharedGroup(partition_group)
@@ -150,6 +167,7 @@ class FusedSGD(SavedState):
         self._diagnostics = StepDiagnostics(loss_scale, self._step_state)
         params = [param for group in self.param_groups for param in group["params"]]
         self._step_state.move_to(device_of(params, self._step_state.block.device))
+        register_source(self)
 
     @property
     def loss_scale(self) -> float | DynamicLossScale | None:
@@ -409,7 +427,10 @@ class FusedSGD(SavedState):
             if "params" in param_group:
                 check_params(param_group["params"])
             check_group({**self.defaults, **param_group})
+        stated = set(param_group) if isinstance(param_group, dict) else set()
         super().add_param_group(param_group)
+        if lists_biases_to_decay(self.param_groups[-1], stated):
+            self.param_groups[-1]["bias_decay"] = True
         for key in SCALE_KEYS:
             self.param_groups[-1].pop(key, None)
         try:

@@ -20,6 +20,7 @@ from .checkpoint import (
     restore_progress,
 )
 from .diagnostics import StepDiagnostics
+from .group_source import register_source
 from .loss_scale import DynamicLossScale
 from .plan import Plan
 from .step_lock import StepLock, one_at_a_time
@@ -123,5 +124,6 @@ class SavedState(Optimizer):
         if isinstance(self._loss_scale, DynamicLossScale):
             self._step_state = self._loss_scale.bind(self)
         if "_step_state" in state:
+            register_source(self)
             self._backend_in_use = None
             self._diagnostics = StepDiagnostics(self._loss_scale, self._step_state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -21,6 +22,25 @@ def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_flattened(tensor: Tensor) -> bool:
+    """True if FSDP1 has flattened the parameter."""
+    return getattr(tensor, "_fsdp_flattened", False)
+
+
+def is_partitioning() -> bool:
+    """True while ``ZeroRedundancyOptimizer`` makes or extends the optimizer of one process.
+
+    Its groups state every option, also those that their author left to the optimizer, and have only a part of the
+    parameters: what they seem to say of biases and norms differs between processes.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+            return True
+        frame = frame.f_back
+    return False
+
+
 def check_flattened(named: Iterable[tuple[str, Tensor]], group: dict[str, Any], decides_alone: bool) -> None:
     """Refuses what would go wrong on parameters that FSDP1 (``FullyShardedDataParallel``) has flattened and divided.
 
@@ -34,7 +54,7 @@ def check_flattened(named: Iterable[tuple[str, Tensor]], group: dict[str, Any], 
             agree.
     """
     for name, param in named:
-        if not getattr(param, "_fsdp_flattened", False):
+        if not is_flattened(param):
             continue
         if not group["bias_decay"] and group["weight_decay"] != 0:
             raise ValueError(

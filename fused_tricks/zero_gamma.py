@@ -50,21 +50,26 @@ def zero_gamma_(model: ModelT, example_inputs: Any = None, *, strict: bool = Fal
         RuntimeError: the copy could not be made or run. A refused call changes nothing.
 
     Warns:
-        UserWarning: norms that end a branch, or may, were left alone: as many layers lead to the other side of
-            the addition; the output or γ is used elsewhere, too; γ is frozen (``requires_grad=False``); the norm
-            is scaled by a parameter that has zeros, and a product of two zeros has no gradient; or the norm is
-            deeper inside of a branch whose last norm is set.
+        UserWarning: nothing was found (`zero_gamma_` alone); or norms that end a branch, or may, were left alone: as
+            many layers lead to the other side of the addition; the output or γ is used elsewhere, too; γ is frozen
+            (``requires_grad=False``); the norm is scaled by a parameter that has zeros, and a product of two zeros
+            has no gradient; or the norm is deeper inside of a branch whose last norm is set.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1, zero γ; the idea
     is from "Accurate, Large Minibatch SGD" (arXiv 1706.02677), section 5.1.
     """
     found = find(model, example_inputs)
-    if strict and not found.gammas:
-        left_alone = f". Left alone: {found.describe_left_alone()}" if found.left_alone else ""
-        raise ValueError(
-            f"{type(model).__name__} has no norm with a γ that ends a residual branch{left_alone}"
+    if found.gammas:
+        found.warn()
+    else:
+        left_alone = f"; left alone: {found.describe_left_alone()}" if found.left_alone else ""
+        nothing = f"{type(model).__name__} has no norm with a γ that ends a residual branch{left_alone}"
+        if strict:
+            raise ValueError(nothing)
+        warnings.warn(
+            f"zero_gamma_ changes nothing: {nothing}. Leave the call out; with strict=True it raises",
+            stacklevel=2,
         )
-    found.warn()
     with torch.no_grad():
         for gamma in found.gammas.values():
             gamma.zero_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -31,6 +32,25 @@ def speed_up() -> None:
     InterpretedFunction.__call__ = call
 
 
+def silence_numpy() -> None:
+    """Hides that Triton's interpreter before 3.7 takes one-element arrays for numbers, of which NumPy warns."""
+    try:
+        import triton
+        from triton.runtime.interpreter import GridExecutor
+    except ImportError:
+        return
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):
+        return
+    launch = GridExecutor.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
+            return launch(self, *args, **kwargs)
+
+    GridExecutor.__call__ = call
+
+
 def without_extension() -> None:
     """Has the Triton backend watch its plans in Python, as where nothing was compiled; other backends do so in C++."""
     try:
@@ -41,4 +61,5 @@ def without_extension() -> None:
 
 
 speed_up()
+silence_numpy()
 without_extension()

@@ -106,7 +106,7 @@ def test_a_group_holds_no_number_that_a_step_makes_untrue(backend, device):
 def test_groups_of_another_optimizer_bring_no_numbers_of_its_progress():
     first = FusedSGD(parameters([(3,)]), lr=0.1, loss_scale=8.0)
     groups = [{**group, **dict.fromkeys(SCALE_KEYS, 7)} for group in first.param_groups]
-    second = FusedSGD(groups, lr=0.1)
+    second = FusedSGD(groups, lr=0.1, loss_scale=8.0)
     assert set(second.param_groups[0]).isdisjoint(SCALE_KEYS)
 
 

@@ -112,6 +112,19 @@ def test_a_process_without_parameters_decides_with_the_others():
     ranks.run(4, train_without_a_part)
 
 
+def find_biases_apart() -> None:
+    """ZeroRedundancyOptimizer writes its own weight decay into groups that may have nothing but biases."""
+    torch.manual_seed(0)
+    model = Sequential(Linear(6, 9), Linear(9, 3))
+    for params in (model.parameters(), [{"params": model.parameters(), "weight_decay": 0.2}]):
+        zero = ZeroRedundancyOptimizer(params, FusedSGD, lr=0.1, weight_decay=0.1)
+        assert [group["bias_decay"] for group in zero.optim.param_groups] == [False]
+
+
+def test_a_partition_that_happens_to_have_biases_alone_does_not_decay_them():
+    ranks.run(4, find_biases_apart)
+
+
 def train_with_norms() -> None:
     """torch wants parameters of one dtype, so the norms are cast as well."""
     torch.manual_seed(0)

@@ -364,6 +364,15 @@ def test_it_exports(training: bool, strict: bool) -> None:
     torch.testing.assert_close(exported(images()), model(images()))
 
 
+@both_dtypes
+@pytest.mark.parametrize("keep", ["scale", ["sc*", nn.LayerNorm], "*"])
+def test_a_buffer_is_kept_by_its_name(keep: Any, dtype: torch.dtype) -> None:
+    model = Network()
+    model.scale = torch.full((4,), 1.0 + 2.0**-20)
+    assert torch.equal(cast_model(model, dtype, keep_fp32=keep).scale, torch.full((4,), 1.0 + 2.0**-20))
+    assert model.conv.weight.dtype == (FP32 if keep == "*" else dtype)
+
+
 def _tied() -> nn.Module:
     model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
@@ -398,6 +407,9 @@ def _complex() -> nn.Module:
         (Network(), {"keep_fp32": 3}, TypeError, "keep_fp32 takes .* got 3"),
         (_tied(), {"keep_fp32": "0"}, ValueError, r"parameter 1\.weight is also in a module kept in FP32"),
         (_complex(), {}, ValueError, r"parameter 0\.phase is complex"),
+        (Network(), {"cast_inputs": ["x", "y"]}, ValueError, "forward has no argument 'y'; it has x"),
+        (Network(), {"cast_inputs": 3}, TypeError, "cast_inputs must be True, False or names .* got 3"),
+        (Network(), {"cast_inputs": [FP32]}, TypeError, "cast_inputs must be True, False or names"),
     ],
 )
 def test_a_refused_call_says_why_and_changes_nothing(
@@ -413,3 +425,21 @@ def test_a_refused_call_says_why_and_changes_nothing(
 def test_something_that_is_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
         cast_model([nn.Linear(2, 2)])  # type: ignore[type-var]
+
+
+def test_a_model_that_contains_itself_is_refused_and_one_that_contains_a_part_twice_is_not() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].blocks = nn.ModuleList([nn.Linear(2, 2), model])
+    with pytest.raises(ValueError, match=r"Sequential contains itself, as 0\.blocks\.1"):
+        cast_model(model, BF16)
+    assert model[0].weight.dtype == model[0].blocks[0].weight.dtype == FP32
+    model[0].blocks[1] = model[0].blocks[0]
+    assert cast_model(model, BF16)(torch.ones(1, 2)).isfinite().all()
+
+
+def test_torch_script_is_refused_with_what_to_do() -> None:
+    model = cast_model(Network(), BF16).eval()
+    with pytest.raises(AttributeError, match=r"jit.script cannot compile the casts of cast_model"):
+        torch.jit.script(model)
+    torch.testing.assert_close(torch.jit.trace(model, (images(),))(images()), model(images()))
+    torch.jit.script(cast_model(model, FP32))

@@ -166,3 +166,99 @@ def test_nested_inputs_and_outputs_compile_to_one_graph(make: Callable[[Tensor],
     model = cast_model(Echo(), BF16)
     given = make(torch.ones(2))
     assert str(torch.compile(model, backend="eager", fullgraph=True)(given)) == str(model(given))
+
+
+class Detector(nn.Module):
+    """Images to compute on, boxes and a time to be taken as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.time = nn.Linear(1, 1)
+
+    def forward(
+        self, images: Tensor, boxes: list[Tensor], *times: Tensor, scale: Any = None, **more: Tensor
+    ) -> Any:
+        self.seen = images.dtype, boxes[0].dtype, [time.dtype for time in times], scale, more
+        return self.conv(images).sum(), boxes[0], self.time(times[0])
+
+
+@pytest.mark.parametrize("names", ["images", ("images",), iter(["images"])], ids=["one", "several", "once"])
+def test_only_the_named_arguments_are_cast(names: Any) -> None:
+    model = cast_model(Detector(), BF16, keep_fp32="time", cast_inputs=names)
+    boxes, time, scale = torch.tensor([1013.7]), torch.tensor([[999.0]]), torch.tensor(0.3)
+    _, returned, _ = model(torch.ones(1, 3, 4, 4), [boxes], time, scale=scale, other=scale)
+    assert model.seen == (BF16, FP32, [FP32], scale, {"other": scale})
+    assert torch.equal(returned, boxes)
+
+
+def test_named_arguments_are_cast_by_position_by_name_and_among_the_rest() -> None:
+    model = cast_model(Detector(), BF16, cast_inputs=["images", "times", "scale", "other"])
+    one = torch.ones(1, 1)
+    model(torch.ones(1, 3, 4, 4), [one], one, one, scale=[one], other=one, more=one)
+    images, boxes, times, [scale], more = model.seen
+    assert (images, boxes, times, scale.dtype) == (BF16, FP32, [BF16, BF16], BF16)
+    assert {name: value.dtype for name, value in more.items()} == {"other": BF16, "more": FP32}
+
+
+def test_without_casts_of_inputs_only_kept_modules_cast_theirs() -> None:
+    model = cast_model(Detector(), BF16, keep_fp32="time", cast_inputs=False)
+    time = torch.tensor([[999.0]])
+    with model.time.register_forward_pre_hook(lambda _, args: received.extend(args)):
+        received: list[Tensor] = []
+        model(torch.ones(1, 3, 4, 4, dtype=BF16), [torch.tensor([1013.7])], time)
+    assert model.seen[:3] == (BF16, FP32, [FP32])
+    assert torch.equal(received[0], time)
+
+
+def test_a_choice_of_inputs_compiles_to_one_graph() -> None:
+    torch._dynamo.reset()
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+            return self.fc(x).float() * factor
+
+    model = cast_model(Scaled(), BF16, cast_inputs="x")
+    arguments = torch.ones(1, 2), torch.tensor(1.0 + 2.0**-20)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*arguments), model(*arguments))
+
+
+@pytest.mark.parametrize("output_dtype", [FP32, None])
+@pytest.mark.parametrize("make", [lambda t: t, lambda t: [t], lambda t: {"images": t}])
+def test_the_error_about_images_in_integers_says_what_to_write(make: Any, output_dtype: Any) -> None:
+    class First(nn.Conv2d):
+        def forward(self, images: Any) -> Tensor:
+            return super().forward(
+                next(iter(images.values() if isinstance(images, dict) else images), images)
+            )
+
+    model = cast_model(
+        First(3, 4, 3) if make(1) != 1 else nn.Conv2d(3, 4, 3), FP16, output_dtype=output_dtype
+    )
+    with pytest.raises(RuntimeError, match=r"(?s)should be the same.*write model\(images\.float\(\) / 255\)"):
+        model(make(torch.ones(1, 3, 4, 4, dtype=torch.uint8)))
+
+
+def test_other_errors_are_as_they_were() -> None:
+    model = cast_model(nn.Sequential(nn.Conv2d(3, 4, 3)), FP16)
+    with pytest.raises(RuntimeError) as refused:
+        model(torch.ones(1, 2, 4, 4))
+    assert "255" not in str(refused.value)
+
+
+def test_a_model_that_converts_integers_itself_is_left_to_it() -> None:
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.conv(images.half() / 255)
+
+    images = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
+    assert cast_model(Normalized(), FP16)(images).dtype == FP32

@@ -114,6 +114,39 @@ def test_a_transformer_encoder_is_close_to_fp32(
     torch.testing.assert_close(output[used], expected[used], rtol=0.05, atol=0.05)
 
 
+def test_a_table_of_positions_keeps_all_of_them() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(1, 1)
+            self.register_buffer("table", torch.arange(4096.0), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * (self.table[:, None] / 4096).to(x.dtype)
+
+    model = cast_model(nn.Sequential(Positions()), BF16, keep_fp32="*.table")
+    assert model[0].table.unique().numel() == 4096
+    assert model(torch.ones(1, 1)).shape == (4096, 1)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_detector_with_its_backbone_cast_computes_its_losses_in_fp32() -> None:
+    detection = pytest.importorskip("torchvision.models.detection", reason="the detector is torchvision's")
+    model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=3
+    )
+    cast_model(model.backbone, BF16)
+    boxes = torch.tensor([[10.25, 10.25, 1013.7, 1013.7]])
+    losses = model([torch.rand(3, 1024, 1024)], [{"boxes": boxes, "labels": torch.tensor([1])}])
+    assert {loss.dtype for loss in losses.values()} == {FP32}
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    convolutions = [m.weight for m in model.backbone.modules() if isinstance(m, nn.Conv2d)]
+    gradients = {weight.grad.dtype for weight in convolutions if weight.grad is not None}
+    assert gradients == {BF16}
+    assert model.rpn.head.cls_logits.weight.grad.dtype == FP32
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_torchvision_model_trains_and_is_at_most_twice_as_far_from_fp32_as_under_autocast(

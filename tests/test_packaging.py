@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -99,11 +100,94 @@ def test_the_requirements_of_a_build_are_the_same_with_and_without_isolation():
 @pytest.mark.parametrize(
     ("failure", "advice"),
     [
-        ("no C++ compiler was found", "install a C++ compiler and reinstall fused_tricks"),
+        ("no C++ compiler: CXX=cl is not a program", "install a C++ compiler and reinstall fused_tricks"),
         ("FUSED_TRICKS_EXTENSION=0 was set", "reinstall fused_tricks without it"),
+        ("a header is missing", "mend that and reinstall fused_tricks"),
     ],
 )
 def test_the_advice_about_a_missing_extension_fits_its_reason(monkeypatch, tmp_path, failure, advice):
     (tmp_path / "_build_info.json").write_text(json.dumps({"extension_failure": failure}))
     monkeypatch.setattr(extension_module, "__file__", str(tmp_path / "extension.py"))
-    assert extension_module._why_not_built() == f"the extension was not built ({failure}); {advice}"
+    assert extension_module._why_missing() == f"the extension was not built ({failure}); {advice}"
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A source tree in which nothing was built."""
+    built = shutil.ignore_patterns("*.so", "*.pyd", "_build_info.json", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "source" / "fused_tricks", ignore=built)
+    (tmp_path / "source" / "csrc").mkdir()
+    return tmp_path / "source"
+
+
+def reported(folder: Path, path: Path | None = None) -> dict[str, str]:
+    """The rows of the report of ``python -m fused_tricks`` in a folder, with another on Python's path."""
+    output = subprocess.run(
+        [sys.executable, "-m", "fused_tricks"],
+        check=True, capture_output=True, text=True, cwd=folder,
+        env={**os.environ, "PYTHONPATH": "" if path is None else str(path)},
+    ).stdout  # fmt: skip
+    return dict(line.split(maxsplit=1) for line in output.splitlines() if line.startswith("  "))
+
+
+def test_a_source_tree_without_its_extension_says_so_and_names_the_way_out(source):
+    rows = reported(source)
+    for row in ("cpu", "cuda", "build"):
+        assert f"Python runs the source tree {source}, in which nothing is built" in rows[row]
+        assert f"pip install -e {source}" in rows[row] and "another folder" in rows[row]
+
+
+def test_a_source_tree_names_the_installation_that_it_hides(source, tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "site" / "fused_tricks")
+    rows = reported(source, tmp_path / "site")
+    assert f"and not what is installed in {tmp_path / 'site'}: run Python from another folder" in rows["cpu"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert str(tmp_path / "site") in str(reported(elsewhere, tmp_path / "site"))
+
+
+def test_an_extension_for_another_python_is_named(source):
+    (source / "fused_tricks" / "_extension.cpython-39-x86_64-linux-gnu.so").touch()
+    shutil.rmtree(source / "csrc")
+    assert "built for another Python (_extension.cpython-39-x86_64-linux-gnu.so)" in reported(source)["cpu"]
+
+
+def test_the_extension_of_another_tree_is_not_used(source, extension, tmp_path):
+    """As the finder of an editable installation offers it."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import importlib.util, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        where = {str(extension)!r}\n"
+        "        if name == 'fused_tricks._extension':\n"
+        "            return importlib.util.spec_from_file_location(name, where)\n"
+        "sys.meta_path.append(Finder)\n"
+    )
+    assert "nothing is built" in reported(source, site)["cpu"]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="no setuptools comes with this Python")
+def test_setup_works_with_the_setuptools_that_comes_with_python(tmp_path):
+    """65.5 with Python 3.10 and 3.11, which refuses the licence field of today and needs the package wheel."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    interpreter = tmp_path / "venv" / "bin" / "python"
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, source)
+    shutil.copytree(PACKAGE, source / "fused_tricks", ignore=shutil.ignore_patterns("*.so"))
+
+    def setup(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(interpreter), "setup.py", "--quiet", *arguments]
+        return subprocess.run(command, cwd=source, capture_output=True, text=True)
+
+    assert setup("--name", "--version", "--license").stdout.split() == [
+        "fused_tricks",
+        fused_tricks.__version__,
+        "MIT",
+    ]
+    refused = setup("bdist_wheel")
+    assert refused.returncode != 0
+    assert "needs another package to make wheels: pip install wheel" in refused.stderr

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,16 @@ def python(wheel, tmp_path_factory):
 
 def test_it_is_for_every_platform(wheel) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_it_states_its_licence_and_has_it(wheel) -> None:
+    with zipfile.ZipFile(wheel) as files:
+        names = [name.rpartition("/")[2] for name in files.namelist()]
+        (metadata,) = [
+            files.read(name).decode() for name in files.namelist() if name.endswith(".dist-info/METADATA")
+        ]
+    assert "LICENSE" in names
+    assert "\nLicense: MIT\n" in metadata
 
 
 def test_its_report_says_why_nothing_is_compiled(python) -> None:

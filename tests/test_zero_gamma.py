@@ -391,12 +391,21 @@ def test_a_container_of_one_norm_has_no_branch() -> None:
 
 
 @pytest.mark.parametrize(
+    "model", [Block(NOTHING["norm before a ReLU"]), nn.Linear(3, 3), nn.BatchNorm2d(3, affine=False)]
+)
+def test_a_model_in_which_nothing_is_found_is_warned_of_at_the_callers_line(model: nn.Module) -> None:
+    with pytest.warns(UserWarning, match=f"changes nothing: {type(model).__name__} has no norm") as caught:
+        assert zero_gamma_(model) is model
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize(
     "model, message",
     [
         (Block(NOTHING["norm before a ReLU"]), "^Block has no norm .* ends a residual branch$"),
         (
             Block(LEFT_ALONE["output returned"][0]),
-            r"ends a residual branch\. Left alone: long\.3 \(its output",
+            r"ends a residual branch; left alone: long\.3 \(its output",
         ),
         (nn.BatchNorm2d(3, affine=False), "BatchNorm2d has no norm"),
     ],

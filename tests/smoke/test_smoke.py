@@ -1,4 +1,4 @@
-"""What must work with every torch that one build serves; ``make test-torches`` runs it with several."""
+"""What must work with every torch that one build serves, where nothing but torch, pytest and the package is there."""
 
 from __future__ import annotations
 

@@ -1,0 +1,131 @@
+"""`cast_model`, and then `model.float()`, `model.half()` or `model.to(dtype)`: the casts follow the weights."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fused_tricks import FusedSGD
+from fused_tricks.low_precision import cast_model
+
+FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+later_dtype = pytest.mark.parametrize("later", [FP16, BF16, FP32, FP64], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+class Network(nn.Module):
+    """Norms with and without casts around them, a kept layer, an embedding, a norm without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LocalResponseNorm(2), nn.ReLU()
+        )
+        self.fc = nn.Linear(4, 4)
+        self.embedding = nn.Embedding(5, 4)
+        self.head = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        return self.head(self.fc(self.features(x).mean((2, 3))) + self.embedding(index))
+
+
+KEEP = [nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d, nn.LocalResponseNorm, "embedding"]
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("first", [FP16, BF16], ids=str)
+@later_dtype
+def test_the_model_computes_in_the_later_dtype(first: torch.dtype, later: torch.dtype) -> None:
+    model = cast_model(Network(), first, keep_fp32=KEEP).to(later)
+    # A model of the same weights without casts; torch has no local response norm in low precision on the CPU.
+    plain = cast_model(copy.deepcopy(model), FP32).to(FP64 if later == FP64 else FP32)
+    images, index = inputs()
+    output = model(images, index)
+    expected = plain(images.to(plain.fc.weight.dtype), index).float()
+    tolerance = 0.05 if later in (FP16, BF16) else 1e-5
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+    output.sum().backward()
+    assert {p.grad.dtype for p in model.parameters()} == {later}
+
+
+@later_dtype
+def test_a_part_that_is_called_alone_works_in_the_later_dtype(later: torch.dtype) -> None:
+    model = cast_model(Network(), BF16, keep_fp32=KEEP).to(later)
+    assert model.features(inputs()[0].to(later)).dtype == later
+
+
+def test_a_part_that_alone_is_made_float_works_in_itself() -> None:
+    model = cast_model(Network(), BF16, keep_fp32=KEEP)
+    model.features.float()
+    assert model.features(inputs()[0]).dtype == FP32
+    assert model.head(torch.randn(2, 4, dtype=BF16)).dtype == BF16
+
+
+def test_float_after_the_cast_gives_the_bits_of_an_fp32_model_with_these_weights() -> None:
+    model = cast_model(Network(), BF16).float().eval()
+    plain = Network().eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(*inputs()), plain(*inputs()))
+
+
+def test_the_output_stays_in_the_dtype_asked_for_or_that_of_the_weights() -> None:
+    assert cast_model(nn.Linear(2, 2), BF16).double()(torch.ones(1, 2)).dtype == FP32
+    assert cast_model(nn.Linear(2, 2), BF16, output_dtype=None).double()(torch.ones(1, 2)).dtype == FP64
+
+
+def _saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _saved_and_loaded])
+def test_a_copy_follows_its_own_weights(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = cast_model(Network(), BF16).eval()
+    expected = model(*inputs())
+    twin = copied(model).float()
+    twin(*inputs())
+    assert twin.features(inputs()[0]).dtype == FP32
+    assert torch.equal(model(*inputs()), expected)
+
+
+def test_float_on_swapped_parameters_is_followed() -> None:
+    model = cast_model(Network(), BF16)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model(*inputs()).isfinite().all()
+
+
+def test_a_compiled_model_follows() -> None:
+    torch._dynamo.reset()
+    model = cast_model(Network(), BF16).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs()), model(*inputs()))
+    model.float()
+    assert torch.equal(compiled(*inputs()), model(*inputs()))
+
+
+def test_a_model_made_float_goes_on_training() -> None:
+    model = cast_model(Network(), BF16)
+    optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, backend="reference")
+    for _ in range(2):
+        model(*inputs()).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.float()
+    assert all(p.dtype == FP32 and p.isfinite().all() for p in model.parameters())
