@@ -12,7 +12,7 @@ from torch.nn import Parameter
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 SHAPES = ((), (0,), (1,), (3,), (17,), (65,), (5, 7), (4, 3, 2), (2, 3, 3, 3), (300,), (33, 41))
 LAYOUTS = ("dense", "transposed", "channels_last", "gaps", "view")
-GRADIENTS = ("dense", "fp32", "other strides", "gaps", "zero", "none", "infinite", "nan")
+GRADIENTS = ("dense", "fp32", "other strides", "gaps", "zero", "none", "infinite", "nan", "negated view")
 ROUTES = ("no_grad", "new data", "data in place", "numpy", "load")
 
 
