@@ -180,10 +180,10 @@ void Plan::find_written_memory() {
 }
 
 // No two ranges have an address in common: fused_tricks/shared_memory.py finds those, and no plan is made here.
-bool Plan::is_written(uintptr_t begin, uintptr_t end) const {
-  const auto after = std::lower_bound(written_.begin(), written_.end(), end,
-                                      [](const Range& range, uintptr_t address) { return range.begin < address; });
-  return after != written_.begin() && std::prev(after)->end > begin;
+Range Plan::unwritten_around(uintptr_t address) const {
+  const auto after = std::upper_bound(written_.begin(), written_.end(), address,
+                                      [](uintptr_t begin, const Range& range) { return begin < range.begin; });
+  return {after == written_.begin() ? 0 : std::prev(after)->end, after == written_.end() ? UINTPTR_MAX : after->begin};
 }
 
 void Plan::watch_state(const py::dict& optimizer_state) {
@@ -243,16 +243,16 @@ bool Plan::refresh_entry(Entry& entry) {
   // An empty tensor may have no address, and there is nothing to update.
   entry.grad = entry.count == 0 ? nullptr : gradient.data;
   entry.grad_type = gradient.type;
-  const uint64_t address = entry.gradient_address();
-  if (address == 0) return true;
+  if (entry.grad == nullptr) return true;
   in_double = in_double || entry.type == DType::kFloat64;
-  // Not again where it is in the same place. A parameter may be its own gradient: each element is read before it is
-  // written.
-  if (address == entry.checked || address == reinterpret_cast<uint64_t>(entry.param)) return true;
+  // A parameter may be its own gradient: each element is read before it is written.
+  if (entry.grad == entry.param && gradient.type == entry.type) return true;
   const auto begin = reinterpret_cast<uintptr_t>(entry.grad);
-  if (is_written(begin, begin + static_cast<uintptr_t>(entry.count * size_of(gradient.type)))) return false;
-  entry.checked = address;
-  return true;
+  const uintptr_t end = begin + static_cast<uintptr_t>(entry.count * size_of(gradient.type));
+  const auto is_within = [&](const Range& range) { return range.begin <= begin && end <= range.end; };
+  if (is_within(entry.unwritten)) return true;
+  entry.unwritten = unwritten_around(begin);
+  return is_within(entry.unwritten);
 }
 
 bool Plan::refresh_group(PyObject* dict, size_t& index) {

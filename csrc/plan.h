@@ -16,6 +16,12 @@ struct Layout {
   bool matches(const TensorView& tensor) const;
 };
 
+// Addresses from `begin` up to `end`.
+struct Range {
+  uintptr_t begin;
+  uintptr_t end;
+};
+
 // How processes that hold parts of one model decide together: fused_tricks/agreement.py's object, which Plan borrows.
 struct Agreement {
   PyObject* object = nullptr;  // null: this process decides alone
@@ -76,8 +82,8 @@ struct Entry {
   const void* grad = nullptr;  // of this step; null: no gradient, no update
   DType grad_type = DType::kFloat32;
   bool decays = false;
-  int32_t part = 0;      // which of the verdict's sums of squares the gradient belongs to
-  uint64_t checked = 0;  // the last gradient's address, known to be in no memory that a step writes
+  int32_t part = 0;       // which of the verdict's sums of squares the gradient belongs to
+  Range unwritten{0, 0};  // addresses that no step writes, around the last gradient
 
   // Of the gradient; the lowest bit says that it is FP32 beside a 16-bit parameter. 0: there is none.
   uint64_t gradient_address() const {
@@ -93,12 +99,6 @@ struct AppliedRate {
   const double* factors = nullptr;
   int64_t last = 0;
   int64_t origin = 0;
-};
-
-// Addresses from `begin` up to `end`.
-struct Range {
-  uintptr_t begin;
-  uintptr_t end;
 };
 
 struct Chunk {
@@ -149,7 +149,7 @@ class Plan {
   void read_lr(PyObject* dict, Group& group) const;
   void follow(const AppliedRate& rate, Group& group) const;
   void find_written_memory();
-  bool is_written(uintptr_t begin, uintptr_t end) const;
+  Range unwritten_around(uintptr_t address) const;
   void watch_state(const py::dict& state);
   bool state_is_unchanged(const py::dict& state) const;
 

@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .sharding import local_part
 
 GRADIENT = "gradient"
 PARAMETER = "parameter"
+# Types that override nothing.
+_PLAIN = (Tensor, Parameter)
 
 
 class Piece(NamedTuple):
@@ -46,6 +49,8 @@ class _Span(NamedTuple):
 
 def has_memory(tensor: Tensor) -> bool:
     """True unless a tensor has a shape and no elements: one on ``meta``, or a ``FakeTensor``."""
+    if type(tensor) in _PLAIN:
+        return not tensor.is_meta
     local = local_part(tensor)
     # Who made a FakeTensor has imported the module.
     module = sys.modules.get("torch._subclasses.fake_tensor")
@@ -59,6 +64,8 @@ def device_of(params: Iterable[Tensor], otherwise: torch.device) -> torch.device
 
 def is_addressable(tensor: Tensor) -> bool:
     """True if a tensor's elements are where its address, shape and strides say."""
+    if type(tensor) in _PLAIN:
+        return not tensor.is_meta and tensor.layout == torch.strided
     return has_memory(tensor) and not is_traceable_wrapper_subclass(tensor) and tensor.layout == torch.strided
 
 
@@ -73,7 +80,7 @@ def missing_bytes(tensor: Tensor) -> int:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """True if two elements of a tensor are at one address, as after ``expand``."""
-    if not is_addressable(tensor):
+    if not is_addressable(tensor) or tensor.is_contiguous():
         return False
     reach = 0
     for stride, size in sorted(_dimensions(tensor)):
@@ -97,9 +104,15 @@ def must_be_in_order(pieces: Sequence[Piece]) -> bool:
         for piece in pieces
         if is_addressable(piece.tensor) and piece.tensor.numel() and (address := piece.tensor.data_ptr())
     ]
-    pairs = (pair for cluster in _clusters(spans) for pair in _overlapping_pairs(cluster))
-    # All of them, since any may be one to refuse.
-    return sum(_is_shared(a, b) for a, b in pairs) > 0
+    is_shared = False
+    for cluster in _clusters(spans):
+        for a, b in _written_pairs(cluster):
+            # Where there is an order anyway, the others only matter where they are refused.
+            if is_shared and a.owner != b.owner and not (a.has_master or b.has_master):
+                continue
+            if _have_a_common_element(a, b):
+                is_shared = _is_shared(a, b) or is_shared
+    return is_shared
 
 
 def _clusters(spans: list[_Span]) -> Iterator[list[_Span]]:
@@ -118,8 +131,8 @@ def _clusters(spans: list[_Span]) -> Iterator[list[_Span]]:
         yield cluster
 
 
-def _overlapping_pairs(cluster: list[_Span]) -> Iterator[tuple[Piece, Piece]]:
-    """Pairs of pieces with an element in common, one of which is written."""
+def _written_pairs(cluster: list[_Span]) -> Iterator[tuple[Piece, Piece]]:
+    """Pairs of pieces whose spans overlap, one of which is written; none where all elements only take turns."""
     if all(span.piece.key == GRADIENT for span in cluster):
         return
     tensors = [span.piece.tensor for span in cluster]
@@ -127,9 +140,11 @@ def _overlapping_pairs(cluster: list[_Span]) -> Iterator[tuple[Piece, Piece]]:
         return
     for a, b in combinations(cluster, 2):
         if b.begin < a.end and not a.piece.key == b.piece.key == GRADIENT:
-            pair = [a.piece.tensor, b.piece.tensor]
-            if _marked(pair) < _marked(pair[:1]) + _marked(pair[1:]):
-                yield a.piece, b.piece
+            yield a.piece, b.piece
+
+
+def _have_a_common_element(a: Piece, b: Piece) -> bool:
+    return _marked([a.tensor, b.tensor]) < _marked([a.tensor]) + _marked([b.tensor])
 
 
 def _is_shared(a: Piece, b: Piece) -> bool:

@@ -57,7 +57,7 @@ class ReferenceStepper:
         return Outcome.APPLIED
 
     def _active(self, groups: list[dict[str, Any]]) -> Iterator[tuple[Entry, Tensor, dict[str, Any]]]:
-        applied = self._step_state.read()[4]
+        applied = self._step_state.read().applied_steps
         listed = [
             numbers for group in groups for numbers in [_numbers(group, applied)] * len(group["params"])
         ]
