@@ -29,7 +29,9 @@ def cast_nested(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> A
         return value
     if isinstance(value, tuple):
         items = [cast_nested(item, dtype, done) for item in value]
-        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+        if hasattr(value, "_replace"):  # a named tuple; torch 2.10 does not trace _make
+            return value._replace(**dict(zip(value._fields, items)))
+        return type(value)(items)
     if isinstance(value, list):
         items = [cast_nested(item, dtype, done) for item in value]
         if type(value) is list:
