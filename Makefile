@@ -63,7 +63,7 @@ sanitize: $(STAMPS)/build $(STAMPS)/test
 
 test-torches: $(TORCHES:%=test-torch-%)
 
-# In a clone that lacks the package, with the changes that git knows of, so that the wheel is what is imported.
+# In a clone, with the changes that git knows of and the wheel in the place of the package.
 test-torch-%: build/wheel
 	test -x .venv-torch-$*/bin/python || $(PYTHON) -m venv .venv-torch-$*
 	.venv-torch-$*/bin/python -m pip install --quiet "torch==$*" "$$(echo build/wheel/*.whl)[test]"
@@ -72,6 +72,7 @@ test-torch-%: build/wheel
 	rm -rf build/torch-$* && git clone --quiet . build/torch-$*
 	changed=$$(git stash create) && git archive $${changed:-HEAD} | tar -xf - -C build/torch-$*
 	rm -rf build/torch-$*/fused_tricks
+	.venv-torch-$*/bin/python -m pip install --quiet --no-deps --target build/torch-$* build/wheel/*.whl
 	cd build/torch-$* && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		../../.venv-torch-$*/bin/python -m pytest -n $(TEST_PROCESSES) -rs $(PYTEST_ARGS)
 

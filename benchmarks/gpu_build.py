@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -22,8 +20,6 @@ PACKAGE = ROOT / "fused_tricks"
 MODULE = PACKAGE / f"_extension{sysconfig.get_config_var('EXT_SUFFIX')}"
 INFO = PACKAGE / "_build_info.json"
 SOURCES = ("LICENSE", "README.md", "MANIFEST.in", "pyproject.toml", "setup.py", "csrc", "fused_tricks")
-# The first that reads the licence as a plain name.
-SETUPTOOLS = 77
 
 
 def is_built(architecture: str | None) -> bool:
@@ -44,7 +40,7 @@ def is_built(architecture: str | None) -> bool:
 def build(architecture: str, folder: Path) -> int:
     """Builds a copy of the tree and takes the extension from it.
 
-    The copy is there because an older setuptools needs the licence in another form in pyproject.toml.
+    The copy leaves the tree with the extension that it has where the build fails.
 
     Args:
         architecture: as ``9.0``.
@@ -61,11 +57,6 @@ def build(architecture: str, folder: Path) -> int:
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
-    installed = importlib.metadata.version("setuptools")
-    if int(installed.partition(".")[0]) < SETUPTOOLS:
-        print(f"setuptools {installed} is older than {SETUPTOOLS}: the licence in another form", flush=True)
-        project = folder / "pyproject.toml"
-        project.write_text(with_older_licence(project.read_text(encoding="utf-8")), encoding="utf-8")
     environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": architecture}
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     status = subprocess.run(command, cwd=folder, env=environment).returncode
@@ -83,12 +74,6 @@ def build(architecture: str, folder: Path) -> int:
         print("error: the CUDA kernels were not built:", info["cuda_failure"])
         return 1
     return 0
-
-
-def with_older_licence(project: str) -> str:
-    """Returns pyproject.toml with the licence as setuptools before 77 reads it."""
-    project = re.sub(r'^license = ("[^"]*")$', r"license = { text = \1 }", project, flags=re.MULTILINE)
-    return re.sub(r"^license-files = .*\n", "", project, flags=re.MULTILINE)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -29,7 +29,10 @@ def cast_nested(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> A
         return value
     if isinstance(value, tuple):
         items = [cast_nested(item, dtype, done) for item in value]
-        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+        if not hasattr(value, "_make"):
+            return type(value)(items)
+        # A compiled graph of torch 2.10 cannot return what _make made, which asks no __new__ of a subclass.
+        return type(value)(*items) if torch.compiler.is_compiling() else value._make(items)
     if isinstance(value, list):
         items = [cast_nested(item, dtype, done) for item in value]
         if type(value) is list:

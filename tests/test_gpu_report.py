@@ -122,16 +122,6 @@ def test_a_part_that_is_no_part_is_refused_by_name(tmp_path: Path) -> None:
         gpu_report.main(["--parts", "dance", "--output", str(tmp_path / "output")])
 
 
-PROJECT = '[project]\nname = "p"\nlicense = "MIT"\nlicense-files = ["LICENSE"]\nversion = "1"\n'
-
-
-def test_an_older_setuptools_gets_the_licence_in_the_form_that_it_reads() -> None:
-    expected = '[project]\nname = "p"\nlicense = { text = "MIT" }\nversion = "1"\n'
-    assert gpu_build.with_older_licence(PROJECT) == expected
-    project = (TESTS.parent / "pyproject.toml").read_text(encoding="utf-8")
-    assert gpu_build.with_older_licence(project).count("license") == 1
-
-
 @pytest.mark.parametrize(
     ("architecture", "cuda", "expected"),
     [

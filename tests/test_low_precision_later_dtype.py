@@ -111,6 +111,10 @@ def test_float_on_swapped_parameters_is_followed() -> None:
     assert model(*inputs()).isfinite().all()
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.14",
+    reason="torch.compile before 2.14 does not notice that Module.to changed a dtype",
+)
 def test_a_compiled_model_follows() -> None:
     torch._dynamo.reset()
     model = cast_model(Network(), BF16).eval()
