@@ -32,11 +32,12 @@ TORCHES ?= 2.10.0 2.11.0 2.14.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test sanitize test-torches bench gpu-report lint format clean FORCE
+.PHONY: help build test fuzz sanitize test-torches bench gpu-report lint format clean FORCE
 
 help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
 	@echo "make test     run the tests; PYTEST_ARGS='-k overflow' chooses some"
+	@echo "make fuzz     random histories of optimizers, every backend against the reference: SECONDS=60"
 	@echo "make sanitize the extension and the emulated kernels under AddressSanitizer, UndefinedBehaviorSanitizer"
 	@echo "              and ThreadSanitizer"
 	@echo "make test-torches  all tests, with one wheel and several torches: TORCHES='$(TORCHES)'"
@@ -56,6 +57,10 @@ build: $(STAMPS)/build
 
 test: $(STAMPS)/build $(STAMPS)/test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(IN_VENV) -m pytest -n $(TEST_PROCESSES) -rs $(PYTEST_ARGS)
+
+SECONDS ?= 60
+fuzz: $(STAMPS)/build $(STAMPS)/test
+	cd tests && PYTHONPATH=.:.. ../$(IN_VENV) -m fuzz --seconds $(SECONDS)
 
 sanitize: $(STAMPS)/build $(STAMPS)/test
 	$(IN_VENV) tests/sanitizers address

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .agreement import SharedGroup, find_agreement
 from .backends import BACKENDS, Stepper, check_backend, stepper_class
-from .backends.request import Outcome, StepRequest
+from .backends.request import Outcome, StepRequest, step_request
 from .checkpoint import SCALE_KEYS, is_asked_for_state
 from .diagnostics import StepDiagnostics
 from .group_source import check_nothing_is_lost, register_source
@@ -382,34 +382,15 @@ class FusedSGD(SavedState):
             return outcome
 
     def _request(self) -> StepRequest:
-        grad_scale = self.__dict__.get("grad_scale")
-        found_inf = self.__dict__.get("found_inf")
-        loss_scale = self._loss_scale
-        if found_inf is None:
-            rule = loss_scale.rule() if isinstance(loss_scale, DynamicLossScale) else None
-            return StepRequest(loss_scale is not None, None, None, self._max_grad_norm, rule)
-        if loss_scale is not None:
-            raise RuntimeError(
-                "this FusedSGD scales its own loss (loss_scale is set) and was stepped by a GradScaler; use "
-                "optimizer.scale(loss).backward() and optimizer.step() without the GradScaler, or loss_scale=None"
-            )
-        # GradScaler sums the verdicts of its devices, and says 0 where there was no gradient on any.
-        verdict = found_inf if isinstance(found_inf, Tensor) else None
-        return StepRequest(grad_scale is not None, grad_scale, verdict, self._max_grad_norm, None)
+        grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        return step_request(self._loss_scale, self._max_grad_norm, grad_scale, found_inf)
 
     @one_at_a_time
     def stats(self) -> StepStats:
         """Returns scale, counters and the last norm. Synchronises with the device, which ``step`` never does."""
         self._step_state.scale_was_read = True
-        now = self._step_state.read()
-        return StepStats(
-            scale=None if self._loss_scale is None else now.scale,
-            applied_steps=now.applied_steps,
-            skipped_steps=now.skipped_steps,
-            grad_norm=None if self.max_grad_norm is None else now.grad_norm,
-            last_step_skipped=bool(now.skip),
-            skipped_in_a_row=now.skipped_in_a_row,
-        )
+        reading = self._step_state.read()
+        return StepStats.of(reading, self._loss_scale is not None, self._max_grad_norm is not None)
 
     def _replan(self) -> None:
         """Makes the next step begin with a new plan."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .step_state import StepReading
+
 
 class StepStats(NamedTuple):
     """What :meth:`fused_tricks.FusedSGD.stats` reports.
@@ -24,3 +26,15 @@ class StepStats(NamedTuple):
     grad_norm: float | None
     last_step_skipped: bool
     skipped_in_a_row: int
+
+    @classmethod
+    def of(cls, reading: StepReading, has_scale: bool, has_norm: bool) -> StepStats:
+        """Returns the statistics in a reading of an optimizer with or without a loss scale and a norm to clip to."""
+        return cls(
+            scale=reading.scale if has_scale else None,
+            applied_steps=reading.applied_steps,
+            skipped_steps=reading.skipped_steps,
+            grad_norm=reading.grad_norm if has_norm else None,
+            last_step_skipped=bool(reading.skip),
+            skipped_in_a_row=reading.skipped_in_a_row,
+        )
