@@ -38,15 +38,17 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     _extension.select_instruction_set(before)
 
 
-def train(backend: str) -> tuple[list[Tensor], list[float | None]]:
-    """Parameters of every dtype and of sizes around every vector width, and the norm of each step."""
-    dtypes = [dtype for dtype in DTYPES for _ in (*VECTOR_EDGES, 4099)]
-    params = parameters([(n,) for n in (*VECTOR_EDGES, 4099)] * len(DTYPES), dtypes)
+def train(
+    backend: str, chosen: list[torch.dtype] = DTYPES, max_grad_norm: float | None = 1.0
+) -> tuple[list[Tensor], list[float | None]]:
+    """Parameters of every chosen dtype and of sizes around every vector width, and the norm of each step."""
+    dtypes = [dtype for dtype in chosen for _ in (*VECTOR_EDGES, 4099)]
+    params = parameters([(n,) for n in (*VECTOR_EDGES, 4099)] * len(chosen), dtypes)
     params[0].grad_dtype = torch.float32
     optimizer = FusedSGD(
         [{"params": params[::2]}, {"params": params[1::2], "nesterov": True, "maximize": True}],
-        lr=0.05, momentum=0.9, weight_decay=1e-3, bias_decay=True, loss_scale=48.0, max_grad_norm=1.0,
-        backend=backend,
+        lr=0.05, momentum=0.9, weight_decay=1e-3, bias_decay=True, loss_scale=48.0,
+        max_grad_norm=max_grad_norm, backend=backend,
     )  # fmt: skip
     norms = []
     for grads in gradients(params, 6):
@@ -57,16 +59,22 @@ def train(backend: str) -> tuple[list[Tensor], list[float | None]]:
     return [*params, *state], norms
 
 
-def test_every_instruction_set_gives_the_bits_of_the_reference(instruction_set):
-    tensors, _ = train("cpu")
-    expected, _ = train("reference")
+@pytest.mark.parametrize(
+    ("chosen", "max_grad_norm"), [(DTYPES[:3], 1.0), (DTYPES, None)], ids=["clipped", "with FP64"]
+)
+def test_every_instruction_set_gives_the_bits_of_the_reference(instruction_set, chosen, max_grad_norm):
+    """FP64 without clipping: the order of the squares shows in an FP64 norm."""
+    tensors, _ = train("cpu", chosen, max_grad_norm)
+    expected, _ = train("reference", chosen, max_grad_norm)
     assert_all_same_bits(tensors, expected)
 
 
 def test_every_instruction_set_measures_the_same_norm(instruction_set):
-    norms = train("cpu")[1]
+    tensors, norms = train("cpu")
     _extension.select_instruction_set(_extension.instruction_sets()[0])
-    assert norms == train("cpu")[1]
+    expected, expected_norms = train("cpu")
+    assert norms == expected_norms
+    assert_all_same_bits(tensors, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
