@@ -119,6 +119,26 @@ int cpu_step(Plan& plan, const py::list& groups, const py::dict& state, const py
   return cpu::run_step(plan, request) ? kApplied : kSkipped;
 }
 
+// The offset of each field of StepState by name.
+py::dict step_state_offsets() {
+  py::dict offsets;
+#define FUSED_TRICKS_FIELD(name) offsets[#name] = offsetof(StepState, name)
+  FUSED_TRICKS_FIELD(scale);
+  FUSED_TRICKS_FIELD(growth_tracker);
+  FUSED_TRICKS_FIELD(hysteresis_tracker);
+  FUSED_TRICKS_FIELD(found);
+  FUSED_TRICKS_FIELD(applied_steps);
+  FUSED_TRICKS_FIELD(skipped_steps);
+  FUSED_TRICKS_FIELD(skip);
+  FUSED_TRICKS_FIELD(inverse_scale);
+  FUSED_TRICKS_FIELD(clip);
+  FUSED_TRICKS_FIELD(arrivals);
+  FUSED_TRICKS_FIELD(skipped_in_a_row);
+  FUSED_TRICKS_FIELD(grad_norm);
+#undef FUSED_TRICKS_FIELD
+  return offsets;
+}
+
 #if defined(FUSED_TRICKS_CUDA)
 
 cuda::Target target_of(const Plan& plan) { return {plan.device.index, current_stream(plan.device)}; }
@@ -149,6 +169,7 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   module.def("connect", &connect, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("increment_version"),
              py::arg("functions"), py::arg("samples"), py::arg("negative"));
   module.attr("CPU_COMPARED") = cpu::kCompared;
+  module.def("step_state_offsets", &step_state_offsets);
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("selected_instruction_set", &cpu::selected_instruction_set);
   module.def("select_instruction_set", &cpu::select_instruction_set, py::arg("name"));

@@ -26,10 +26,6 @@ struct StepState {
   double grad_norm;  // an FP32 number, or an FP64 one where an FP64 gradient takes part
 };
 
-static_assert(offsetof(StepState, applied_steps) == 16, "the Python views rely on it");
-static_assert(offsetof(StepState, skip) == 32, "the Python views rely on it");
-static_assert(offsetof(StepState, skipped_in_a_row) == 52, "the Python views rely on it");
-static_assert(offsetof(StepState, grad_norm) == 56, "the Python views rely on it");
 static_assert(sizeof(StepState) == 64, "fused_tricks/step_state.py allocates it");
 
 struct ScaleRule {

@@ -11,9 +11,27 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# The layout of StepState in csrc/step_state.h, some of which is private to the kernels.
-_SIZE = 64
-_READ = struct.Struct("=fii4xqqi16xid")
+# The fields of StepState in csrc/step_state.h, in order, as `struct` writes their types. A test compares the two.
+_FIELDS = {
+    "scale": "f",
+    "growth_tracker": "i",
+    "hysteresis_tracker": "i",
+    "found": "i",
+    "applied_steps": "q",
+    "skipped_steps": "q",
+    "skip": "i",
+    "inverse_scale": "f",
+    "clip": "d",
+    "arrivals": "i",
+    "skipped_in_a_row": "i",
+    "grad_norm": "d",
+}
+_TYPES = {"f": torch.float32, "d": torch.float64, "i": torch.int32, "q": torch.int64}
+_LAYOUT = struct.Struct("=" + "".join(_FIELDS.values()))
+OFFSETS = {
+    name: struct.calcsize("=" + "".join(list(_FIELDS.values())[:index])) for index, name in enumerate(_FIELDS)
+}
+"""Where each field is in the block, in bytes."""
 
 
 def to_float32(value: float) -> float:
@@ -22,7 +40,7 @@ def to_float32(value: float) -> float:
 
 
 class StepReading(NamedTuple):
-    """The fields of a :class:`StepState` as Python numbers, in the order of its layout."""
+    """The fields of a :class:`StepState` that the host reads, as Python numbers."""
 
     scale: float
     growth_tracker: int
@@ -36,7 +54,8 @@ class StepReading(NamedTuple):
     @classmethod
     def of(cls, block: Tensor) -> StepReading:
         """Reads a ``block``, which synchronises where it is on a GPU."""
-        return cls(*_READ.unpack(bytes(block.tolist())))
+        fields = dict(zip(_FIELDS, _LAYOUT.unpack(bytes(block.tolist())), strict=True))
+        return cls(**{name: fields[name] for name in cls._fields})
 
 
 class StepState:
@@ -67,7 +86,7 @@ class StepState:
 
     def __init__(self, device: torch.device | str = "cpu", scale: float = 1.0, hysteresis: int = 1) -> None:
         with _disable_current_modes():
-            self._start(torch.zeros(_SIZE, dtype=torch.uint8, device=device))
+            self._start(torch.zeros(_LAYOUT.size, dtype=torch.uint8, device=device))
             self.scale.fill_(scale)
             self.hysteresis_tracker.fill_(hysteresis)
 
@@ -81,14 +100,14 @@ class StepState:
 
     def _view(self, block: Tensor) -> None:
         self.block = block
-        self.scale = block[0:4].view(torch.float32)[0]
-        self.growth_tracker = block[4:8].view(torch.int32)[0]
-        self.hysteresis_tracker = block[8:12].view(torch.int32)[0]
-        self.applied_steps = block[16:24].view(torch.int64)[0]
-        self.skipped_steps = block[24:32].view(torch.int64)[0]
-        self.skip = block[32:36].view(torch.int32)[0]
-        self.skipped_in_a_row = block[52:56].view(torch.int32)[0]
-        self.grad_norm = block[56:64].view(torch.float64)[0]
+        self.scale = _field(block, "scale")
+        self.growth_tracker = _field(block, "growth_tracker")
+        self.hysteresis_tracker = _field(block, "hysteresis_tracker")
+        self.applied_steps = _field(block, "applied_steps")
+        self.skipped_steps = _field(block, "skipped_steps")
+        self.skip = _field(block, "skip")
+        self.skipped_in_a_row = _field(block, "skipped_in_a_row")
+        self.grad_norm = _field(block, "grad_norm")
 
     def move_to(self, device: torch.device) -> None:
         """Continues on another device."""
@@ -116,3 +135,9 @@ class StepState:
             self._start(block.clone())
         self.unwritten.update((buffer, True) for buffer in unwritten)
         self.scale_was_read = any(scale_was_read)
+
+
+def _field(block: Tensor, name: str) -> Tensor:
+    """A 0-dim view of a field."""
+    dtype = _TYPES[_FIELDS[name]]
+    return block[OFFSETS[name] :][: dtype.itemsize].view(dtype)[0]

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 import backends
 from fused_tricks import FusedSGD
 from fused_tricks.backends import gpu
+from fused_tricks.step_state import OFFSETS
 
 GPU_BACKENDS = ["emulated_cuda", "cuda", "triton"]
 # The modules that ask for the current stream.
@@ -39,7 +40,8 @@ def prepared(backend: str, sizes: tuple[int, ...], **options: object) -> tuple[l
 @pytest.mark.parametrize("arrivals", [1, 2, 5])
 def test_a_counter_that_overlapping_scans_left_wrong_heals(backend: str, arrivals: int) -> None:
     params, optimizer = prepared(backend, (8193, 40_000, 3), loss_scale="dynamic")
-    optimizer._step_state.block[48:52].view(torch.int32).fill_(arrivals)
+    at = OFFSETS["arrivals"]
+    optimizer._step_state.block[at : at + 4].view(torch.int32).fill_(arrivals)
     optimizer.step()
     applied = optimizer.stats().applied_steps
     # An overflow in any block counts only if the block that decides is the last.
@@ -56,7 +58,8 @@ def test_the_counter_is_zero_between_steps(backend: str) -> None:
     for options in ({}, {"loss_scale": "dynamic"}, {"max_grad_norm": 1.0}):
         _, optimizer = prepared(backend, (8193, 40_000, 3), **options)
         block = optimizer._step_state.block
-        assert (*block[12:16].tolist(), *block[48:52].tolist()) == (0,) * 8
+        for field in ("found", "arrivals"):
+            assert block[OFFSETS[field] :][:4].tolist() == [0] * 4
 
 
 def test_memory_that_a_step_on_another_stream_reads_is_recorded_when_its_plan_is_replaced(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import weakref
 
+import pytest
 import torch
 from torch.nn import Parameter
 
+from fused_tricks.extension import load_extension, missing_because
 from fused_tricks.plan import build_plan
-from fused_tricks.step_state import StepState
+from fused_tricks.step_state import OFFSETS, StepState
 
 
 def test_what_is_known_of_first_updates_survives_a_move() -> None:
@@ -44,3 +46,9 @@ def test_a_copy_of_the_state_keeps_nothing_of_the_graphs_that_use_the_first() ->
     del state
     assert alive() is None
     assert twin.scale.item() == 1.0
+
+
+def test_the_layout_is_that_of_the_kernels() -> None:
+    if missing_because() is not None:
+        pytest.skip(str(missing_because()))
+    assert load_extension().step_state_offsets() == OFFSETS

@@ -3,6 +3,22 @@
 import triton
 import triton.language as tl
 
+from ...step_state import OFFSETS
+
+# Where the fields of the StepState are, in bytes.
+SCALE = tl.constexpr(OFFSETS["scale"])
+GROWTH_TRACKER = tl.constexpr(OFFSETS["growth_tracker"])
+HYSTERESIS_TRACKER = tl.constexpr(OFFSETS["hysteresis_tracker"])
+FOUND = tl.constexpr(OFFSETS["found"])
+APPLIED_STEPS = tl.constexpr(OFFSETS["applied_steps"])
+SKIPPED_STEPS = tl.constexpr(OFFSETS["skipped_steps"])
+SKIP = tl.constexpr(OFFSETS["skip"])
+INVERSE_SCALE = tl.constexpr(OFFSETS["inverse_scale"])
+CLIP = tl.constexpr(OFFSETS["clip"])
+ARRIVALS = tl.constexpr(OFFSETS["arrivals"])
+SKIPPED_IN_A_ROW = tl.constexpr(OFFSETS["skipped_in_a_row"])
+GRAD_NORM = tl.constexpr(OFFSETS["grad_norm"])
+
 
 @triton.jit
 def field(state, offset: tl.constexpr, dtype: tl.constexpr):
@@ -25,9 +41,9 @@ def inverse_of(scale):
 def advance_scale(state, found, scale_rule):
     """GradScaler's rule with Apex's hysteresis, then the floor and the ceiling."""
     growth_factor, backoff_factor, min_scale, max_scale, growth_interval, hysteresis = scale_rule
-    scale = tl.load(field(state, 0, tl.float32))
-    good_steps = tl.minimum(tl.load(field(state, 4, tl.int32)), 0x7FFFFFFE) + 1
-    overflows_left = tl.maximum(tl.load(field(state, 8, tl.int32)) - 1, 0)
+    scale = tl.load(field(state, SCALE, tl.float32))
+    good_steps = tl.minimum(tl.load(field(state, GROWTH_TRACKER, tl.int32)), 0x7FFFFFFE) + 1
+    overflows_left = tl.maximum(tl.load(field(state, HYSTERESIS_TRACKER, tl.int32)) - 1, 0)
     grows = (found == 0) & (good_steps >= growth_interval)
     tolerated = (found != 0) & (overflows_left > 0)
     grown = (scale.to(tl.float64) * float64(growth_factor)).to(tl.float32)
@@ -36,9 +52,9 @@ def advance_scale(state, found, scale_rule):
     floor = float64(min_scale).to(tl.float32)
     ceiling = float64(max_scale).to(tl.float32)
     clamped = tl.minimum(tl.maximum(moved, floor), ceiling)
-    tl.store(field(state, 0, tl.float32), tl.where(tolerated, scale, clamped))
-    tl.store(field(state, 4, tl.int32), tl.where((found != 0) | grows, 0, good_steps))
-    tl.store(field(state, 8, tl.int32), tl.where(found != 0, overflows_left, hysteresis))
+    tl.store(field(state, SCALE, tl.float32), tl.where(tolerated, scale, clamped))
+    tl.store(field(state, GROWTH_TRACKER, tl.int32), tl.where((found != 0) | grows, 0, good_steps))
+    tl.store(field(state, HYSTERESIS_TRACKER, tl.int32), tl.where(found != 0, overflows_left, hysteresis))
 
 
 @triton.jit
@@ -70,7 +86,7 @@ def decide(
         rounded = norm.to(tl.float32)
         ratio = float64(max_norm) / (norm + float64(1e-6))
         rounded_ratio = tl.div_rn(float64(max_norm).to(tl.float32), rounded + 1e-6)
-        tl.store(field(state, 56, tl.float64), tl.where(in_double != 0, norm, rounded.to(tl.float64)))
+        tl.store(field(state, GRAD_NORM, tl.float64), tl.where(in_double != 0, norm, rounded.to(tl.float64)))
         ratio = tl.where(in_double != 0, ratio, rounded_ratio.to(tl.float64))
         clip = tl.where(ratio < 1.0, ratio, 1.0)
     record_decision(state, found, inverse_scale, clip)
@@ -81,14 +97,20 @@ def decide(
 @triton.jit
 def record_decision(state, found, inverse_scale, clip):
     """Stores what the update needs, counts the step, and forgets what the scan found."""
-    tl.store(field(state, 12, tl.int32), 0)
-    tl.store(field(state, 16, tl.int64), tl.load(field(state, 16, tl.int64)) + tl.where(found != 0, 0, 1))
-    tl.store(field(state, 24, tl.int64), tl.load(field(state, 24, tl.int64)) + tl.where(found != 0, 1, 0))
-    tl.store(field(state, 32, tl.int32), tl.where(found != 0, 1, 0))
-    tl.store(field(state, 36, tl.float32), inverse_scale)
-    tl.store(field(state, 40, tl.float64), clip)
-    skipped_in_a_row = tl.minimum(tl.load(field(state, 52, tl.int32)), 2**31 - 2) + 1
-    tl.store(field(state, 52, tl.int32), tl.where(found != 0, skipped_in_a_row, 0))
+    tl.store(field(state, FOUND, tl.int32), 0)
+    tl.store(
+        field(state, APPLIED_STEPS, tl.int64),
+        tl.load(field(state, APPLIED_STEPS, tl.int64)) + tl.where(found != 0, 0, 1),
+    )
+    tl.store(
+        field(state, SKIPPED_STEPS, tl.int64),
+        tl.load(field(state, SKIPPED_STEPS, tl.int64)) + tl.where(found != 0, 1, 0),
+    )
+    tl.store(field(state, SKIP, tl.int32), tl.where(found != 0, 1, 0))
+    tl.store(field(state, INVERSE_SCALE, tl.float32), inverse_scale)
+    tl.store(field(state, CLIP, tl.float64), clip)
+    skipped_in_a_row = tl.minimum(tl.load(field(state, SKIPPED_IN_A_ROW, tl.int32)), 2**31 - 2) + 1
+    tl.store(field(state, SKIPPED_IN_A_ROW, tl.int32), tl.where(found != 0, skipped_in_a_row, 0))
 
 
 @triton.jit
@@ -99,17 +121,17 @@ def arrives_last(state):
     size that overlapped by mistake.
     """
     programs = tl.num_programs(0)
-    arrivals = tl.atomic_add(field(state, 48, tl.int32), 1, sem="acq_rel") + 1
+    arrivals = tl.atomic_add(field(state, ARRIVALS, tl.int32), 1, sem="acq_rel") + 1
     is_last = arrivals % programs == 0
     if is_last:
-        tl.atomic_add(field(state, 48, tl.int32), -programs, sem="relaxed")
+        tl.atomic_add(field(state, ARRIVALS, tl.int32), -programs, sem="relaxed")
     return is_last
 
 
 @triton.jit
 def inverse_scale_of(state, unscales, grad_scale):
     """``grad_scale`` and ``found_inf`` here and below: the addresses of what a GradScaler handed over, or 0."""
-    scale = tl.load(field(state, 0, tl.float32))
+    scale = tl.load(field(state, SCALE, tl.float32))
     if grad_scale != 0:
         scale = tl.load(field(grad_scale, 0, tl.float32))
     return tl.where(unscales != 0, inverse_of(scale), 1.0)

@@ -5,7 +5,13 @@ import triton.language as tl
 
 from . import IS_INTERPRETED
 from .arithmetic import fma, two_sum
-from .decision import arrives_last, decide, field, float64
+from .decision import (
+    FOUND,
+    arrives_last,
+    decide,
+    field,
+    float64,
+)
 from .elements import high_half, low_half
 from .records import (
     BFLOAT16,
@@ -181,11 +187,11 @@ def scan_kernel(
                 if HAS_FLOAT64 & KINDS:
                     found, squares = scan_span(address + begin * 8, count, FLOAT64, CLIPS)
         if found != 0:
-            tl.atomic_or(field(state, 12, tl.int32), 1, sem="relaxed")
+            tl.atomic_or(field(state, FOUND, tl.int32), 1, sem="relaxed")
         if CLIPS:
             tl.store(pointer_to(partial_squares, tl.float64) + index, squares)
     if arrives_last(state):
-        found = tl.load(field(state, 12, tl.int32), volatile=True)
+        found = tl.load(field(state, FOUND, tl.int32), volatile=True)
         total = float64(0.0)
         if PARTS == 0:
             if CLIPS:
@@ -210,7 +216,7 @@ def scan_kernel(
                 tl.store(pointer_to(verdict, tl.float64) + 2 + part, total)
             tl.store(pointer_to(verdict, tl.float64), found.to(tl.float64))
             tl.store(pointer_to(verdict, tl.float64) + 1, in_double.to(tl.float64))
-            tl.store(field(state, 12, tl.int32), 0)
+            tl.store(field(state, FOUND, tl.int32), 0)
 
 
 @triton.jit

@@ -6,6 +6,11 @@ import triton.language as tl
 from . import IS_INTERPRETED
 from .arithmetic import sgd_update
 from .decision import (
+    APPLIED_STEPS,
+    ARRIVALS,
+    CLIP,
+    INVERSE_SCALE,
+    SKIP,
     arrives_last,
     field,
     float64,
@@ -158,10 +163,10 @@ def update_kernel(
     KINDS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Updates every tensor that has a gradient, in the reverse order of the scan, whose last reads are in the cache."""
-    inverse_scale = tl.load(field(state, 36, tl.float32))
-    clip = tl.load(field(state, 40, tl.float64))
-    skips = tl.load(field(state, 32, tl.int32))
-    number = tl.load(field(state, 16, tl.int64))
+    inverse_scale = tl.load(field(state, INVERSE_SCALE, tl.float32))
+    clip = tl.load(field(state, CLIP, tl.float64))
+    skips = tl.load(field(state, SKIP, tl.int32))
+    number = tl.load(field(state, APPLIED_STEPS, tl.int64))
     if is_scanned == 0:
         # Every program comes to the same decision by itself.
         inverse_scale = inverse_scale_of(state, unscales, grad_scale)
@@ -227,4 +232,4 @@ def update_kernel(
             record_decision(state, skips, inverse_scale, clip)
     elif tl.program_id(0) == 0:
         # The scan is over. Heals a counter that two overlapping scans of different sizes left wrong.
-        tl.store(field(state, 48, tl.int32), 0)
+        tl.store(field(state, ARRIVALS, tl.int32), 0)
