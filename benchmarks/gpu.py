@@ -18,7 +18,7 @@ HEAD_START_CYCLES = 20_000_000
 """How long the GPU is kept busy before a timed section: 10 ms at 2 GHz, longer than any contestant's calls take."""
 
 CAPTURE_WARMUP = 3
-"""How often a step runs before it is captured in a CUDA graph."""
+"""Steps that run before the capture of a CUDA graph."""
 
 
 def is_gpu(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""Whether the backends for GPUs give the bits of the CPU's and of torch, and the same bits each time.
+"""Checks that the GPU backends give the bits of the CPU backend and of torch, and the same bits each time.
 
 ``python -m benchmarks.gpu_bits`` compares them. benchmarks/README.md says what is compared.
 """

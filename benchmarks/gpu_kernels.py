@@ -36,7 +36,7 @@ SETS = ("resnet18", "resnet50", "vit_b_16")
 OPTIONS: dict[str, dict[str, Any]] = {"loss scale": {}, "loss scale, norm": {"max_grad_norm": math.inf}}
 KERNELS = ("scan", "decide", "update", "write")
 MOST_OVER_COPY = 1.15
-"""How much longer than a copy of as many bytes a step is expected to take at most."""
+"""The longest time that a step is expected to take, in times of a copy of as many bytes."""
 
 
 def candidates(name: str, device: torch.device, backends: Sequence[str]) -> list[step_lineup.Candidate]:

@@ -56,7 +56,7 @@ LINES_SHOWN = 40
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended: ``ok``, ``failed``, ``stopped`` or ``skipped``, and why; after how many seconds."""
+    """The end of a part: ``ok``, ``failed``, ``stopped`` or ``skipped``, the reason, and the seconds it took."""
 
     part: str
     ended: str

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.gpu_report` runs, in the order of what is wanted most."""
+"""The parts of `python -m benchmarks.gpu_report`, the most wanted first."""
 
 from __future__ import annotations
 
