@@ -71,7 +71,7 @@ test-torches: $(TORCHES:%=test-torch-%)
 # In a clone, with the changes that git knows of and the wheel in the place of the package.
 test-torch-%: build/wheel
 	test -x .venv-torch-$*/bin/python || $(PYTHON) -m venv .venv-torch-$*
-	.venv-torch-$*/bin/python -m pip install --quiet "torch==$*" "$$(echo build/wheel/*.whl)[test]"
+	.venv-torch-$*/bin/python -m pip install --quiet "torch==$*" "setuptools>=77,<82" "$$(echo build/wheel/*.whl)[test]"
 	.venv-torch-$*/bin/python -m pip install --quiet "$$(.venv-torch-$*/bin/python -c '$(NUMPY)')"
 	.venv-torch-$*/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
 	rm -rf build/torch-$* && git clone --quiet . build/torch-$*
