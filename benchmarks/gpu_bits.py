@@ -18,6 +18,7 @@ from torch.nn import Parameter
 import fused_tricks
 from benchmarks import backend_choice, command_line, gpu, machine, parameter_sets, progress, report
 from benchmarks.step_check import bits
+from fused_tricks.backends import BACKENDS
 
 HYPERPARAMETERS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 STEPS = 4
@@ -144,7 +145,8 @@ def compare(options: argparse.Namespace) -> Iterator[Finding]:
     """Yields every comparison of every backend."""
     device, sets = options.device, options.parameters
     for backend in options.backends:
-        other = "reference" if backend == "cpu" else "cpu"
+        has_cpu = backend != "cpu" and BACKENDS["cpu"].unavailable_because() is None
+        other = "cpu" if has_cpu else "reference"
         for dtype, norm in (
             (torch.float16, None),
             (torch.bfloat16, None),

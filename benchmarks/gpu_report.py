@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks import report
 from benchmarks.gpu_report_parts import Part, Request, parts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +117,11 @@ def _commit() -> str:
     return answer("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or "unknown"
 
 
+def _text_of(page: Path) -> str:
+    """Returns a page as far as it was written: a part may have been stopped in the middle of a letter."""
+    return page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
+
+
 class Report:
     """The folder of the results, and the time that is left.
 
@@ -161,6 +167,8 @@ class Report:
             failed = [f"{name}: exit status {code}" for name, code in codes.items() if code]
             if failed:
                 return "failed", "; ".join(failed)
+        if any("check failed" in _text_of(page) for page in part.tables):
+            return "failed", "a check failed, as its page says"
         return "ok", ""
 
     def _run_stage(self, stage: dict[str, list[str]], part: Part, end: float) -> dict[str, int | None]:
@@ -181,14 +189,18 @@ class Report:
             running = {}
             for name, command in stage.items():
                 log = stack.enter_context(open(self._log(name), "w", encoding="utf-8"))
-                running[name] = subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+                try:
+                    running[name] = subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                except OSError as error:
+                    print(error, file=log)
+                    codes[name] = 127
             try:
                 for name, process in running.items():
                     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -211,7 +223,7 @@ class Report:
         text = [f"## {part.name}: {outcome.ended}{f' ({outcome.why})' if outcome.why else ''}"]
         if outcome.ended == "skipped":
             return text[0]
-        text += [_demoted(page.read_text(encoding="utf-8")) for page in part.tables if page.exists()]
+        text += [_demoted(_text_of(page)) for page in part.tables if page.exists()]
         lines: list[str] = []
         for name in (name for stage in part.stages for name in stage):
             if self._log(name).exists():
@@ -236,10 +248,11 @@ class Report:
         folder = self._request.folder
         with open(self._output / "numbers.jsonl", "w", encoding="utf-8") as lines:
             for outcome in self.outcomes:
-                results = [
-                    json.loads(path.read_text(encoding="utf-8"))
-                    for path in (folder / outcome.part).glob("*.json")
-                ]
+                results = []
+                for path in sorted((folder / outcome.part).glob("*.json")):
+                    # A part that was stopped may have left half a file.
+                    with contextlib.suppress(ValueError):
+                        results.append(json.loads(path.read_text(encoding="utf-8")))
                 print(json.dumps({**asdict(outcome), "results": results}), file=lines)
         for picture in part.pictures if part else ():
             if picture.exists():
@@ -270,7 +283,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--seconds", type=float, default=530, help="for everything; parts that are left are named"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="build/gpu_report/NAME-OF-THE-GPU unless given"
+        "--output",
+        type=report.output_folder,
+        metavar="DIR",
+        help="build/gpu_report/NAME-OF-THE-GPU unless given",
     )
     parser.add_argument("--parts", nargs="+", metavar="PART", help="only these, in their usual order")
     parser.add_argument(
@@ -303,9 +319,8 @@ def main(
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     output = options.output or ROOT / "build" / "gpu_report" / slug
     folder = ROOT / "build" / "gpu_report_parts"
-    shutil.rmtree(folder, ignore_errors=True)
-    for each in (output, folder):
-        each.mkdir(parents=True, exist_ok=True)
+    if output.resolve() == folder:
+        sys.exit(f"--output: {output} is where the parts write; choose another folder")
     request = Request(
         python=tuple(python),
         folder=folder,
@@ -321,14 +336,17 @@ def main(
         sys.exit(
             f"--parts: no {', '.join(sorted(unknown))}; choose from {', '.join(part.name for part in every)}"
         )
+    shutil.rmtree(folder, ignore_errors=True)
+    for each in (output, folder):
+        each.mkdir(parents=True, exist_ok=True)
     print("\n".join(head), flush=True)
-    report = Report(request, output, options.seconds, head)
-    report.save()
+    results = Report(request, output, options.seconds, head)
+    results.save()
     for part in every:
         if not options.parts or part.name in options.parts:
-            report.run(part)
+            results.run(part)
     print(f"{output / 'summary.md'} has the results")
-    return int(any(outcome.ended in ("failed", "stopped") for outcome in report.outcomes))
+    return int(any(outcome.ended in ("failed", "stopped") for outcome in results.outcomes))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,11 @@ def _processors() -> Iterator[Row]:
     if not torch.cuda.is_available():
         yield "GPUs", "torch sees none"
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        device = torch.cuda.get_device_properties(index)
+        try:
+            device = torch.cuda.get_device_properties(index)
+        except RuntimeError as error:
+            yield f"GPU {index}", f"torch cannot use it ({str(error).splitlines()[0]})"
+            continue
         memory = f"{device.total_memory / 2**30:.0f} GiB"
         yield f"GPU {index}", f"{device.name}, architecture {device.major}.{device.minor}, {memory}"
 

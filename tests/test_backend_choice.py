@@ -15,7 +15,7 @@ import torch
 from torch.nn import Parameter
 
 from fused_tricks import FusedSGD
-from fused_tricks.backends import BACKENDS, stepper_class
+from fused_tricks.backends import BACKENDS, availability, stepper_class
 from fused_tricks.extension import load_extension, missing_because
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +174,17 @@ def test_a_driver_older_than_the_build_is_named_as_the_reason(tmp_path: Path) ->
     assert "the driver supports CUDA 11.8 and the extension was built with CUDA" in result.stdout, (
         result.stderr
     )
+
+
+def test_a_gpu_that_torch_cannot_use_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy() -> int:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nmore lines")
+
+    usable = BACKENDS["cuda"]._replace(unavailable_because=lambda: None)
+    monkeypatch.setitem(BACKENDS, "cuda", usable)
+    monkeypatch.setattr(torch.cuda, "current_device", busy)
+    reason = availability()["cuda"]
+    assert reason == "torch cannot use the GPU (CUDA error: all CUDA-capable devices are busy or unavailable)"
 
 
 def test_the_extension_says_why_its_kernels_cannot_run_on_a_gpu() -> None:

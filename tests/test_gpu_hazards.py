@@ -54,6 +54,36 @@ def test_a_counter_that_overlapping_scans_left_wrong_heals(backend: str, arrival
     assert optimizer.stats().applied_steps == applied + 1
 
 
+@pytest.mark.parametrize("options", [{}, {"loss_scale": "dynamic"}], ids=["unscanned", "scanned"])
+def test_a_new_plan_begins_with_its_counter_at_zero(backend: str, options: dict[str, object]) -> None:
+    params, optimizer = prepared(backend, (8193, 40_000), **options)
+    at = OFFSETS["arrivals"]
+    optimizer._step_state.block[at : at + 4].view(torch.int32).fill_(3)
+    params[0].data = params[0].data.clone()
+    optimizer.step()
+    assert optimizer.stats().applied_steps == 2
+    assert optimizer._step_state.block[at : at + 4].tolist() == [0] * 4
+
+
+def test_the_stream_of_a_handle_is_looked_up_so_that_the_default_one_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "get_stream_from_external", lambda *handle: asked.append(handle))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    gpu.record_stream(torch.zeros(1), 0)
+    assert asked == [(0, torch.device("cpu"))]
+
+
+def test_stand_ins_are_recorded_with_the_other_memory_of_their_plan(backend: str) -> None:
+    param = Parameter(torch.zeros(6, 4, device=backends.device_of(backend))[:, ::2])
+    param.grad = torch.ones(6, 2, device=param.device)
+    optimizer = FusedSGD([param], lr=0.1, backend=backend)
+    optimizer.step()
+    addresses = {tensor.data_ptr() for tensor in optimizer._stepper._memory}
+    assert {entry.source.data_ptr() for entry in optimizer._plan.entries} <= addresses
+
+
 def test_the_counter_is_zero_between_steps(backend: str) -> None:
     for options in ({}, {"loss_scale": "dynamic"}, {"max_grad_norm": 1.0}):
         _, optimizer = prepared(backend, (8193, 40_000, 3), **options)

@@ -13,7 +13,7 @@ import pytest
 
 import emulation
 from benchmarks import gpu_build, gpu_report
-from benchmarks.gpu_report import Report
+from benchmarks.gpu_report import ROOT, Report
 from benchmarks.gpu_report_parts import Part, Request, parts
 
 TESTS = Path(__file__).parent
@@ -89,6 +89,34 @@ def test_a_part_without_time_left_is_named_as_skipped(run) -> None:
 def test_a_part_without_its_tools_is_named_as_skipped(run) -> None:
     part = Part("a", 60, [{"a": python("")}], programs=("no_such_program",), modules=("no_such_module",))
     assert run(part)[0] == "skipped not here: no_such_program, no_such_module"
+
+
+def test_a_part_whose_page_has_a_check_that_failed_is_no_success(run, tmp_path: Path) -> None:
+    page = tmp_path / "parts" / "page.md"
+    code = f"open({str(page)!r}, 'w').write('check failed: 7 elements differ')"
+    assert run(Part("a", 60, [{"a": python(code)}], tables=(page,)))[0].startswith("failed a check failed")
+
+
+def test_half_a_file_of_a_part_that_was_stopped_does_not_end_the_report(run, tmp_path: Path) -> None:
+    page, numbers = tmp_path / "parts" / "page.md", tmp_path / "parts" / "a" / "a.json"
+    numbers.parent.mkdir(parents=True)
+    code = f"open({str(page)!r}, 'wb').write(b'words \\xc2'); open({str(numbers)!r}, 'w').write('[1, ')"
+    ended, summary = run(Part("a", 60, [{"a": python(code)}], tables=(page,)))
+    assert ended == "ok" and "words" in summary
+
+
+def test_a_program_that_cannot_be_started_fails_its_part_alone(run, tmp_path: Path) -> None:
+    ended, summary = run(
+        Part("a", 60, [{"a": [str(tmp_path / "nothing")]}]), Part("b", 60, [{"b": python("")}])
+    )
+    assert ended == "ok" and "| a | failed | a: exit status 127 |" in summary
+
+
+@pytest.mark.parametrize("output", ["/dev/null/x", str(ROOT / "build" / "gpu_report_parts")])
+def test_an_output_that_cannot_be_used_is_refused_before_any_work(output: str) -> None:
+    with pytest.raises(SystemExit) as refused:
+        gpu_report.main(["--output", output])
+    assert refused.value.code not in (0, None)
 
 
 def test_a_stage_begins_when_the_commands_of_the_stage_before_have_ended(run, tmp_path: Path) -> None:

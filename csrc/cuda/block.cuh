@@ -39,7 +39,8 @@ __device__ inline void find_grad(const Args& args, const ChunkRecord& chunk, con
 }
 
 // True in the last block of the launch to get here, which then sees what thread 0 of every other block wrote before.
-// The counter wraps by itself, so that it is right again after two launches that overlapped by mistake.
+// The counter wraps by itself, so that it is right again after two launches of one size that overlapped by mistake; a
+// new plan begins with it at zero.
 __device__ inline bool arrives_last(StepState* state) {
   bool is_last = false;
   if (threadIdx.x == 0) is_last = arrive(&state->arrivals, gridDim.x - 1) == gridDim.x - 1;

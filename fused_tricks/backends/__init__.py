@@ -84,7 +84,10 @@ def _missing_here(backend: Backend) -> str | None:
     reason = backend.unavailable_because()
     if reason is not None or backend.device_type != "cuda":
         return reason
-    return backend.unusable_on(torch.device("cuda", torch.cuda.current_device()))
+    try:
+        return backend.unusable_on(torch.device("cuda", torch.cuda.current_device()))
+    except RuntimeError as error:
+        return f"torch cannot use the GPU ({str(error).splitlines()[0]})"
 
 
 def check_backend(name: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..parameters import MOMENTUM_BUFFER
 from ..plan import Entry, Plan
 from ..sharding import local_part
-from ..step_state import StepState
+from ..step_state import OFFSETS, StepState
 
 _NO_GUARD = contextlib.nullcontext()
 
@@ -30,7 +30,8 @@ def current_stream(device: torch.device) -> int:
 
 def record_stream(tensor: Tensor, stream: int) -> None:
     """Keeps the memory of a tensor, once freed, from being reused before the work now on ``stream`` is done."""
-    tensor.record_stream(torch.cuda.ExternalStream(stream, device=tensor.device))
+    # Not ExternalStream, which takes the default stream's handle, 0, for none and gives a stream of the pool.
+    tensor.record_stream(torch.cuda.get_stream_from_external(stream, tensor.device))
 
 
 class GpuStepper:
@@ -53,11 +54,16 @@ class GpuStepper:
         self._entries = plan.entries
         self._agreement = plan.agreement
         written = torch.zeros((), dtype=torch.int64, device=self._device)
+        # Launches of another plan that overlapped by mistake may have left it wrong.
+        step_state.block[OFFSETS["arrivals"] :][:4].zero_()
         applied = step_state.applied_steps.clone()
         for tensor in (tensor for entry in plan.new for tensor in entry.own_state().values()):
             step_state.applied_before.setdefault(tensor, applied)
         self._first_steps = [_first_step(entry, step_state, written) for entry in plan.entries]
-        self._memory: list[Tensor] = [written]
+        stand_ins = [entry.source for entry in plan.entries if entry.is_copy]
+        self._memory: list[Tensor] = [written, *stand_ins]
+        if plan.agreement is not None:
+            self._memory.append(plan.agreement.verdict)
         self._streams = {current_stream(self._device)}
         finalizer = weakref.finalize(
             self, _release, self._memory, self._streams, current_stream(self._device)
