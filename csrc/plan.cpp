@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -244,6 +245,14 @@ bool Plan::refresh_entry(Entry& entry) {
   entry.grad = entry.count == 0 ? nullptr : gradient.data;
   entry.grad_type = gradient.type;
   if (entry.grad == nullptr) return true;
+  // A gradient whose storage was resized has another address, unless it has been looked at before.
+  if (entry.grad != entry.known_grad) {
+    if (!has_its_memory(grad, gradient.type, entry.count)) return false;
+    entry.known_grad = entry.grad;
+  }
+  if (!groups[entry.group].fits_float && entry.type != DType::kFloat64) {
+    throw py::value_error("an option does not fit FP32, in which a parameter is updated");
+  }
   in_double = in_double || entry.type == DType::kFloat64;
   // A parameter may be its own gradient: each element is read before it is written.
   if (entry.grad == entry.param && gradient.type == entry.type) return true;
@@ -319,6 +328,10 @@ bool Plan::refresh(const py::list& group_dicts, const py::dict& optimizer_state)
     group.nesterov = truth(dict, names().nesterov);
     group.maximize = truth(dict, names().maximize);
     group.bias_decay = truth(dict, names().bias_decay);
+    group.fits_float = true;
+    for (const double option : {group.lr, group.momentum, group.dampening, group.weight_decay}) {
+      group.fits_float = group.fits_float && !(std::isinf(static_cast<float>(option)) && std::isfinite(option));
+    }
     groups.push_back(group);
     if (!refresh_group(dict, index)) return false;
   }

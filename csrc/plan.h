@@ -47,6 +47,7 @@ struct Group {
   bool nesterov;
   bool maximize;
   bool bias_decay;
+  bool fits_float;  // no option is infinite in FP32
 };
 
 // One parameter. Python objects are borrowed: fused_tricks/backends/compiled.py holds them for as long as the plan
@@ -82,8 +83,9 @@ struct Entry {
   const void* grad = nullptr;  // of this step; null: no gradient, no update
   DType grad_type = DType::kFloat32;
   bool decays = false;
-  int32_t part = 0;       // which of the verdict's sums of squares the gradient belongs to
-  Range unwritten{0, 0};  // addresses that no step writes, around the last gradient
+  int32_t part = 0;                  // which of the verdict's sums of squares the gradient belongs to
+  const void* known_grad = nullptr;  // the last gradient whose storage was seen to be large enough
+  Range unwritten{0, 0};             // addresses that no step writes, around the last gradient
 
   // Of the gradient; the lowest bit says that it is FP32 beside a 16-bit parameter. 0: there is none.
   uint64_t gradient_address() const {

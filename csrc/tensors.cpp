@@ -125,6 +125,8 @@ bool find_shim(const py::dict& functions) {
       find(functions, "aoti_torch_get_device_index", shim.device_index) &&
       find(functions, "aoti_torch_device_type_cuda", cuda);
   if (complete) shim.cuda = cuda();
+  find(functions, "aoti_torch_get_storage_size", shim.storage_size);
+  find(functions, "aoti_torch_get_storage_offset", shim.storage_offset);
   return complete;
 }
 
@@ -227,6 +229,16 @@ bool is_at(PyObject* tensor, const void* address) {
   TensorView view;
   if (!read_tensor(tensor, view)) return false;
   return view.data == address || (view.data == nullptr && !is_plain(tensor));
+}
+
+bool has_its_memory(PyObject* tensor, DType type, int64_t count) {
+  const TensorShim& shim = torch_api.shim;
+  int64_t bytes, offset;
+  if (!has_handle(tensor) || shim.storage_size == nullptr || shim.storage_offset == nullptr) return true;
+  if (shim.storage_size(handle_of(tensor), &bytes) != 0 || shim.storage_offset(handle_of(tensor), &offset) != 0) {
+    return true;
+  }
+  return (offset + count) * size_of(type) <= bytes;
 }
 
 PyObject* grad_of(PyObject* tensor) {

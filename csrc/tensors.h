@@ -26,6 +26,8 @@ struct TensorShim {
   int32_t (*layout)(Handle tensor, int32_t* out) = nullptr;
   int32_t (*device_type)(Handle tensor, int32_t* out) = nullptr;
   int32_t (*device_index)(Handle tensor, int32_t* out) = nullptr;
+  int32_t (*storage_size)(Handle tensor, int64_t* bytes) = nullptr;
+  int32_t (*storage_offset)(Handle tensor, int64_t* elements) = nullptr;
   // How torch numbers what DLPack numbers otherwise.
   int32_t dtypes[kDTypes] = {};  // by DType
   int32_t strided = 0;
@@ -79,6 +81,9 @@ void* data_of(const py::handle& tensor);
 dlpack::Device device_of(const py::handle& tensor);
 // Whether a tensor's first element is at `address` as it is, or has no address that could be known, as a DTensor's.
 bool is_at(PyObject* tensor, const void* address);
+
+// False where a tensor's storage is known to be too small for `count` dense elements, as after it was resized.
+bool has_its_memory(PyObject* tensor, DType type, int64_t count);
 
 // `tensor.grad`, a new reference.
 PyObject* grad_of(PyObject* tensor);

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from .applied_rate import applied_rate_of
-from .hyper_parameters import check_numbers
+from .hyper_parameters import check_numbers, check_range
 from .loss_scale import DynamicLossScale, check_count
 from .parameters import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
 from .sharding import distributed_like, local_part, placed_like
+from .shared_memory import missing_bytes
 from .step_state import StepState
 
 # Written into every group of a state dict; not options of a group.
 COUNTERS = ("applied_steps", "skipped_steps")
 SCALE_KEYS = (*COUNTERS, "loss_scale", "growth_tracker", "hysteresis_tracker")
+MOST_STEPS = 2**62
+"""Counters of a saved state that are beyond go on from here."""
 _DISTRIBUTED = "torch.distributed.checkpoint.state_dict"
 
 
@@ -73,8 +76,7 @@ def restore_progress(
     """
     counters = {key: saved[key] for key in COUNTERS if key in saved}
     for key, value in counters.items():
-        # Far from where the device's counters would wrap.
-        check_count(key, value, 0, 2**62)
+        check_count(key, value, 0, 2**63 - 1)
     if isinstance(loss_scale, DynamicLossScale) and "loss_scale" in saved:
         loss_scale.restore(
             saved["loss_scale"],
@@ -82,8 +84,9 @@ def restore_progress(
             saved.get("hysteresis_tracker", loss_scale.hysteresis),
         )
     if "applied_steps" in counters:
-        step_state.applied_steps.fill_(counters["applied_steps"])
-        step_state.skipped_steps.fill_(counters.get("skipped_steps", 0))
+        # Far from where the device's counters would wrap.
+        step_state.applied_steps.fill_(min(counters["applied_steps"], MOST_STEPS))
+        step_state.skipped_steps.fill_(min(counters.get("skipped_steps", 0), MOST_STEPS))
         step_state.skipped_in_a_row.fill_(0)
 
 
@@ -157,10 +160,14 @@ def import_groups(
         where = f"group {index} of the loaded state dict"
         if not isinstance(saved, dict):
             raise TypeError(f"{where} must be a dict, got {type(saved).__name__}")
+        keys = saved["params"]
+        if isinstance(keys, list | tuple) and len({*keys}) != len(keys):
+            raise ValueError(f"{where} lists a parameter twice: {keys}")
         if not isinstance(saved["params"], list | tuple) or len(saved["params"]) != len(current["params"]):
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
             )
+        _check_readable(where, saved)
         group = deepcopy({key: value for key, value in saved.items() if key not in SCALE_KEYS})
         for key in defaults:
             group.setdefault(key, current[key])
@@ -169,6 +176,7 @@ def import_groups(
         group["params"] = current["params"]
         _check_names(where, group)
         check_numbers(group)
+        check_range(group)
         initial_lr = group.get("initial_lr", 0.0)
         if not isinstance(initial_lr, Real | Tensor) or (
             isinstance(initial_lr, Tensor) and initial_lr.numel() != 1
@@ -180,6 +188,12 @@ def import_groups(
         if index == 0:
             progress = {key: saved[key] for key in SCALE_KEYS if key in saved}
     return imported, progress
+
+
+def _check_readable(where: str, group: dict[str, Any]) -> None:
+    for name, value in group.items():
+        if isinstance(value, Tensor) and (value.is_meta or missing_bytes(value)):
+            raise ValueError(f"{where} has a {name} without a value: a tensor without memory")
 
 
 def _check_names(where: str, group: dict[str, Any]) -> None:
@@ -230,6 +244,11 @@ def import_state(
 
 
 def _import_value(name: str, param: Tensor, key: str, value: Any) -> Any:
+    if isinstance(value, Tensor) and missing_bytes(value):
+        raise ValueError(
+            f"loaded state dict has a {key} for {name} whose memory was freed: its storage lacks "
+            f"{missing_bytes(value)} bytes"
+        )
     if key == MASTER_PARAM and param.dtype not in LOW_PRECISION:
         return None
     if key not in (MASTER_PARAM, MOMENTUM_BUFFER):

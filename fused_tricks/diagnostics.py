@@ -73,7 +73,7 @@ class StepDiagnostics:
         self._loss_scale = loss_scale
         self._step_state = step_state
         self._reports: set[str] = set()
-        self._launches_left = STEPS_PER_READING
+        self._launches_left = STUCK_AFTER
         self._reading: LateReading | None = None
         # The count of skipped steps in a row when the scale was first seen at its floor.
         self._at_floor_since: int | None = None

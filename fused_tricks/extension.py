@@ -32,6 +32,8 @@ _STABLE_FUNCTIONS = (
     "aoti_torch_get_device_type",
     "aoti_torch_get_device_index",
     "aoti_torch_device_type_cuda",
+    "aoti_torch_get_storage_size",
+    "aoti_torch_get_storage_offset",
     # Not a stable one: the extension tries it before it relies on it.
     "_ZN2at6native6is_negERKNS_6TensorE",
 )

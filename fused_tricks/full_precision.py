@@ -15,6 +15,7 @@ from .optimizer import FusedSGD
 from .parameters import LOW_PRECISION, MASTER_PARAM
 from .plan import adopt_foreign_values
 from .sharding import is_distributed, local_part, placed_like
+from .shared_memory import missing_bytes
 
 
 def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
@@ -69,6 +70,9 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
     Source: ``Module.load_state_dict``; for the masters "Mixed Precision Training" (arXiv 1710.03740), section 3.1.
     """
     _check_types(model, optimizer)
+    for name, value in state.items() if isinstance(state, Mapping) else ():
+        if isinstance(value, Tensor) and missing_bytes(value):
+            raise ValueError(f"the {name} to load has no memory: its storage was resized")
     with (
         _shards_found_again(model),
         _in_full_precision(model, optimizer) as copies,
@@ -101,6 +105,13 @@ def _check_types(model: nn.Module, optimizer: FusedSGD) -> None:
         raise TypeError(
             f"optimizer must be a FusedSGD, got {type(optimizer).__name__}: others have no masters"
         )
+    masters = masters_in_use(optimizer.param_groups, optimizer.state, optimizer._plan)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            continue
+        master = masters.get(tensor)
+        if missing_bytes(tensor) or (isinstance(master, Tensor) and missing_bytes(master)):
+            raise ValueError(f"{name} or its master has no memory: its storage was resized; restore it first")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 from .parameters import LOW_PRECISION, MASTER_PARAM
 from .plan import Plan, adopt_foreign_values
 from .sharding import local_part
+from .shared_memory import missing_bytes
 
 
 def masters_in_use(
@@ -34,6 +35,15 @@ def refresh_masters(masters: dict[Tensor, Tensor | None]) -> None:
     Args:
         masters: As :func:`masters_in_use` returns them.
     """
+    masters_with_memory = []
     for param, master in masters.items():
-        if master is not None and param.dtype in LOW_PRECISION and master.shape == param.shape:
-            adopt_foreign_values(local_part(master), local_part(param))
+        if master is None or param.dtype not in LOW_PRECISION or master.shape != param.shape:
+            continue
+        if missing_bytes(param) or missing_bytes(master):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} or its master has no memory: its storage was resized; "
+                "restore it before the masters are refreshed"
+            )
+        masters_with_memory.append((master, param))
+    for master, param in masters_with_memory:
+        adopt_foreign_values(local_part(master), local_part(param))

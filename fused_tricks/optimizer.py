@@ -84,7 +84,7 @@ class FusedSGD(SavedState):
             to them; ``inf`` only measures. Squares are summed in FP64 (on a GPU partly in pairs of FP32 numbers that
             keep more than 40 bits), in an order that each backend fixes: the same backend gives the same bits for the
             same gradients, and two backends may, rarely, differ in the last bit of the FP32 norm, and so in the bits of
-            what they clip.
+            what they clip. With FP64 gradients norm and factor are FP64, and backends often differ in their last bits.
         partition_group: The processes among which the model's parameters are partitioned, each with an optimizer of its
             own, as ``ZeroRedundancyOptimizer`` and pipeline stages have them: an overflow in one of them skips the step
             in all, and they clip by the norm of all their gradients. All of them must then call ``step`` equally often.
@@ -240,7 +240,7 @@ class FusedSGD(SavedState):
                 or a parameter or gradient that cannot be updated; the message names it. Nothing is changed then.
         """
         try:
-            if is_observed(self) and runs_hooks(FusedSGD.step, self):
+            if is_observed(self) and runs_hooks(FusedSGD._own_step, self):
                 return self._observed_step() if closure is None else self._observed_step(closure)
             return self._step(closure)
         except BaseException:
@@ -251,6 +251,8 @@ class FusedSGD(SavedState):
 
     # The base class would wrap every step in a profiler range, at several times the cost of the step itself.
     step.hooked = True  # type: ignore[attr-defined]
+    step.runs_hooks_of = step  # type: ignore[attr-defined]
+    _own_step = staticmethod(step)
 
     # torch wraps the step of a class that overrides it in this.
     profile_hook_step = staticmethod(with_hooks)
@@ -290,6 +292,7 @@ class FusedSGD(SavedState):
             # A backend fails on an option that is no number, and knows neither its name nor what is allowed.
             for group in self.param_groups:
                 check_numbers(group)
+                check_range(group)
             raise
         if outcome is Outcome.STALE:
             raise RuntimeError(
@@ -341,9 +344,10 @@ class FusedSGD(SavedState):
     def state(self, state: dict[Any, Any]) -> None:
         if not isinstance(state, dict):
             raise TypeError(f"optimizer.state must be a dict, got {type(state).__name__}")
-        self.__dict__["state"] = state
-        # The plan may hold masters and buffers that belong into the former state.
-        self._stepper = self._plan = None
+        with self._lock:
+            self.__dict__["state"] = state
+            # The plan may hold masters and buffers that belong into the former state.
+            self._stepper = self._plan = None
 
     def _prepare(self) -> tuple[Stepper, Plan]:
         listed = [(name, param) for name, param, _ in named_parameters(self.param_groups)]
@@ -363,6 +367,8 @@ class FusedSGD(SavedState):
             plan = build_plan(*arguments, self._plan, agreement)
         self._step_state.move_to(device)
         made = stepper(plan, self._step_state)
+        # Another thread may have given a parameter other memory, which the plan would not keep.
+        plan.is_outdated = not plan.keeps_its_memory()
         self._backend_in_use = next(name for name, backend in BACKENDS.items() if backend.stepper is stepper)
         return made, plan
 

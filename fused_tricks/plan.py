@@ -130,6 +130,8 @@ class Plan:
             grad = placed[entry.param]
             if grad.shape != source.shape or not _is_alike(param, source):
                 return False
+            if missing_bytes(param) or missing_bytes(grad):
+                return False
             if entry.is_copy:
                 source.copy_(param)
                 grad = grad.resolve_neg().clone(memory_format=torch.contiguous_format)
@@ -140,6 +142,13 @@ class Plan:
             source.grad_dtype = grad.dtype
             source.grad = grad
         return True
+
+    def keeps_its_memory(self) -> bool:
+        """True if each parameter still is where it was when the plan began to keep its memory."""
+        return all(
+            entry.storage is None or _address(local_part(entry.param)) == _address(entry.storage)
+            for entry in self.entries
+        )
 
     def unstage(self, updated: bool) -> None:
         """Lets go of the stand-ins' gradients and, after an update, has the parameters follow their stand-ins."""

@@ -142,6 +142,8 @@ class WarmupCosineLR(LRScheduler):
         if first > 0:
             self._go_to(first)
             self._write_rates()
+            # An optimizer that is loaded later brings a count of its own.
+            self._resumes_at = None if self._applied is None else first
         self._watch_groups()
 
     def __repr__(self) -> str:

@@ -28,7 +28,11 @@ def is_observed(optimizer: Optimizer) -> bool:
 def runs_hooks(step: Callable[..., object], optimizer: object) -> bool:
     """True unless the ``step`` of a subclass, which calls this one by ``super()``, runs the hooks already."""
     steps = (base.__dict__.get("step") for base in type(optimizer).__mro__)
-    return next(outer for outer in steps if getattr(outer, "hooked", False)) is step
+    # Its own mark only: functools.wraps copies the attributes of the function that it wraps.
+    return (
+        next((outer for outer in steps if outer and getattr(outer, "runs_hooks_of", None) is outer), step)
+        is step
+    )
 
 
 def with_hooks(func: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -42,4 +46,5 @@ def with_hooks(func: Callable[_P, _R]) -> Callable[_P, _R]:
     def hooked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         return (observed if runs_hooks(hooked, args[0]) else func)(*args, **kwargs)
 
+    hooked.runs_hooks_of = hooked  # type: ignore[attr-defined]
     return hooked

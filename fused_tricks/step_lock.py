@@ -43,7 +43,9 @@ _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def _free_all() -> None:
     for lock in _locks:
-        lock._at_fork_reinit()
+        # The thread that forks goes on in the child, and gives back what it holds.
+        if not lock._is_owned():
+            lock._at_fork_reinit()
 
 
 if hasattr(os, "register_at_fork"):

@@ -154,3 +154,37 @@ def test_state_that_is_no_dict_is_refused_where_it_is_assigned():
     with pytest.raises(TypeError, match="optimizer.state must be a dict"):
         optimizer.state = None
     assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("option", ["lr", "momentum", "dampening", "weight_decay"])
+def test_an_option_beyond_fp32_is_refused_by_name(option):
+    optimizer = trained()
+    checkpoint = deepcopy(optimizer.state_dict())
+    checkpoint["param_groups"][1][option] = 1e39
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=rf"{option}=1e\+39 does not fit FP32"):
+        optimizer.load_state_dict(checkpoint)
+    assert_unchanged(optimizer, before)
+
+
+def test_an_option_without_a_value_is_refused_by_name():
+    optimizer = trained()
+    checkpoint = deepcopy(optimizer.state_dict())
+    freed = torch.ones(())
+    freed.untyped_storage().resize_(0)
+    before = snapshot(optimizer)
+    for value in (torch.ones((), device="meta"), freed):
+        checkpoint["param_groups"][1]["lr"] = value
+        with pytest.raises(ValueError, match="lr without a value"):
+            optimizer.load_state_dict(checkpoint)
+    assert_unchanged(optimizer, before)
+
+
+def test_a_group_that_lists_a_parameter_twice_is_refused():
+    optimizer = trained()
+    checkpoint = deepcopy(optimizer.state_dict())
+    checkpoint["param_groups"][0]["params"] = [0, 0]
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="lists a parameter twice"):
+        optimizer.load_state_dict(checkpoint)
+    assert_unchanged(optimizer, before)

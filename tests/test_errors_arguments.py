@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from comparison import assert_unchanged, parameters, set_gradients, snapshot
+from comparison import assert_same_bits, assert_unchanged, copies, parameters, set_gradients, snapshot
 from fused_tricks import DynamicLossScale, FusedSGD, WarmupCosineLR
 
 MODEL = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
@@ -130,6 +130,36 @@ def test_a_number_beyond_a_double_in_a_group_is_refused_by_the_step(backend, dev
         optimizer.step()
     optimizer.param_groups[0][option] = good
     assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay", "dampening"])
+@pytest.mark.parametrize("steps", [0, 1], ids="after {} steps".format)
+def test_a_number_beyond_fp32_in_a_group_is_refused_by_the_step(backend, device, option, steps):
+    params = parameters([(2,), (3,)], device=device)
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer = FusedSGD(groups, lr=0.1, momentum=0.9, backend=backend)
+    set_gradients(params, [torch.ones(2), torch.ones(3)])
+    for _ in range(steps):
+        optimizer.step()
+    before = snapshot(optimizer)
+    good = optimizer.param_groups[1][option]
+    optimizer.param_groups[1][option] = 1e39
+    with pytest.raises(ValueError, match=f"{option}=1e\\+39 does not fit FP32"):
+        optimizer.step()
+    optimizer.param_groups[1][option] = good
+    assert_unchanged(optimizer, before)
+
+
+def test_a_number_beyond_fp32_is_used_for_fp64(backend, device):
+    (param,) = parameters([(2,)], torch.float64, device)
+    param.grad = torch.full_like(param, 1e-39)
+    (expected,) = copies([param])
+    expected.grad = torch.full_like(expected, 1e-39)
+    optimizer = FusedSGD([param], lr=0.1, backend=backend)
+    optimizer.param_groups[0]["lr"] = 1e39
+    optimizer.step()
+    torch.optim.SGD([expected], lr=1e39).step()
+    assert_same_bits(param, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

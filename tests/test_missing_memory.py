@@ -63,6 +63,63 @@ def test_a_gradient_whose_memory_was_freed_is_refused_by_name(backend, device, d
     assert_same_bits(params[0], before)
 
 
+@pytest.mark.parametrize("left", [0, 36], ids="{} bytes left".format)
+@pytest.mark.parametrize("steps", [0, 2], ids="after {} steps".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_gradient_within_memory_that_was_freed_is_refused_by_name(backend, device, dtype, steps, left):
+    optimizer, params = stepped(dtype, backend, device, 0)
+    params[1].grad = torch.ones(100, dtype=dtype, device=device)[95:]
+    for _ in range(steps):
+        optimizer.step()
+    assert params[1].grad is not None
+    params[1].grad.untyped_storage().resize_(left)
+    before = params[0].detach().clone()
+    with pytest.raises(RuntimeError, match="the gradient of parameter 'b' has no memory"):
+        optimizer.step()
+    assert_same_bits(params[0], before)
+
+
+@pytest.mark.parametrize("steps", [0, 3], ids="after {} steps".format)
+def test_memory_freed_beside_a_parameter_that_is_not_dense_is_refused_by_name(backend, device, steps):
+    param = Parameter(torch.ones(10, 7, device=device)[:, ::2])
+    optimizer = FusedSGD([("a", param)], **OPTIONS, backend=backend)
+    for _ in range(steps):
+        param.grad = torch.ones(10, 4, device=device)
+        optimizer.step()
+    before = param.detach().clone()
+    param.grad = torch.ones(10, 4, device=device)
+    param.grad.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="the gradient of parameter 'a' has no memory"):
+        optimizer.step()
+    assert_same_bits(param, before)
+
+
+@pytest.mark.parametrize("key", ["momentum_buffer", "master_param"])
+def test_loaded_state_whose_memory_was_freed_is_refused_by_name(backend, device, key):
+    optimizer, _params = stepped(torch.float16, backend, device, 1)
+    before = snapshot(optimizer)
+    saved = optimizer.state_dict()
+    saved["state"] = {index: dict(entry) for index, entry in saved["state"].items()}
+    saved["state"][1][key] = torch.ones(5, device=device)
+    saved["state"][1][key].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{key} for parameter 'b' whose memory was freed"):
+        optimizer.load_state_dict(saved)
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("what", ["parameter", "master_param"])
+def test_masters_are_not_refreshed_where_memory_is_missing(backend, device, what):
+    optimizer, params = stepped(torch.float16, backend, device, 1)
+    with torch.no_grad():
+        params[0].fill_(3.0)
+    lost = params[1].data if what == "parameter" else optimizer.state[params[1]][what]
+    before = optimizer.state[params[0]]["master_param"].clone()
+    lost.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has no memory"):
+        optimizer.refresh_masters()
+    assert_same_bits(optimizer.state[params[0]]["master_param"], before)
+
+
 def test_memory_that_comes_back_is_used_again(backend, device):
     optimizer, params = stepped(torch.float32, backend, device, 2)
     buffer = optimizer.state[params[1]]["momentum_buffer"]

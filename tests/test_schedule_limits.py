@@ -106,6 +106,20 @@ def test_last_epoch_resumes_after_that_many_updates(count, done):
     assert all(rate == pytest.approx([factor]) for rate, factor in used)
 
 
+def test_an_optimizer_that_is_loaded_after_its_schedule_was_made_brings_its_count():
+    trained = fused()
+    for _ in range(3):
+        trained.step()
+    optimizer = fused()
+    schedule = WarmupCosineLR(optimizer, total_steps=7, warmup_steps=4, count="applied", last_epoch=2)
+    optimizer.load_state_dict(trained.state_dict())
+    optimizer.param_groups[0]["lr"] = schedule.get_last_lr()[0]
+    for factor in FACTORS[3:7]:
+        assert rates(optimizer) == pytest.approx([factor])
+        optimizer.step()
+        schedule.step()
+
+
 def test_last_epoch_takes_the_initial_rates_that_the_optimizer_brings():
     optimizer = sgd()
     optimizer.param_groups[0].update(lr=0.25, initial_lr=2.0)

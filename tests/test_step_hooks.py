@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,12 @@ class Inheriting(Overriding):
     """A class that inherits an overridden step."""
 
 
+class Wrapping(FusedSGD):
+    @functools.wraps(FusedSGD.step)
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return super().step(closure)
+
+
 class Mixin:
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         return super().step(closure)  # type: ignore[misc]
@@ -41,7 +48,7 @@ class Mixed(Mixin, Overriding):
     pass
 
 
-CLASSES = [FusedSGD, Plain, Overriding, OverridingTwice, Inheriting, Mixed]
+CLASSES = [FusedSGD, Plain, Overriding, OverridingTwice, Inheriting, Mixed, Wrapping]
 # Every class has been instantiated, and wrapped by torch, before the first test.
 for kind in CLASSES:
     kind([Parameter(torch.ones(1))], lr=0.1)

@@ -204,3 +204,39 @@ def test_a_process_forked_in_the_middle_of_a_step_can_step():
     leave.set()
     thread.join()
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_hook_may_fork():
+    optimizer = FusedSGD(parameters([(3,)]), lr=0.1, backend="cpu")
+    children: list[int] = []
+    optimizer.register_state_dict_post_hook(lambda *_: children.append(os.fork()))
+    try:
+        optimizer.state_dict()
+    finally:
+        if children == [0]:
+            # A lock that the fork took from its holder makes the release raise, and skips this.
+            os._exit(0 if sys.exc_info()[0] is None else 1)
+    _, status = os.waitpid(children[0], 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_memory_replaced_while_a_step_is_prepared_is_refused_and_then_updated(backend, device, monkeypatch):
+    (param,) = parameters([(3,)], device=device)
+    optimizer = FusedSGD([param], lr=0.5, backend=backend)
+    replacement = torch.full((3,), 8.0, device=device)
+    move_to = optimizer._step_state.move_to
+
+    def replace_meanwhile(target: torch.device) -> None:
+        param.data = replacement
+        move_to(target)
+
+    param.grad = torch.ones(3, device=device)
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizer._step_state, "move_to", replace_meanwhile)
+        with pytest.raises(RuntimeError, match="changed while the step was being prepared"):
+            optimizer.step()
+    optimizer.step()
+    assert torch.equal(replacement, torch.full((3,), 7.5, device=device))
+    assert param.data_ptr() == replacement.data_ptr()

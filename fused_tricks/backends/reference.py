@@ -63,8 +63,11 @@ class ReferenceStepper:
         ]
         for entry, group in zip(self._plan.entries, listed, strict=True):
             grad = entry.source.grad
-            if grad is not None:
-                yield entry, grad, group
+            if grad is None:
+                continue
+            if state_dtype(entry.source) == torch.float32 and _overflows_float32(group):
+                raise ValueError("an option does not fit FP32, in which a parameter is updated")
+            yield entry, grad, group
 
     def _scan(self, request: StepRequest, entries: list[tuple[Entry, Tensor]]) -> tuple[bool, bool, float]:
         """Whether a gradient is not finite, whether one is FP64, and the sum of all squares where it is asked for."""
@@ -151,6 +154,11 @@ def _numbers(group: dict[str, Any], applied: int) -> dict[str, Any]:
     numbers = {name: as_float(group[name]) for name in options} | {name: bool(group[name]) for name in flags}
     rate = applied_rate_of(group["lr"])
     return numbers if rate is None else numbers | {"lr": rate.after(applied)}
+
+
+def _overflows_float32(numbers: dict[str, Any]) -> bool:
+    options = (numbers[name] for name in ("lr", "momentum", "dampening", "weight_decay"))
+    return any(math.isinf(to_float32(option)) and math.isfinite(option) for option in options)
 
 
 def _update(

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...hyper_parameters import check_range
 from ...parameters import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER
 from ...plan import Entry, Plan, same_strides
 from ...sharding import is_distributed
+from ...shared_memory import missing_bytes
 
 _grad = attrgetter("grad")
 _dtype = attrgetter("dtype")
@@ -115,6 +117,8 @@ class PlanWatch:
             return None
         if addresses is None:
             return None
+        for index in self._updated_groups:
+            check_range(groups[index])
         if not self._all_have:
             remaining = iter(addresses)
             addresses = [next(remaining) if present else 0 for present in has_grad]
@@ -137,6 +141,7 @@ class PlanWatch:
         self._has_grad = has_grad
         self._all_have = len(present) == len(self._entries)
         self._present = present
+        self._updated_groups = sorted({entry.group for entry in present})
         self._present_sources = [entry.source for entry in present]
         self._source_addresses = list(map(Tensor.data_ptr, self._present_sources)) if present else []
         self._source_strides = list(map(Tensor.stride, self._present_sources))
@@ -214,6 +219,9 @@ class PlanWatch:
             addresses[index] |= 1
         if addresses != self._grad_addresses:
             if any(map(self._is_written, addresses, grads, self._source_addresses)):
+                return None
+            # A gradient whose storage was resized has another address.
+            if any(map(missing_bytes, grads)):
                 return None
             self._grad_addresses = list(addresses)
         return addresses
