@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ordinary_tensors import outside_all_modes
+
 
 class FactorTable:
     """FP64 factors, one for each update; the last is for all updates that follow.
@@ -18,7 +20,8 @@ class FactorTable:
     """
 
     def __init__(self, factors: array[float]) -> None:
-        self._copies = {torch.device("cpu"): torch.frombuffer(factors, dtype=torch.float64).clone()}
+        with outside_all_modes():
+            self._copies = {torch.device("cpu"): torch.frombuffer(factors, dtype=torch.float64).clone()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_copies": {torch.device("cpu"): self.on(torch.device("cpu"))}}
@@ -26,7 +29,8 @@ class FactorTable:
     def on(self, device: torch.device) -> Tensor:
         """The factors as a tensor on a device; copied there once."""
         if device not in self._copies:
-            self._copies[device] = self._copies[torch.device("cpu")].to(device)
+            with outside_all_modes():
+                self._copies[device] = self._copies[torch.device("cpu")].to(device)
         return self._copies[device]
 
 
@@ -47,7 +51,8 @@ class AppliedRate:
     def after(self, applied: int) -> float:
         """The rate of the update that follows ``applied`` others."""
         factors = self.factors.on(torch.device("cpu"))
-        return self.base * float(factors[min(max(applied - self.origin, 0), len(factors) - 1)])
+        with outside_all_modes():
+            return self.base * float(factors[min(max(applied - self.origin, 0), len(factors) - 1)])
 
     def write(self, lr: Tensor, applied_steps: Tensor) -> None:
         """Writes the rate of the next update into ``lr``, on its device and without a sync.
@@ -57,8 +62,9 @@ class AppliedRate:
             applied_steps: INT64 of no dimension, on the same device.
         """
         factors = self.factors.on(lr.device)
-        due = (applied_steps - self.origin).clamp(0, len(factors) - 1)
-        torch.mul(factors.take(due), self.base, out=lr)
+        with outside_all_modes():
+            due = (applied_steps - self.origin).clamp(0, len(factors) - 1)
+            torch.mul(factors.take(due), self.base, out=lr)
 
 
 def following(rate: AppliedRate, device: torch.device) -> Tensor:
@@ -66,7 +72,8 @@ def following(rate: AppliedRate, device: torch.device) -> Tensor:
 
     Its own value, FP64 of no dimension, is for people and other code to read; :meth:`AppliedRate.write` renews it.
     """
-    lr = torch.zeros((), dtype=torch.float64, device=device)
+    with outside_all_modes():
+        lr = torch.zeros((), dtype=torch.float64, device=device)
     lr._applied_rate = rate  # type: ignore[attr-defined]
     return lr
 

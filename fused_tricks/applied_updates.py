@@ -44,7 +44,7 @@ class AppliedUpdates:
     @property
     def t(self) -> int:
         """The number of the next update. Synchronises."""
-        return max(0, int(self._optimizer._step_state.applied_steps) - self.origin)
+        return max(0, self._optimizer._step_state.read().applied_steps - self.origin)
 
     @property
     def is_on_host(self) -> bool:
@@ -53,7 +53,7 @@ class AppliedUpdates:
 
     def go_to(self, t: int) -> None:
         """Makes the next update number ``t``. Synchronises."""
-        self.origin = int(self._optimizer._step_state.applied_steps) - t
+        self.origin = self._optimizer._step_state.read().applied_steps - t
 
     def write_rates(self, bases: Sequence[float | Tensor]) -> None:
         """Lets every group follow, from its base rate, and renews what its ``lr`` reads."""

@@ -12,12 +12,14 @@ from torch.nn.parameter import is_lazy
 
 from .masters import masters_in_use
 from .optimizer import FusedSGD
+from .ordinary_tensors import outside_inference_mode
 from .parameters import LOW_PRECISION, MASTER_PARAM
 from .plan import adopt_foreign_values
 from .sharding import is_distributed, local_part, placed_like
 from .shared_memory import missing_bytes
 
 
+@outside_inference_mode()
 def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
     """Returns ``model.state_dict()`` in full precision, as if the model had been trained in FP32.
 
@@ -47,6 +49,7 @@ def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
     return state
 
 
+@outside_inference_mode()
 def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[str, Any]) -> None:
     """Loads full-precision weights, those of `fp32_state_dict` or of any FP32 model, without rounding them away.
 

@@ -27,6 +27,7 @@ from .hyper_parameters import (
 )
 from .loss_scale import DynamicLossScale, parse_loss_scale
 from .masters import masters_in_use, refresh_masters
+from .ordinary_tensors import outside_inference_mode
 from .parameters import MOMENTUM_BUFFER, named_parameters
 from .plan import Plan, build_plan
 from .saved_state import SavedState
@@ -262,12 +263,19 @@ class FusedSGD(SavedState):
         loss = None
         if closure is not None:
             loss = self._evaluate(closure, request)
+        if torch.is_inference_mode_enabled():
+            with outside_inference_mode():
+                self._fill_or_update(request)
+        else:
+            self._fill_or_update(request)
+        return loss
+
+    def _fill_or_update(self, request: StepRequest) -> None:
         with self._lock:
             if not self.__dict__["state"] and is_asked_for_state():
                 self._fill_state()
             else:
                 self._update(request)
-        return loss
 
     def _evaluate(self, closure: Callable[[], Any], request: StepRequest) -> Any:
         if request.unscales or "found_inf" in self.__dict__:

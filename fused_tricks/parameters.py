@@ -54,10 +54,13 @@ def check_update(
         state: What the optimizer's state has of it.
         used: The tensors of its state that the update needs, as far as there are any.
     """
-    if param.is_inference():
-        raise RuntimeError(
-            f"{name} was made under torch.inference_mode() and cannot be trained; make it outside, or clone() it there"
-        )
+    for key, value in {PARAMETER: param, **used}.items():
+        if value is not None and value.is_inference():
+            owned = name if key == PARAMETER else f"the {key} of {name}"
+            raise RuntimeError(
+                f"{owned} was made under torch.inference_mode() and cannot be trained; make it outside, or clone() it "
+                "there"
+            )
     if param.dtype not in SUPPORTED:
         raise RuntimeError(
             f"{name} has dtype {param.dtype}; FusedSGD updates float16, bfloat16, float32 and float64"

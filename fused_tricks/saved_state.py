@@ -22,6 +22,7 @@ from .checkpoint import (
 from .diagnostics import StepDiagnostics
 from .group_source import register_source
 from .loss_scale import DynamicLossScale
+from .ordinary_tensors import outside_inference_mode
 from .plan import Plan
 from .step_lock import StepLock, one_at_a_time
 from .step_state import StepState
@@ -77,6 +78,7 @@ class SavedState(Optimizer):
                 group.pop(key, None)
 
     @one_at_a_time
+    @outside_inference_mode()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of ``torch.optim.SGD``.
 

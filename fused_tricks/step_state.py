@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .ordinary_tensors import outside_all_modes
 
 # The fields of StepState in csrc/step_state.h, in order, as `struct` writes their types. A test compares the two.
 _FIELDS = {
@@ -85,7 +86,7 @@ class StepState:
     """
 
     def __init__(self, device: torch.device | str = "cpu", scale: float = 1.0, hysteresis: int = 1) -> None:
-        with _disable_current_modes():
+        with outside_all_modes():
             self._start(torch.zeros(_LAYOUT.size, dtype=torch.uint8, device=device))
             self.scale.fill_(scale)
             self.hysteresis_tracker.fill_(hysteresis)
@@ -112,7 +113,7 @@ class StepState:
     def move_to(self, device: torch.device) -> None:
         """Continues on another device."""
         if self.block.device != device:
-            with _disable_current_modes():
+            with outside_all_modes():
                 self._view(self.block.to(device))
 
     def keep(self, *memory: object) -> None:
@@ -121,7 +122,7 @@ class StepState:
 
     def read(self) -> StepReading:
         """Returns every field, in one copy to the host."""
-        with _disable_current_modes():
+        with outside_all_modes():
             return StepReading.of(self.block)
 
     def __getstate__(self) -> tuple[Tensor, list[Tensor], bool]:
@@ -131,7 +132,7 @@ class StepState:
         # States pickled before scale_was_read was added have two items.
         block, unwritten, *scale_was_read = state
         # A copied or unpickled block no longer shares memory with views that were copied beside it.
-        with _disable_current_modes():
+        with outside_all_modes():
             self._start(block.clone())
         self.unwritten.update((buffer, True) for buffer in unwritten)
         self.scale_was_read = any(scale_was_read)

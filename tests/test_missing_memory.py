@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
 from comparison import assert_all_same_bits, assert_same_bits, assert_unchanged, parameters, snapshot
-from fused_tricks import DynamicLossScale, FusedSGD
+from fused_tricks import DynamicLossScale, FusedSGD, WarmupCosineLR
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
@@ -193,6 +195,21 @@ def test_a_fake_optimizer_is_saved_with_its_own_numbers(backend, device):
         optimizer.step()
         (group,) = optimizer.state_dict()["param_groups"]
     assert (group["applied_steps"], group["loss_scale"]) == (1, 32.0)
+
+
+@pytest.mark.parametrize("when", ["made", "saved"])
+def test_a_schedule_by_updates_applied_may_be_used_in_a_fake_mode(backend, device, when):
+    with FakeTensorMode() if when == "made" else nullcontext():
+        param = Parameter(torch.ones(3, device=device))
+        optimizer = FusedSGD([param], lr=0.1, backend=backend)
+        schedule = WarmupCosineLR(optimizer, total_steps=5, warmup_steps=4, count="applied")
+        for _ in range(2):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+            schedule.step()
+    with FakeTensorMode():
+        assert optimizer.state_dict()["param_groups"][0]["lr"] == pytest.approx(0.075)
+        assert schedule.get_last_lr() == pytest.approx([0.075])
 
 
 def test_torch_estimates_the_memory_of_a_step():

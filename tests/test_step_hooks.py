@@ -34,9 +34,11 @@ class Inheriting(Overriding):
 
 
 class Wrapping(FusedSGD):
-    @functools.wraps(FusedSGD.step)
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         return super().step(closure)
+
+    # As functools.wraps does.
+    functools.update_wrapper(step, FusedSGD.step)
 
 
 class Mixin:

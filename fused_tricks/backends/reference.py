@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..applied_rate import applied_rate_of
 from ..hyper_parameters import as_float
+from ..ordinary_tensors import outside_all_modes
 from ..parameters import state_dtype
 from ..plan import Entry, Plan, applied_state
 from ..shared_memory import has_memory
 from ..step_state import StepState, to_float32
 from .request import Outcome, StepRequest
+
+_IN_FLOAT32 = ("lr", "momentum", "dampening", "weight_decay")
 
 
 class ReferenceStepper:
@@ -46,7 +48,7 @@ class ReferenceStepper:
         )
         found = found or request.has_found
         # What has no memory keeps its own numbers out of a FakeTensorMode.
-        with _disable_current_modes():
+        with outside_all_modes():
             inverse_scale, clip = self._factors(request, in_double, squares)
             self._record(request, found)
         if found:
@@ -149,16 +151,15 @@ def _advance_scale(
 
 def _numbers(group: dict[str, Any], applied: int) -> dict[str, Any]:
     """The options as Python numbers; one that is not a number is refused before anything is changed."""
-    options = ("lr", "momentum", "dampening", "weight_decay")
     flags = ("nesterov", "maximize", "bias_decay")
-    numbers = {name: as_float(group[name]) for name in options} | {name: bool(group[name]) for name in flags}
     rate = applied_rate_of(group["lr"])
-    return numbers if rate is None else numbers | {"lr": rate.after(applied)}
+    lr = group["lr"] if rate is None else rate.after(applied)
+    numbers = {name: as_float(lr if name == "lr" else group[name]) for name in _IN_FLOAT32}
+    return numbers | {name: bool(group[name]) for name in flags}
 
 
 def _overflows_float32(numbers: dict[str, Any]) -> bool:
-    options = (numbers[name] for name in ("lr", "momentum", "dampening", "weight_decay"))
-    return any(math.isinf(to_float32(option)) and math.isfinite(option) for option in options)
+    return any(math.isfinite(numbers[name]) and math.isinf(to_float32(numbers[name])) for name in _IN_FLOAT32)
 
 
 def _update(

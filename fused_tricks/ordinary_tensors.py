@@ -1,0 +1,24 @@
+"""What the package keeps from one call to the next is ordinary memory, whatever modes are on around the call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Tensors made within may be written later, outside ``torch.inference_mode``. Nothing is recorded for autograd."""
+    # Leaving inference mode would turn autograd on.
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def outside_all_modes() -> Iterator[None]:
+    """Tensors made within have memory even under a ``FakeTensorMode``, and may be written later."""
+    with _disable_current_modes(), outside_inference_mode():
+        yield
