@@ -42,6 +42,19 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+def check_state(name: str, state: Any) -> None:
+    """Raises TypeError unless ``state`` can be what the optimizer's state has of the parameter ``name``."""
+    if not isinstance(state, dict):
+        raise TypeError(f"the state of {name} must be a dict, got {type(state).__name__}; delete the entry")
+    for key in (MASTER_PARAM, MOMENTUM_BUFFER):
+        value = state.get(key)
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"the {key} of {name} must be a tensor, got {type(value).__name__}; delete the entry, or put a tensor "
+                "there"
+            )
+
+
 def check_update(
     name: str, param: Tensor, grad: Tensor, state: dict[str, Any], used: dict[str, Tensor | None]
 ) -> None:

@@ -15,6 +15,7 @@ from .parameters import (
     MASTER_PARAM,
     MOMENTUM_BUFFER,
     SUPPORTED,
+    check_state,
     check_update,
     is_wrapper,
     named_parameters,
@@ -230,6 +231,7 @@ def build_plan(
 
     Raises:
         RuntimeError: A parameter or gradient cannot be updated. Then nothing is changed at all.
+        TypeError: The state has something else than tensors for a parameter.
     """
     with torch.no_grad():
         return _build_plan(groups, state, step_state, former, agreement)
@@ -243,6 +245,8 @@ def _build_plan(
     agreement: Agreement | None,
 ) -> Plan:
     listed = named_parameters(groups)
+    for name, param, _ in listed:
+        check_state(name, state.get(param, {}))
     # Read once: another thread may set them.
     grads = [param.grad for _, param, _ in listed]
     pending = {} if former is None else {entry.param: entry.own_state() for entry in former.new}

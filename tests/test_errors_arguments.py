@@ -162,6 +162,25 @@ def test_a_number_beyond_fp32_is_used_for_fp64(backend, device):
     assert_same_bits(param, expected)
 
 
+@pytest.mark.parametrize("value", [[1.0, 2.0], "text", 1.0], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("key", [None, "momentum_buffer", "master_param"])
+@pytest.mark.parametrize("steps", [0, 2], ids="after {} steps".format)
+def test_state_put_by_hand_that_is_no_tensor_is_refused_by_name(backend, device, key, value, steps):
+    params = parameters([(2,), (2,)], torch.float16, device)
+    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, backend=backend)
+    set_gradients(params, [torch.ones_like(param) for param in params])
+    for _ in range(steps):
+        optimizer.step()
+    before = params[0].detach().clone()
+    if key is None:
+        optimizer.state[params[1]] = value
+    else:
+        optimizer.state[params[1]][key] = value
+    with pytest.raises(TypeError, match=f"{key or 'state'} of parameter 1 of group 0 must be a"):
+        optimizer.step()
+    assert_same_bits(params[0], before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_parameter_made_for_inference_is_refused_by_name(backend, device, dtype):
     with torch.inference_mode():
