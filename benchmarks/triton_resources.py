@@ -27,15 +27,29 @@ from fused_tricks.backends.triton import IS_INTERPRETED
 from fused_tricks.backends.triton.launch import (
     compile_for,
     decide_source,
+    kind_bits,
+    pair_bits,
     scan_source,
     update_source,
     write_source,
 )
+from fused_tricks.backends.triton.records import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 PATH = RESULTS / "triton_resources.md"
 ARCHITECTURES = (80, 90, 100, 120)
 # The kinds of a network as cast_model leaves it, and all kinds at once.
-_KINDS = {"float16, float32": 5, "all": 31}
+_FLOAT16, _BFLOAT16, _FLOAT32, _FLOAT64 = (kind.value for kind in (FLOAT16, BFLOAT16, FLOAT32, FLOAT64))
+_KINDS = {
+    "float16, float32": ((_FLOAT16, _FLOAT16), (_FLOAT32, _FLOAT32)),
+    "all": (
+        (_FLOAT16, _FLOAT16),
+        (_FLOAT16, _FLOAT32),
+        (_BFLOAT16, _BFLOAT16),
+        (_BFLOAT16, _FLOAT32),
+        (_FLOAT32, _FLOAT32),
+        (_FLOAT64, _FLOAT64),
+    ),
+}
 _ACCESS = re.compile(r"\b(ld|st)\.global\S*?(\.v\d)?\.b(\d+)\b")
 _LAYOUT = re.compile(r"^(#\w+) = #ttg.blocked<\{sizePerThread = \[([\d, ]+)\]")
 _TILE_ACCESS = re.compile(r"tt\.(?:load|store) .*tensor<(\d+)x!tt\.ptr<[a-z]+(\d+)>, (#\w+)>")
@@ -68,10 +82,12 @@ class Kernel(NamedTuple):
 
 def sources() -> Iterator[tuple[str, ASTSource]]:
     """What is compiled, with names."""
-    for kinds, bits in _KINDS.items():
-        yield f"scan ({kinds})", scan_source(bits, False, 0)
-        yield f"scan with norm ({kinds})", scan_source(bits, True, 0)
-        yield f"scan with norms of two parts ({kinds})", scan_source(bits, True, 2)
+    for kinds, pairs in _KINDS.items():
+        bits = pair_bits(pairs)
+        grad_bits = kind_bits(grad_kind for _, grad_kind in pairs)
+        yield f"scan ({kinds})", scan_source(grad_bits, False, 0)
+        yield f"scan with norm ({kinds})", scan_source(grad_bits, True, 0)
+        yield f"scan with norms of two parts ({kinds})", scan_source(grad_bits, True, 2)
         for groups in (0, 1, 8):
             yield f"update ({kinds}), {groups or 'a table of'} groups", update_source(bits, groups)
     yield "decide", decide_source(True, 2)

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -21,8 +22,8 @@
 namespace fused_tricks {
 namespace {
 
-// In the order of fused_tricks/backends/request.py.
-enum Outcome : int { kStale, kSkipped, kApplied };
+// The numbers of fused_tricks/backends/request.py.
+enum Outcome : int { kStale = 0, kSkipped = 1, kApplied = 2 };
 
 void connect(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
              const py::dict& functions, const py::list& samples, const py::object& negative) {
@@ -40,34 +41,35 @@ double number(const py::handle& object) {
   return value;
 }
 
-// A StepRequest of fused_tricks/backends/request.py. What a GradScaler handed over is for a backend to read: the CPU
-// takes numbers, and the kernels for GPUs read tensors.
-struct RequestFields {
-  explicit RequestFields(const py::tuple& fields)
-      : unscales(fields[0]), grad_scale(fields[1]), found_inf(fields[2]), max_norm(fields[3]), scale_rule(fields[4]) {}
+// The fields of fused_tricks/backends/request.py's StepRequest and fused_tricks/loss_scale.py's ScaleRule, in order. A
+// step reads them by position, which is faster; the names let a test compare.
+enum RequestField : size_t { kUnscales, kGradScale, kFoundInf, kMaxNorm, kScaleRule };
+constexpr std::array kRequestFields = {"unscales", "grad_scale", "found_inf", "max_norm", "scale_rule"};
+enum RuleField : size_t { kGrowthFactor, kBackoffFactor, kMinScale, kMaxScale, kGrowthInterval, kHysteresis };
+constexpr std::array kRuleFields = {"growth_factor", "backoff_factor",  "min_scale",
+                                    "max_scale",     "growth_interval", "hysteresis"};
 
-  StepRequest request() const {
-    StepRequest request{};
-    request.unscales = unscales.ptr() == Py_True;
-    request.external = !grad_scale.is_none();
-    request.grad_scale = 1.0f;
-    request.clips = !max_norm.is_none();
-    if (request.clips) request.max_norm = number(max_norm);
-    request.dynamic = !scale_rule.is_none();
-    if (request.dynamic) {
-      const auto rule = py::reinterpret_borrow<py::tuple>(scale_rule);
-      request.rule = {number(rule[0]),
-                      number(rule[1]),
-                      static_cast<float>(number(rule[2])),
-                      static_cast<float>(number(rule[3])),
-                      static_cast<int32_t>(number(rule[4])),
-                      static_cast<int32_t>(number(rule[5]))};
-    }
-    return request;
-  }
+ScaleRule rule_of(const py::tuple& fields) {
+  return {number(fields[kGrowthFactor]),
+          number(fields[kBackoffFactor]),
+          static_cast<float>(number(fields[kMinScale])),
+          static_cast<float>(number(fields[kMaxScale])),
+          static_cast<int32_t>(number(fields[kGrowthInterval])),
+          static_cast<int32_t>(number(fields[kHysteresis]))};
+}
 
-  py::handle unscales, grad_scale, found_inf, max_norm, scale_rule;
-};
+// Without what a GradScaler handed over: the CPU takes numbers, and the kernels for GPUs read tensors.
+StepRequest request_of(const py::tuple& fields) {
+  StepRequest request{};
+  request.unscales = fields[kUnscales].ptr() == Py_True;
+  request.external = !fields[kGradScale].is_none();
+  request.grad_scale = 1.0f;
+  request.clips = !fields[kMaxNorm].is_none();
+  if (request.clips) request.max_norm = number(fields[kMaxNorm]);
+  request.dynamic = !fields[kScaleRule].is_none();
+  if (request.dynamic) request.rule = rule_of(fields[kScaleRule]);
+  return request;
+}
 
 // A step over a plan, which is refused where one runs already.
 class Running {
@@ -88,8 +90,8 @@ class Running {
   bool began_;
 };
 
-// For kernels that Python launches: the addresses of this step's gradients, which live until they are released, and
-// whether one is FP32 beside a 16-bit parameter, and one FP64; None where a new plan is needed.
+// For kernels that Python launches: the addresses of this step's gradients, which live until they are released, 0 where
+// there is none, and whether one is FP64; None where a new plan is needed.
 py::object gradient_addresses(Plan& plan, const py::list& groups, const py::dict& state) {
   plan.release_gradients();
   if (!plan.refresh(groups, state)) {
@@ -97,22 +99,16 @@ py::object gradient_addresses(Plan& plan, const py::list& groups, const py::dict
     return py::none();
   }
   py::list addresses(plan.entries.size());
-  bool has_wide = false;
-  for (size_t i = 0; i < plan.entries.size(); ++i) {
-    const uint64_t address = plan.entries[i].gradient_address();
-    has_wide = has_wide || (address & 1u) != 0;
-    addresses[i] = address;
-  }
-  return py::make_tuple(addresses, has_wide, plan.in_double);
+  for (size_t i = 0; i < plan.entries.size(); ++i) addresses[i] = reinterpret_cast<uintptr_t>(plan.entries[i].grad);
+  return py::make_tuple(addresses, plan.in_double);
 }
 
 bool had_gradient(const Plan& plan, size_t index) { return plan.entries.at(index).has_grad; }
 
-int cpu_step(Plan& plan, const py::list& groups, const py::dict& state, const py::tuple& request_fields) {
-  const RequestFields fields(request_fields);
-  StepRequest request = fields.request();
-  if (request.external) request.grad_scale = static_cast<float>(number(fields.grad_scale));
-  request.found_inf = !fields.found_inf.is_none() && number(fields.found_inf) != 0;
+int cpu_step(Plan& plan, const py::list& groups, const py::dict& state, const py::tuple& fields) {
+  StepRequest request = request_of(fields);
+  if (request.external) request.grad_scale = static_cast<float>(number(fields[kGradScale]));
+  request.found_inf = !fields[kFoundInf].is_none() && number(fields[kFoundInf]) != 0;
   const Running running(plan);
   if (!running.began() || !plan.refresh(groups, state)) return kStale;
   request.in_double = plan.in_double;
@@ -149,15 +145,13 @@ void set_cuda_tables(cuda::Step& step, const Plan& plan, const py::object& memor
 
 void set_cuda_scratch(cuda::Step& step, const py::object& memory) { step.set_scratch(data_of(memory)); }
 
-int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::dict& state,
-              const py::tuple& request_fields) {
-  const RequestFields fields(request_fields);
-  StepRequest request = fields.request();
+int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::dict& state, const py::tuple& fields) {
+  StepRequest request = request_of(fields);
   const Running running(plan);
   if (!running.began() || !plan.refresh(groups, state)) return kStale;
   request.in_double = plan.in_double;
-  const cuda::External external{static_cast<const float*>(data_of(fields.grad_scale)),
-                                static_cast<const float*>(data_of(fields.found_inf))};
+  const cuda::External external{static_cast<const float*>(data_of(fields[kGradScale])),
+                                static_cast<const float*>(data_of(fields[kFoundInf]))};
   step.run(plan, request, external, target_of(plan));
   plan.mark_updated();
   return kApplied;
@@ -169,6 +163,8 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   module.def("connect", &connect, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("increment_version"),
              py::arg("functions"), py::arg("samples"), py::arg("negative"));
   module.attr("CPU_COMPARED") = cpu::kCompared;
+  module.attr("REQUEST_FIELDS") = py::cast(kRequestFields);
+  module.attr("SCALE_RULE_FIELDS") = py::cast(kRuleFields);
   module.def("step_state_offsets", &step_state_offsets);
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("selected_instruction_set", &cpu::selected_instruction_set);

@@ -18,6 +18,7 @@ struct BFloat16 {
 
 enum class DType : uint8_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
 constexpr size_t kDTypes = 4;
+constexpr const char* kDTypeNames[kDTypes] = {"float16", "bfloat16", "float32", "float64"};
 
 FUSED_TRICKS_INLINE int64_t size_of(DType type) {
   switch (type) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -16,14 +17,15 @@ PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); 
 struct Names {
   PyObject* params = interned("params");
   PyObject* lr = interned("lr");
-  PyObject* momentum = interned("momentum");
-  PyObject* dampening = interned("dampening");
-  PyObject* weight_decay = interned("weight_decay");
-  PyObject* nesterov = interned("nesterov");
-  PyObject* maximize = interned("maximize");
-  PyObject* bias_decay = interned("bias_decay");
   PyObject* momentum_buffer = interned("momentum_buffer");
   PyObject* master_param = interned("master_param");
+  PyObject* numbers[std::size(kNumbers)];
+  PyObject* flags[std::size(kFlags)];
+
+  Names() {
+    for (size_t i = 0; i < std::size(kNumbers); ++i) numbers[i] = interned(kNumbers[i].key);
+    for (size_t i = 0; i < std::size(kFlags); ++i) flags[i] = interned(kFlags[i].key);
+  }
 };
 
 const Names& names() {
@@ -49,6 +51,8 @@ bool truth(PyObject* dict, PyObject* key) {
   if (value < 0) throw py::error_already_set();
   return value != 0;
 }
+
+bool fits_float(double number) { return !std::isfinite(number) || std::isfinite(static_cast<float>(number)); }
 
 bool has_one_element(const TensorView& tensor) {
   int64_t count = 1;
@@ -101,9 +105,56 @@ bool Layout::matches(const TensorView& tensor) const {
   return true;
 }
 
+namespace {
+
+DType dtype_of(const py::object& dtype) {
+  const auto name = py::str(dtype).cast<std::string>();
+  for (size_t i = 0; i < kDTypes; ++i) {
+    if (name == std::string("torch.") + kDTypeNames[i]) return static_cast<DType>(i);
+  }
+  throw std::invalid_argument("a gradient's dtype is not supported");
+}
+
+// A CompiledEntry of fused_tricks/backends/compiled.py, which keeps alive what is borrowed here.
+Entry entry_of(const py::handle& item, int64_t compared) {
+  Entry entry;
+  entry.group = item.attr("group").cast<size_t>();
+  entry.object = item.attr("param").ptr();
+  entry.source = item.attr("source").ptr();
+  entry.live = item.attr("live").cast<bool>();
+  if (!entry.live) return entry;
+  const py::object alias = item.attr("alias"), master = item.attr("master"), buffer = item.attr("buffer");
+  if (!alias.is_none()) entry.alias = alias.ptr();
+  TensorView tensor;
+  if (!read_tensor(entry.source, tensor)) throw std::invalid_argument("a parameter's dtype is not supported");
+  entry.type = tensor.type;
+  entry.grad_type = dtype_of(item.attr("grad_dtype"));
+  entry.layout.shape.assign(tensor.shape, tensor.shape + tensor.dimensions);
+  entry.layout.strides.assign(tensor.strides, tensor.strides + tensor.dimensions);
+  entry.count = 1;
+  for (const int64_t size : entry.layout.shape) entry.count *= size;
+  entry.param = tensor.data;
+  entry.device = tensor.device;
+  entry.has_master = !master.is_none();
+  entry.has_buffer = !buffer.is_none();
+  entry.master = data_of(master);
+  entry.buffer = data_of(buffer);
+  entry.own_master = master.ptr();
+  entry.own_buffer = buffer.ptr();
+  entry.first = item.attr("first").cast<bool>();
+  entry.compares = entry.has_master && entry.count <= compared;
+  entry.watches_version = item.attr("watches_version").cast<bool>() && !entry.compares;
+  entry.first_step = static_cast<int64_t*>(data_of(item.attr("first_step")));
+  entry.part = item.attr("part").cast<int32_t>();
+  if (entry.watches_version) entry.version = version_of(entry.object);
+  return entry;
+}
+
+}  // namespace
+
 void Agreement::reach() const { py::handle(object).attr("reach")(); }
 
-Plan::Plan(const py::list& specifications, const py::object& step_state, bool reads_lr, int64_t compared,
+Plan::Plan(const py::list& specified, const py::object& step_state, bool reads_lr, int64_t compared,
            const py::list& rates, const py::object& agreed)
     : reads_lr_(reads_lr) {
   state = static_cast<StepState*>(data_of(step_state));
@@ -117,51 +168,22 @@ Plan::Plan(const py::list& specifications, const py::object& step_state, bool re
   for (const py::handle& item : rates) {
     AppliedRate rate;
     if (!item.is_none()) {
-      const auto fields = py::reinterpret_borrow<py::tuple>(item);
-      TensorView factors;
-      if (!read_tensor(fields[2].ptr(), factors)) throw std::invalid_argument("the factors' dtype is not supported");
-      rate = {fields[0].ptr(), fields[1].cast<double>(), static_cast<const double*>(factors.data), factors.shape[0] - 1,
-              fields[3].cast<int64_t>()};
+      const py::object factors = item.attr("factors");
+      TensorView view;
+      if (!read_tensor(factors.ptr(), view)) throw std::invalid_argument("the factors' dtype is not supported");
+      rate = {item.attr("lr").ptr(), item.attr("base").cast<double>(), static_cast<const double*>(view.data),
+              view.shape[0] - 1, item.attr("origin").cast<int64_t>()};
     }
     rates_.push_back(rate);
   }
-  for (const py::handle& item : specifications) {
-    const auto fields = py::reinterpret_borrow<py::tuple>(item);
-    Entry entry;
-    entry.group = fields[0].cast<size_t>();
-    entry.object = fields[1].ptr();
-    entry.source = fields[2].ptr();
-    if (!fields[3].is_none()) entry.alias = fields[3].ptr();
-    entry.live = fields[4].cast<bool>();
-    if (entry.live) {
-      TensorView tensor;
-      if (!read_tensor(entry.source, tensor)) throw std::invalid_argument("a parameter's dtype is not supported");
-      entry.type = tensor.type;
-      entry.layout.shape.assign(tensor.shape, tensor.shape + tensor.dimensions);
-      entry.layout.strides.assign(tensor.strides, tensor.strides + tensor.dimensions);
-      entry.count = 1;
-      for (const int64_t size : entry.layout.shape) entry.count *= size;
-      entry.param = tensor.data;
-      entry.device = tensor.device;
-      entry.has_master = !fields[5].is_none();
-      entry.has_buffer = !fields[6].is_none();
-      entry.master = data_of(fields[5]);
-      entry.buffer = data_of(fields[6]);
-      entry.own_master = fields[5].ptr();
-      entry.own_buffer = fields[6].ptr();
-      entry.first = fields[7].cast<bool>();
-      entry.compares = entry.has_master && entry.count <= compared;
-      entry.watches_version = fields[8].cast<bool>() && !entry.compares;
-      entry.first_step = static_cast<int64_t*>(data_of(fields[9]));
-      entry.part = fields[10].cast<int32_t>();
-      if (entry.watches_version) entry.version = version_of(entry.object);
-      for (int64_t begin = 0; begin < entry.count; begin += kChunk) {
-        const int64_t count = entry.count - begin < kChunk ? entry.count - begin : kChunk;
-        chunks.push_back({static_cast<int32_t>(entries.size()), begin, count});
-      }
-      total_count += entry.count;
+  for (const py::handle& item : specified) {
+    entries.push_back(entry_of(item, compared));
+    const Entry& entry = entries.back();
+    for (int64_t begin = 0; begin < entry.count; begin += kChunk) {
+      const int64_t count = entry.count - begin < kChunk ? entry.count - begin : kChunk;
+      chunks.push_back({static_cast<int32_t>(entries.size() - 1), begin, count});
     }
-    entries.push_back(entry);
+    total_count += entry.count;
   }
   find_written_memory();
 }
@@ -237,13 +259,11 @@ bool Plan::refresh_entry(Entry& entry) {
   if (gradient.device.type != entry.device.type || gradient.device.index != entry.device.index) return false;
   // A tensor that wraps others has elements and no address.
   if (gradient.data == nullptr && entry.count > 0) return false;
-  const bool wide = gradient.type == DType::kFloat32 && entry.has_master;
-  if (gradient.type != entry.type && !wide) return false;
+  if (gradient.type != entry.grad_type) return false;
   if (groups[entry.group].momentum != 0 && !entry.has_buffer) return false;
   if (entry.watches_version && version_of(entry.object) != entry.version) return false;
   // An empty tensor may have no address, and there is nothing to update.
   entry.grad = entry.count == 0 ? nullptr : gradient.data;
-  entry.grad_type = gradient.type;
   if (entry.grad == nullptr) return true;
   // A gradient whose storage was resized has another address, unless it has been looked at before.
   if (entry.grad != entry.known_grad) {
@@ -274,7 +294,7 @@ bool Plan::refresh_group(PyObject* dict, size_t& index) {
     if (index == entries.size()) return false;
     Entry& entry = entries[index];
     if (PySequence_Fast_GET_ITEM(params.ptr(), i) != entry.object || entry.group != groups.size() - 1) return false;
-    entry.decays = group.weight_decay != 0 && (group.bias_decay || entry.layout.shape.size() > 1);
+    entry.decays = decays(group, entry.layout.shape.size() > 1);
     if (!refresh_entry(entry)) return false;
   }
   return true;
@@ -322,16 +342,10 @@ bool Plan::refresh(const py::list& group_dicts, const py::dict& optimizer_state)
     PyObject* dict = handle.ptr();
     Group group{};
     read_lr(dict, group);
-    group.momentum = number(dict, names().momentum);
-    group.dampening = number(dict, names().dampening);
-    group.weight_decay = number(dict, names().weight_decay);
-    group.nesterov = truth(dict, names().nesterov);
-    group.maximize = truth(dict, names().maximize);
-    group.bias_decay = truth(dict, names().bias_decay);
-    group.fits_float = true;
-    for (const double option : {group.lr, group.momentum, group.dampening, group.weight_decay}) {
-      group.fits_float = group.fits_float && !(std::isinf(static_cast<float>(option)) && std::isfinite(option));
-    }
+    for (size_t i = 0; i < std::size(kNumbers); ++i) group.*kNumbers[i].field = number(dict, names().numbers[i]);
+    for (size_t i = 0; i < std::size(kFlags); ++i) group.*kFlags[i].field = truth(dict, names().flags[i]);
+    group.fits_float = fits_float(group.lr);
+    for (const auto& option : kNumbers) group.fits_float = group.fits_float && fits_float(group.*option.field);
     groups.push_back(group);
     if (!refresh_group(dict, index)) return false;
   }

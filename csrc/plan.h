@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "group.h"
 #include "step_state.h"
 #include "tensors.h"
 
@@ -34,22 +35,6 @@ struct Agreement {
   void reach() const;
 };
 
-// The options of a group in this step.
-struct Group {
-  double lr;
-  const void* lr_pointer;  // numbers that the kernel multiplies `lr` with; null: none
-  int64_t lr_last;         // the position of the last of them
-  int64_t lr_origin;       // updates applied before the one that takes the first of them
-  bool lr_is_double;
-  double momentum;
-  double dampening;
-  double weight_decay;
-  bool nesterov;
-  bool maximize;
-  bool bias_decay;
-  bool fits_float;  // no option is infinite in FP32
-};
-
 // One parameter. Python objects are borrowed: fused_tricks/backends/compiled.py holds them for as long as the plan
 // lives, where the garbage collector can see it.
 struct Entry {
@@ -61,6 +46,7 @@ struct Entry {
   Layout layout;
   int64_t count = 0;
   DType type = DType::kFloat32;
+  DType grad_type = DType::kFloat32;
   void* param = nullptr;
   dlpack::Device device{};
   bool has_master = false;  // of an empty tensor the addresses below are null
@@ -81,16 +67,10 @@ struct Entry {
 
   bool has_grad = false;       // in this step; an empty one as well
   const void* grad = nullptr;  // of this step; null: no gradient, no update
-  DType grad_type = DType::kFloat32;
   bool decays = false;
   int32_t part = 0;                  // which of the verdict's sums of squares the gradient belongs to
   const void* known_grad = nullptr;  // the last gradient whose storage was seen to be large enough
   Range unwritten{0, 0};             // addresses that no step writes, around the last gradient
-
-  // Of the gradient; the lowest bit says that it is FP32 beside a 16-bit parameter. 0: there is none.
-  uint64_t gradient_address() const {
-    return grad == nullptr ? 0 : reinterpret_cast<uint64_t>(grad) | (grad_type != type ? 1u : 0u);
-  }
 };
 
 // A learning rate that follows the updates applied: `object`, where a group has it, stands for `base` times the factor
@@ -111,12 +91,11 @@ struct Chunk {
 
 class Plan {
  public:
-  // entries: tuples (group index, parameter, source, alias, live, master, buffer, first, watches_version, first_step,
-  // part), one for each parameter of every group in order. step_state: the uint8 tensor behind StepState. reads_lr:
-  // whether the kernels read a learning rate that is a tensor themselves, so that the host need not wait for it.
-  // compared: up to how many elements of a parameter the kernels compare with its master, instead of the version being
-  // watched. rates: for each group None or a tuple (lr, base, factors, origin), an AppliedRate. agreement: None, or
-  // what decides with other processes.
+  // entries: a CompiledEntry of fused_tricks/backends/compiled.py for each parameter of every group in order.
+  // step_state: the uint8 tensor behind StepState. reads_lr: whether the kernels read a learning rate that is a tensor
+  // themselves, so that the host need not wait for it. compared: up to how many elements of a parameter the kernels
+  // compare with its master, instead of the version being watched. rates: for each group None or a CompiledRate.
+  // agreement: None, or what decides with other processes.
   Plan(const py::list& entries, const py::object& step_state, bool reads_lr, int64_t compared, const py::list& rates,
        const py::object& agreement);
   Plan(const Plan&) = delete;

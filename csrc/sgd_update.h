@@ -14,6 +14,7 @@ struct Rule {
   T inverse_scale;
   T clip;
   T weight_decay;
+  T weight_factor;  // 1 - lr * weight_decay
   T momentum;
   T gradient_weight;  // 1 - dampening
   T minus_lr;
@@ -21,8 +22,9 @@ struct Rule {
   bool clips;
   bool maximizes;
   bool decays;
+  bool is_decoupled;  // the decay multiplies the weight instead of adding to the gradient
   bool has_momentum;
-  bool first;  // the momentum buffer holds nothing yet
+  bool is_first_update;  // the momentum buffer is uninitialised
   bool nesterov;
 };
 
@@ -68,10 +70,16 @@ FUSED_TRICKS_INLINE void sgd_update(const Rule<T>& rule, V g, V& w, V& b) {
   if (rule.unscales) g = mul(g, V(rule.inverse_scale));
   if (rule.clips) g = mul(g, V(rule.clip));
   if (rule.maximizes) g = negate(g);
-  if (rule.decays) g = fma(V(rule.weight_decay), w, g);
+  if (rule.decays) {
+    if (rule.is_decoupled) {
+      w = mul(w, V(rule.weight_factor));
+    } else {
+      g = fma(V(rule.weight_decay), w, g);
+    }
+  }
   V d = g;
   if (rule.has_momentum) {
-    b = rule.first ? g : fma(V(rule.gradient_weight), g, mul(V(rule.momentum), b));
+    b = rule.is_first_update ? g : fma(V(rule.gradient_weight), g, mul(V(rule.momentum), b));
     d = rule.nesterov ? fma(V(rule.momentum), b, g) : b;
   }
   w = fma(V(rule.minus_lr), d, w);

@@ -1,21 +1,22 @@
 from typing import Any
 
 from .agreement import Agreement
+from .backends.compiled import CompiledEntry, CompiledRate
 from .backends.request import StepRequest
 
 class Plan:
     def __init__(
         self,
-        entries: list[tuple[Any, ...]],
+        entries: list[CompiledEntry],
         step_state: Any,
         reads_lr: bool,
         compared: int,
-        rates: list[tuple[Any, ...] | None],
+        rates: list[CompiledRate | None],
         agreement: Agreement | None,
     ) -> None: ...
     def gradient_addresses(
         self, groups: list[dict[str, Any]], state: dict[Any, Any]
-    ) -> tuple[list[int], bool, bool] | None: ...
+    ) -> tuple[list[int], bool] | None: ...
     def release_gradients(self) -> None: ...
     def had_gradient(self, index: int) -> bool: ...
     def mark_updated(self) -> None: ...
@@ -33,6 +34,8 @@ class CudaStep:
 
 __version__: str
 CPU_COMPARED: int
+REQUEST_FIELDS: list[str]
+SCALE_RULE_FIELDS: list[str]
 
 def cuda_unusable_because(device: int) -> str: ...
 def connect(

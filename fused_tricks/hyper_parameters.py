@@ -12,16 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .arguments import as_double, shown
+from .options import FLAGS, NUMBERS
 from .sharding import is_flattened, is_partitioning
 from .step_state import to_float32
-
-_MESSAGES = {
-    "lr": "Invalid learning rate: {}",
-    "momentum": "Invalid momentum value: {}",
-    "dampening": "Invalid dampening value: {}",
-    "weight_decay": "Invalid weight_decay value: {}",
-}
-_FLAGS = ("nesterov", "maximize", "bias_decay")
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -46,12 +39,12 @@ def check_numbers(group: dict[str, Any]) -> None:
     """
     if not isinstance(group, dict):
         raise TypeError(f"a parameter group must be a dict, got {type(group).__name__}")
-    missing = [name for name in (*_MESSAGES, *_FLAGS) if name not in group]
+    missing = [name for name in (*NUMBERS, *FLAGS) if name not in group]
     if missing:
         raise KeyError(f"a parameter group has no option '{missing[0]}'")
-    for name, message in _MESSAGES.items():
+    for name, option in NUMBERS.items():
         value = group[name]
-        if isinstance(value, Tensor) and name in ("lr", "weight_decay"):
+        if isinstance(value, Tensor) and option.takes_tensor:
             if value.numel() != 1:
                 raise ValueError(f"Tensor {name} must be 1-element")
             # Not the value itself: reading it would wait for its device.
@@ -60,9 +53,9 @@ def check_numbers(group: dict[str, Any]) -> None:
             value = value.item()
         elif isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not math.isfinite(as_double(value)) or (value < 0 and name != "dampening"):
-            raise ValueError(message.format(shown(value)) + _unfit(name, value))
-    for name in _FLAGS:
+        if not math.isfinite(as_double(value)) or (value < 0 and not option.takes_negative):
+            raise ValueError(option.message.format(shown(value)) + _unfit(name, value))
+    for name in FLAGS:
         value = group[name]
         if _is_array(value) or value not in (False, True):
             raise TypeError(f"{name} must be True or False, got {shown(value)}")
@@ -91,7 +84,7 @@ def check_range(group: dict[str, Any]) -> None:
     """
     if all(param.dtype == torch.float64 for param in group["params"]):
         return
-    for name in _MESSAGES:
+    for name in NUMBERS:
         value = group[name]
         if isinstance(value, Tensor):
             continue

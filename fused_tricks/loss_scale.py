@@ -6,13 +6,24 @@ import math
 import weakref
 from copy import deepcopy
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 from .arguments import as_double, shown
 from .step_state import StepState, to_float32
 
 _INT32_MAX = 2**31 - 1
 _SMALLEST_NORMAL = 2.0**-126
+
+
+class ScaleRule(NamedTuple):
+    """What a step needs to know to adjust the scale: arguments of :class:`DynamicLossScale`."""
+
+    growth_factor: float
+    backoff_factor: float
+    min_scale: float
+    max_scale: float
+    growth_interval: int
+    hysteresis: int
 
 
 class DynamicLossScale:
@@ -77,7 +88,7 @@ class DynamicLossScale:
                 f"init_scale={init_scale} is outside [min_scale, max_scale] = [{min_scale}, {max_scale}]"
             )
         self.__dict__.update(rules)
-        self._rule: tuple[float, float, float, float, int, int] | None = None
+        self._rule: ScaleRule | None = None
         self._step_state = StepState(scale=init_scale, hysteresis=hysteresis)
         self._owner: weakref.ref[Any] | None = None
 
@@ -97,17 +108,10 @@ class DynamicLossScale:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{rule}={getattr(self, rule)}' for rule in _RULES)})"
 
-    def rule(self) -> tuple[float, float, float, float, int, int]:
-        """What a step needs to know: growth and backoff factor, floor, ceiling, growth interval, hysteresis."""
+    def rule(self) -> ScaleRule:
+        """Returns the numbers by which a step adjusts the scale."""
         if self._rule is None:
-            self._rule = (
-                self.growth_factor,
-                self.backoff_factor,
-                self.min_scale,
-                self.max_scale,
-                self.growth_interval,
-                self.hysteresis,
-            )
+            self._rule = ScaleRule(*(getattr(self, rule) for rule in ScaleRule._fields))
         return self._rule
 
     def is_free_for(self, owner: object) -> bool:

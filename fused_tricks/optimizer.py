@@ -118,6 +118,7 @@ class FusedSGD(SavedState):
         *,
         maximize: bool = False,
         bias_decay: bool = False,
+        decoupled_weight_decay: bool = False,
         loss_scale: float | str | DynamicLossScale | None = None,
         max_grad_norm: float | None = None,
         partition_group: ProcessGroup | None = None,
@@ -156,6 +157,7 @@ class FusedSGD(SavedState):
                 "nesterov": nesterov,
                 "maximize": maximize,
                 "bias_decay": bias_decay,
+                "decoupled_weight_decay": decoupled_weight_decay,
                 "foreach": foreach,
                 "differentiable": differentiable,
                 "fused": fused,
@@ -290,7 +292,7 @@ class FusedSGD(SavedState):
         try:
             placed: dict[Tensor, Tensor] = {}
             outcome = self._run(request, placed)
-            if outcome is Outcome.STALE:
+            if outcome == Outcome.STALE:
                 self._stepper, self._plan = self._prepare()
                 self._diagnostics.before_update(
                     self._plan, "found_inf" in self.__dict__, self._partition.group is not None
@@ -302,14 +304,14 @@ class FusedSGD(SavedState):
                 check_numbers(group)
                 check_range(group)
             raise
-        if outcome is Outcome.STALE:
+        if outcome == Outcome.STALE:
             raise RuntimeError(
                 "parameters, gradients or state changed while the step was being prepared; leave them alone in other "
                 "threads, and in what the step calls"
             )
         stepper, plan = self._stepper, self._plan
         assert stepper is not None and plan is not None
-        if outcome is Outcome.SKIPPED:
+        if outcome == Outcome.SKIPPED:
             self._diagnostics.after_skip()
         elif stepper.answers_late:
             self._diagnostics.after_launch()
@@ -382,7 +384,7 @@ class FusedSGD(SavedState):
 
     _observed_step = Optimizer.profile_hook_step(_step)
 
-    def _run(self, request: StepRequest, placed: dict[Tensor, Tensor]) -> Outcome:
+    def _run(self, request: StepRequest, placed: dict[Tensor, Tensor]) -> int:
         stepper, plan = self._stepper, self._plan
         if stepper is None or plan is None or plan.is_outdated:
             return Outcome.STALE
@@ -392,7 +394,7 @@ class FusedSGD(SavedState):
             if not plan.stage(placed):
                 return Outcome.STALE
             outcome = stepper.step(self.param_groups, self.__dict__["state"], request)
-            plan.unstage(updated=outcome is Outcome.APPLIED)
+            plan.unstage(updated=outcome == Outcome.APPLIED)
             return outcome
 
     def _request(self) -> StepRequest:

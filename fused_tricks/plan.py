@@ -47,6 +47,7 @@ class Entry:
         source: The tensor whose memory and ``.grad`` the kernels use: the parameter, or a stand-in. That is an alias of
             the part of a ``DTensor`` that is here, or a contiguous copy where the parameter has gaps or its gradient
             has other strides.
+        grad_dtype: The type of its gradients; one of another type needs another plan.
         is_copy: The stand-in has memory of its own.
         part: Which part of the model the parameter belongs to, as :class:`~fused_tricks.agreement.Agreement` says.
         master: FP32 weights of an FP16 or BF16 parameter, with the strides of ``source``.
@@ -63,6 +64,7 @@ class Entry:
     param: Tensor
     live: bool
     source: Tensor
+    grad_dtype: torch.dtype | None = None
     is_copy: bool = False
     part: int = 0
     master: Tensor | None = None
@@ -129,7 +131,7 @@ class Plan:
             if entry.param not in placed:
                 placed[entry.param] = local_part(placed_like(grad, entry.param))
             grad = placed[entry.param]
-            if grad.shape != source.shape or not _is_alike(param, source):
+            if grad.shape != source.shape or grad.dtype != entry.grad_dtype or not _is_alike(param, source):
                 return False
             if missing_bytes(param) or missing_bytes(grad):
                 return False
@@ -285,7 +287,9 @@ def _build_plan(
             is_dense = _fits(grad if local is param else local, local)
         has_momentum = groups[group]["momentum"] != 0
         states = [state.get(param, {}), pending.get(param, {})]
-        entries.append(_entry(param, group, is_dense, has_momentum, states, step_state, is_in_order))
+        entry = _entry(param, group, is_dense, has_momentum, states, step_state, is_in_order)
+        entry.grad_dtype = before[param].grad_dtype if grad is None else grad.dtype
+        entries.append(entry)
     if agreement is not None:
         for entry, part in zip(entries, agreement.part_of, strict=True):
             entry.part = part

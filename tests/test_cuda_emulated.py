@@ -255,6 +255,7 @@ def run_one_update(param: Tensor, master: Tensor, buffer: Tensor, grad: Tensor, 
     """An update without the optimizer, which would walk the whole tensor to make its master."""
     param.grad = grad
     entry = Entry(0, param, live=True, source=param, master=master, buffer=buffer)
+    entry.grad_dtype = grad.dtype
     group = {
         "params": [param],
         "lr": 0.5,
@@ -264,6 +265,7 @@ def run_one_update(param: Tensor, master: Tensor, buffer: Tensor, grad: Tensor, 
         "nesterov": False,
         "maximize": False,
         "bias_decay": False,
+        "decoupled_weight_decay": False,
     }
     stepper = emulation.EmulatedCudaStepper(Plan([entry], [group["lr"]]), StepState())
     with emulation.only_first_blocks(blocks):

@@ -120,7 +120,7 @@ template <typename Simd, bool kStreams, typename Param, typename Grad>
 void update_vector(const Grad* grad, float* weight, float* buffer, Param* param, const Rule<float>& rule) {
   using V = typename Simd::Float;
   V w = Simd::load(weight);
-  V b = rule.has_momentum && !rule.first ? Simd::load(buffer) : V(0.0f);
+  V b = rule.has_momentum && !rule.is_first_update ? Simd::load(buffer) : V(0.0f);
   sgd_update(rule, Simd::load(grad), w, b);
   Simd::store(weight, w);
   if (rule.has_momentum) Simd::store(buffer, b);
@@ -189,7 +189,7 @@ void update_double(const Span& span, const Rule<double>& shared_rule) {
   auto* buffer = static_cast<double*>(span.buffer);
   for (int64_t i = 0; i < span.count; ++i) {
     double w = weight[i];
-    double b = rule.has_momentum && !rule.first ? buffer[i] : 0.0;
+    double b = rule.has_momentum && !rule.is_first_update ? buffer[i] : 0.0;
     sgd_update(rule, grad[i], w, b);
     weight[i] = w;
     if (rule.has_momentum) buffer[i] = b;

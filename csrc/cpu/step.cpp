@@ -17,32 +17,17 @@ constexpr int64_t kSmall = 1 << 15;
 // From so many on the parameters written first are out of the caches before anybody reads them.
 constexpr int64_t kLarge = 1 << 22;
 
-// Without what differs between the tensors of a group.
 template <typename T>
 std::vector<Rule<T>> rules_of(const std::vector<Group>& groups, const StepState& state, const StepRequest& request) {
   std::vector<Rule<T>> rules;
-  for (const Group& group : groups) {
-    Rule<T> rule{};
-    rule.inverse_scale = static_cast<T>(state.inverse_scale);
-    rule.clip = static_cast<T>(state.clip);
-    rule.weight_decay = static_cast<T>(group.weight_decay);
-    rule.momentum = static_cast<T>(group.momentum);
-    rule.gradient_weight = static_cast<T>(1.0 - group.dampening);
-    rule.minus_lr = static_cast<T>(-group.lr);
-    rule.unscales = request.unscales;
-    rule.clips = request.clips;
-    rule.maximizes = group.maximize;
-    rule.has_momentum = group.momentum != 0;
-    rule.nesterov = group.nesterov;
-    rules.push_back(rule);
-  }
+  for (const Group& group : groups) rules.push_back(make_rule<T>(group, group.lr, state, request));
   return rules;
 }
 
 template <typename T>
 Rule<T> for_tensor(Rule<T> rule, const Entry& entry) {
   rule.decays = entry.decays;
-  rule.first = entry.first;
+  rule.is_first_update = entry.first;
   return rule;
 }
 

@@ -20,22 +20,19 @@ struct BlockWork {
   char* param;
   int count;
   DType type;
-  bool wide_grad;  // FP32 beside FP16 or BF16
+  DType grad_type;
 };
 
 template <typename Args>
 __device__ inline void find_grad(const Args& args, const ChunkRecord& chunk, const TensorRecord& tensor,
                                  BlockWork& work) {
-  const GradAddress address =
-      args.more_grads != nullptr ? load(&args.more_grads[chunk.tensor]) : args.grads[chunk.tensor];
+  const void* address = args.more_grads != nullptr ? load(&args.more_grads[chunk.tensor]) : args.grads[chunk.tensor];
   const int64_t rest = tensor.count - chunk.begin;
   work.type = tensor.type;
-  work.wide_grad = (address & 1u) != 0;
+  work.grad_type = tensor.grad_type;
   work.count = static_cast<int>(rest < kChunk ? rest : kChunk);
-  const DType grad_type = work.wide_grad ? DType::kFloat32 : tensor.type;
-  work.grad = address == 0
-                  ? nullptr
-                  : reinterpret_cast<const char*>(address & ~GradAddress{1}) + chunk.begin * size_of(grad_type);
+  work.grad =
+      address == nullptr ? nullptr : static_cast<const char*>(address) + chunk.begin * size_of(tensor.grad_type);
 }
 
 // True in the last block of the launch to get here, which then sees what thread 0 of every other block wrote before.

@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
   double squares = 0;
   bool found = false;
   if (work.grad != nullptr) {
-    switch (work.wide_grad ? DType::kFloat32 : work.type) {
+    switch (work.grad_type) {
       case DType::kFloat16:
         found = scan_span(reinterpret_cast<const Half*>(work.grad), work.count, measures, squares);
         break;

@@ -18,9 +18,9 @@ Record zeroed() {
 }
 
 template <typename Args>
-constexpr size_t kGradCapacity = sizeof(Args::grads) / sizeof(GradAddress);
+constexpr size_t kGradCapacity = sizeof(Args::grads) / sizeof(const void*);
 template <typename Args>
-constexpr size_t kGroupCapacity = sizeof(Args::groups) / sizeof(GroupRecord);
+constexpr size_t kGroupCapacity = sizeof(Args::groups) / sizeof(Group);
 
 // Records are written to the device as words.
 template <typename Record>
@@ -65,6 +65,7 @@ Step::Step(const Plan& plan) {
       record.count = entry.count;
       record.group = static_cast<int32_t>(entry.group);
       record.type = entry.type;
+      record.grad_type = entry.grad_type;
       record.is_matrix = entry.layout.shape.size() > 1;
     }
     tensor_records_.push_back(record);
@@ -95,14 +96,13 @@ void Step::set_tables(void* memory, const Target& target) {
 }
 
 size_t Step::scratch_size() const {
-  return chunk_records_.size() * sizeof(double) + grads_.size() * sizeof(GradAddress) +
-         groups_.size() * sizeof(GroupRecord);
+  return chunk_records_.size() * sizeof(double) + grads_.size() * sizeof(const void*) + groups_.size() * sizeof(Group);
 }
 
 void Step::set_scratch(void* memory) {
   tables_.partial_squares = static_cast<double*>(memory);
-  grad_memory_ = reinterpret_cast<GradAddress*>(tables_.partial_squares + chunk_records_.size());
-  group_memory_ = reinterpret_cast<GroupRecord*>(grad_memory_ + grads_.size());
+  grad_memory_ = reinterpret_cast<const void**>(tables_.partial_squares + chunk_records_.size());
+  group_memory_ = reinterpret_cast<Group*>(grad_memory_ + grads_.size());
   written_grads_.clear();
   written_groups_.clear();
 }
@@ -120,13 +120,13 @@ void Step::launch(const Agreement& agreement, const StepRequest& request, const 
   args->more_grads = nullptr;
   args->more_groups = nullptr;
   if (grads_.size() <= kGradCapacity<Args>) {
-    std::memcpy(args->grads, grads_.data(), grads_.size() * sizeof(GradAddress));
+    std::memcpy(args->grads, grads_.data(), grads_.size() * sizeof(const void*));
   } else {
     update(grad_memory_, grads_, written_grads_, target);
     args->more_grads = grad_memory_;
   }
   if (groups_.size() <= kGroupCapacity<Args>) {
-    std::memcpy(static_cast<void*>(args->groups), groups_.data(), groups_.size() * sizeof(GroupRecord));
+    std::memcpy(static_cast<void*>(args->groups), groups_.data(), groups_.size() * sizeof(Group));
   } else {
     update(group_memory_, groups_, written_groups_, target);
     args->more_groups = group_memory_;
@@ -144,25 +144,9 @@ void Step::launch(const Agreement& agreement, const StepRequest& request, const 
 }
 
 void Step::run(const Plan& plan, const StepRequest& request, const External& external, const Target& target) {
-  for (size_t i = 0; i < grads_.size(); ++i) {
-    const Entry& entry = plan.entries[i];
-    grads_[i] = entry.gradient_address();
-  }
+  for (size_t i = 0; i < grads_.size(); ++i) grads_[i] = plan.entries[i].grad;
   for (size_t i = 0; i < groups_.size(); ++i) {
-    const Group& group = plan.groups[i];
-    auto record = zeroed<GroupRecord>();
-    record.lr_pointer = group.lr_pointer;
-    record.lr_last = group.lr_last;
-    record.lr_origin = group.lr_origin;
-    record.lr = group.lr;
-    record.momentum = group.momentum;
-    record.dampening = group.dampening;
-    record.weight_decay = group.weight_decay;
-    record.lr_is_double = group.lr_is_double;
-    record.nesterov = group.nesterov;
-    record.maximize = group.maximize;
-    record.bias_decay = group.bias_decay;
-    std::memcpy(static_cast<void*>(&groups_[i]), &record, sizeof record);
+    std::memcpy(static_cast<void*>(&groups_[i]), &plan.groups[i], sizeof(Group));
   }
   if (grads_.size() <= kGradCapacity<SmallArguments> && groups_.size() <= kGroupCapacity<SmallArguments>) {
     launch<SmallArguments>(plan.agreement, request, external, target);

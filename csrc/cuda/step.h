@@ -36,13 +36,13 @@ class Step {
 
   std::vector<TensorRecord> tensor_records_;
   std::vector<ChunkRecord> chunk_records_;
-  std::vector<GradAddress> grads_;  // of this step
-  std::vector<GroupRecord> groups_;
-  std::vector<GradAddress> written_grads_;  // what the scratch memory has, where the argument has no room
-  std::vector<GroupRecord> written_groups_;
+  std::vector<const void*> grads_;  // of this step
+  std::vector<Group> groups_;
+  std::vector<const void*> written_grads_;  // what the scratch memory has, where the argument has no room
+  std::vector<Group> written_groups_;
   Tables tables_{};
-  GradAddress* grad_memory_ = nullptr;
-  GroupRecord* group_memory_ = nullptr;
+  const void** grad_memory_ = nullptr;
+  Group* group_memory_ = nullptr;
 };
 
 }  // namespace fused_tricks::cuda

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "../group.h"
 #include "../step_state.h"
 
 namespace fused_tricks::cuda {
@@ -22,6 +23,7 @@ struct TensorRecord {
   int64_t count;
   int32_t group;
   DType type;
+  DType grad_type;
   bool is_matrix;  // more than one dimension: decays whatever bias_decay says
 };
 
@@ -30,24 +32,6 @@ struct ChunkRecord {
   int32_t tensor;
   int32_t part;  // which of the verdict's sums of squares its gradient belongs to
 };
-
-struct GroupRecord {
-  const void* lr_pointer;  // FP32 or FP64 numbers that `lr` is multiplied with; null: none
-  int64_t lr_last;         // the position of the last of them
-  int64_t lr_origin;       // updates applied before the one that takes the first of them
-  double lr;
-  double momentum;
-  double dampening;
-  double weight_decay;
-  bool lr_is_double;
-  bool nesterov;
-  bool maximize;
-  bool bias_decay;
-};
-
-// A gradient's address. Its lowest bit, free because every element has at least two bytes, says that the gradient is
-// FP32 beside an FP16 or BF16 parameter. Zero: no gradient.
-using GradAddress = uint64_t;
 
 struct Tables {
   const TensorRecord* tensors;
@@ -68,10 +52,10 @@ struct Arguments {
   const float* external_scale;      // GradScaler's grad_scale; null: request.grad_scale
   const float* external_found_inf;  // GradScaler's found_inf; null: request.found_inf
   bool scanned;                     // a scan of this step came before and has decided it
-  const GradAddress* more_grads;    // null: `grads`
-  const GroupRecord* more_groups;   // null: `groups`
-  GradAddress grads[kGrads];
-  GroupRecord groups[kGroups];
+  const void** more_grads;          // null: `grads`
+  const Group* more_groups;         // null: `groups`
+  const void* grads[kGrads];
+  Group groups[kGroups];
 };
 
 // Three sizes, because the host copies the whole argument in every launch.

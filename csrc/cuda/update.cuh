@@ -5,24 +5,8 @@
 
 namespace fused_tricks::cuda {
 
-template <typename T>
-__device__ inline void fill_rule(Rule<T>& rule, const GroupRecord& group, double lr, const StepState& state,
-                                 const StepRequest& request) {
-  rule.inverse_scale = static_cast<T>(state.inverse_scale);
-  rule.clip = static_cast<T>(state.clip);
-  rule.weight_decay = static_cast<T>(group.weight_decay);
-  rule.momentum = static_cast<T>(group.momentum);
-  rule.gradient_weight = static_cast<T>(1.0 - group.dampening);
-  rule.minus_lr = static_cast<T>(-lr);
-  rule.unscales = request.unscales;
-  rule.clips = request.clips;
-  rule.maximizes = group.maximize;
-  rule.has_momentum = group.momentum != 0;
-  rule.nesterov = group.nesterov;
-}
-
 // Of the update that follows `applied` others.
-__device__ inline double learning_rate(const GroupRecord& group, int64_t applied) {
+__device__ inline double learning_rate(const Group& group, int64_t applied) {
   if (group.lr_pointer == nullptr) return group.lr;
   const int64_t due = factor_due(applied, group.lr_origin, group.lr_last);
   if (group.lr_is_double) return mul(group.lr, load(static_cast<const double*>(group.lr_pointer) + due));
@@ -37,6 +21,15 @@ __device__ inline bool is_first(const TensorRecord& tensor, const ChunkRecord& c
   return first_step < 0 || first_step == number;
 }
 
+template <typename T>
+__device__ inline Rule<T> rule_for(const TensorRecord& tensor, const Group& group, double lr, const StepState& state,
+                                   const StepRequest& request, bool is_first_update) {
+  Rule<T> rule = make_rule<T>(group, lr, state, request);
+  rule.decays = decays(group, tensor.is_matrix);
+  rule.is_first_update = is_first_update;
+  return rule;
+}
+
 template <typename Args>
 __device__ inline void prepare_update(const Args& args, const StepState& state, int64_t index, BlockWork& work) {
   const ChunkRecord chunk = load(&args.tables.chunks[index]);
@@ -44,23 +37,17 @@ __device__ inline void prepare_update(const Args& args, const StepState& state, 
   find_grad(args, chunk, tensor, work);
   if (state.skip != 0) work.grad = nullptr;
   if (work.grad == nullptr) return;
-  const GroupRecord group =
-      args.more_groups != nullptr ? load(&args.more_groups[tensor.group]) : args.groups[tensor.group];
-  const bool decays = group.weight_decay != 0 && (group.bias_decay || tensor.is_matrix);
-  const bool first = group.momentum != 0 && is_first(tensor, chunk, state.applied_steps);
+  const Group group = args.more_groups != nullptr ? load(&args.more_groups[tensor.group]) : args.groups[tensor.group];
+  const bool is_first_update = group.momentum != 0 && is_first(tensor, chunk, state.applied_steps);
   const double lr = learning_rate(group, state.applied_steps - 1);
   const int64_t state_size = tensor.type == DType::kFloat64 ? 8 : 4;
   work.param = static_cast<char*>(tensor.param) + chunk.begin * size_of(tensor.type);
   work.weight = tensor.master == nullptr ? work.param : static_cast<char*>(tensor.master) + chunk.begin * state_size;
   work.buffer = static_cast<char*>(tensor.buffer) + chunk.begin * state_size;
   if (tensor.type == DType::kFloat64) {
-    fill_rule(work.double_rule, group, lr, state, args.request);
-    work.double_rule.decays = decays;
-    work.double_rule.first = first;
+    work.double_rule = rule_for<double>(tensor, group, lr, state, args.request, is_first_update);
   } else {
-    fill_rule(work.rule, group, lr, state, args.request);
-    work.rule.decays = decays;
-    work.rule.first = first;
+    work.rule = rule_for<float>(tensor, group, lr, state, args.request, is_first_update);
   }
 }
 
@@ -139,7 +126,8 @@ __device__ inline Elements<kCount> update_quads_at(const Rule<float>& rule, cons
                                                    float* weight, float* buffer) {
   return update_loaded<kStride>(
       rule, grads, load_quads<kCount, kStride>(weight),
-      rule.has_momentum && !rule.first ? load_quads<kCount, kStride>(buffer) : Elements<kCount>(0.0f), weight, buffer);
+      rule.has_momentum && !rule.is_first_update ? load_quads<kCount, kStride>(buffer) : Elements<kCount>(0.0f), weight,
+      buffer);
 }
 
 template <typename T>
@@ -187,7 +175,7 @@ __device__ inline int update_pairs(const Rule<float>& rule, const Grad* grad, fl
       else
         grads = load_quads<8, 8>(grad + quad);
       weights = load_quads<8, 8>(weight + quad);
-      if (rule.has_momentum && !rule.first) buffers = load_quads<8, 8>(buffer + quad);
+      if (rule.has_momentum && !rule.is_first_update) buffers = load_quads<8, 8>(buffer + quad);
     }
     if constexpr (sizeof(Grad) == 2) {
       swap_quads(odd, words);
@@ -229,7 +217,7 @@ __device__ inline void update_span(const BlockWork& work) {
   }
   for (int i = done + static_cast<int>(threadIdx.x); i < work.count; i += kThreads) {
     float w = load_element(weight + i);
-    float b = rule.has_momentum && !rule.first ? load_element(buffer + i) : 0.0f;
+    float b = rule.has_momentum && !rule.is_first_update ? load_element(buffer + i) : 0.0f;
     sgd_update(rule, to_float(load_element(grad + i)), w, b);
     store_element(weight + i, w);
     if (rule.has_momentum) store_element(buffer + i, b);
@@ -248,7 +236,7 @@ __device__ inline void update_double_span(const BlockWork& work) {
   auto* buffer = reinterpret_cast<double*>(work.buffer);
   for (int i = static_cast<int>(threadIdx.x); i < work.count; i += kThreads) {
     double w = load_element(weight + i);
-    double b = rule.has_momentum && !rule.first ? load_element(buffer + i) : 0.0;
+    double b = rule.has_momentum && !rule.is_first_update ? load_element(buffer + i) : 0.0;
     sgd_update(rule, load_element(grad + i), w, b);
     store_element(weight + i, w);
     if (rule.has_momentum) store_element(buffer + i, b);
@@ -271,10 +259,18 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   if (work.grad != nullptr) {
     switch (work.type) {
       case DType::kFloat16:
-        work.wide_grad ? update_span<Half, float>(work) : update_span<Half, Half>(work);
+        if (work.grad_type == DType::kFloat32) {
+          update_span<Half, float>(work);
+        } else {
+          update_span<Half, Half>(work);
+        }
         break;
       case DType::kBFloat16:
-        work.wide_grad ? update_span<BFloat16, float>(work) : update_span<BFloat16, BFloat16>(work);
+        if (work.grad_type == DType::kFloat32) {
+          update_span<BFloat16, float>(work);
+        } else {
+          update_span<BFloat16, BFloat16>(work);
+        }
         break;
       case DType::kFloat32:
         update_span<float, float>(work);

@@ -15,7 +15,8 @@ from ..plan import Entry, Plan
 from ..shared_memory import has_memory
 from ..step_state import StepState
 from . import cpu, cuda, reference, triton
-from .request import Outcome, StepRequest
+from .request import Outcome as Outcome
+from .request import StepRequest
 
 
 class Stepper(Protocol):
@@ -34,8 +35,8 @@ class Stepper(Protocol):
         """
         ...
 
-    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
-        """Scan, decision and update; or nothing at all and ``STALE`` when the plan no longer holds."""
+    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
+        """Scans, decides and updates, and returns an :class:`Outcome`; does nothing where that is ``STALE``."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +11,41 @@ from torch import Tensor
 from ..applied_rate import applied_rate_of
 from ..plan import Plan
 from ..step_state import StepState
-from .request import Outcome
 
 if TYPE_CHECKING:
     from .. import _extension
 
-# What the extension answers is a position in it.
-OUTCOMES = tuple(Outcome)
+
+class CompiledEntry(NamedTuple):
+    """An entry of a plan, as csrc/plan.cpp reads it by the names of its fields.
+
+    Attributes:
+        alias: A tensor that shares the parameter's version counter; None where the caller writes the parameter.
+        watches_version: True where a new version of the parameter means that user code wrote to it.
+        first_step: Where the kernels note the number of the update that first writes ``buffer``, if they do.
+    """
+
+    group: int
+    param: Tensor
+    source: Tensor
+    alias: Tensor | None
+    live: bool
+    grad_dtype: torch.dtype | None
+    master: Tensor | None
+    buffer: Tensor | None
+    first: bool
+    watches_version: bool
+    first_step: Tensor | None
+    part: int
+
+
+class CompiledRate(NamedTuple):
+    """A learning rate that follows the updates applied, as csrc/plan.cpp reads it by the names of its fields."""
+
+    lr: Tensor
+    base: float
+    factors: Tensor
+    origin: int
 
 
 class CompiledPlan:
@@ -49,27 +77,28 @@ class CompiledPlan:
         self._step_state = step_state
         self._agreement = plan.agreement
         # The extension only borrows these, so that the garbage collector sees who holds what.
-        self._specification = [
-            (
-                entry.group,
-                entry.param,
-                entry.source,
-                alias,
-                entry.live,
-                entry.master,
-                entry.buffer,
-                entry.first,
-                entry.master is not None and not entry.is_staged,
-                first_step,
-                entry.part,
+        self._specified = [
+            CompiledEntry(
+                group=entry.group,
+                param=entry.param,
+                source=entry.source,
+                alias=alias,
+                live=entry.live,
+                grad_dtype=entry.grad_dtype,
+                master=entry.master,
+                buffer=entry.buffer,
+                first=entry.first,
+                watches_version=entry.master is not None and not entry.is_staged,
+                first_step=first_step,
+                part=entry.part,
             )
             for entry, alias, first_step in zip(
                 plan.entries, aliases, first_steps or [None] * len(plan.entries), strict=True
             )
         ]
-        self._rates = [_specified(lr, step_state.block.device) for lr in plan.lrs]
+        self._rates = [_compiled_rate(lr, step_state.block.device) for lr in plan.lrs]
         self.handle: _extension.Plan = extension.Plan(
-            self._specification,
+            self._specified,
             step_state.block,
             reads_lr=first_steps is not None,
             compared=compared,
@@ -78,14 +107,25 @@ class CompiledPlan:
         )
 
 
+class Gradients(NamedTuple):
+    """The gradients of one step.
+
+    Attributes:
+        addresses: Of each entry's gradient; 0 where an entry has none.
+        in_double: True if one of them is FP64.
+    """
+
+    addresses: list[int]
+    in_double: bool
+
+
 class CompiledWatch(CompiledPlan):
     """A plan for kernels that Python launches: the extension notices whether it holds, and reads the gradients."""
 
-    def gradients(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any]
-    ) -> tuple[list[int], bool, bool] | None:
+    def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> Gradients | None:
         """As :meth:`fused_tricks.backends.triton.watch.PlanWatch.gradients`."""
-        return self.handle.gradient_addresses(groups, state)
+        found = self.handle.gradient_addresses(groups, state)
+        return None if found is None else Gradients(*found)
 
     def release_gradients(self) -> None:
         """As :meth:`fused_tricks.backends.triton.watch.PlanWatch.release_gradients`."""
@@ -96,10 +136,9 @@ class CompiledWatch(CompiledPlan):
         self.handle.mark_updated()
 
 
-def _specified(lr: Any, device: torch.device) -> tuple[Tensor, float, Tensor, int] | None:
-    """What the extension must know of a learning rate that follows the updates applied."""
+def _compiled_rate(lr: Any, device: torch.device) -> CompiledRate | None:
     rate = applied_rate_of(lr)
-    return None if rate is None else (lr, rate.base, rate.factors.on(device), rate.origin)
+    return None if rate is None else CompiledRate(lr, rate.base, rate.factors.on(device), rate.origin)
 
 
 def _owner_of(tensor: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 from ..extension import load_extension, missing_because
 from ..plan import Entry, Plan, applied_state
 from ..step_state import StepState
-from .compiled import OUTCOMES, CompiledPlan
-from .request import Outcome, StepRequest
+from .compiled import CompiledPlan
+from .request import StepRequest
 
 
 def unavailable_because() -> str | None:
@@ -31,5 +31,5 @@ class CpuStepper:
     def written_state(self, entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
         return applied_state(entry, has_momentum, self._plan.handle.had_gradient(self._positions[id(entry)]))
 
-    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
-        return OUTCOMES[self._plan.handle.cpu_step(groups, state, request)]
+    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
+        return self._plan.handle.cpu_step(groups, state, request)

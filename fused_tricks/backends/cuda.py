@@ -10,9 +10,9 @@ import torch
 from ..extension import load_extension, missing_because
 from ..plan import Plan
 from ..step_state import StepState
-from .compiled import OUTCOMES, CompiledPlan
+from .compiled import CompiledPlan
 from .gpu import GpuStepper, current_stream, is_capturing
-from .request import Outcome, StepRequest
+from .request import StepRequest
 
 if TYPE_CHECKING:
     from .. import _extension
@@ -71,7 +71,7 @@ class CudaStepper(GpuStepper):
         """The module with the kernels."""
         return load_extension()
 
-    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
+    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
         with self._device_guard():
             if is_capturing(self._device):
                 return self._captured_step(groups, state, request)
@@ -80,7 +80,7 @@ class CudaStepper(GpuStepper):
 
     def _captured_step(
         self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest
-    ) -> Outcome:
+    ) -> int:
         # In memory of its own, or what a replay writes would be taken for what the last step wrote.
         scratch = torch.empty_like(self._scratch)
         self._keep(groups, self._tables, scratch)
@@ -90,9 +90,9 @@ class CudaStepper(GpuStepper):
         finally:
             self._step.set_scratch(self._scratch)
 
-    def _run(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
+    def _run(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
         if request.found_inf is not None or request.grad_scale is not None:
             request = request._replace(
                 grad_scale=self._on_device(request.grad_scale), found_inf=self._on_device(request.found_inf)
             )
-        return OUTCOMES[self._step.run(self._plan.handle, groups, state, request)]
+        return self._step.run(self._plan.handle, groups, state, request)

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from ..applied_rate import applied_rate_of
 from ..hyper_parameters import as_float
+from ..options import FLAGS, NUMBERS
 from ..ordinary_tensors import outside_all_modes
 from ..parameters import state_dtype
 from ..plan import Entry, Plan, applied_state
 from ..shared_memory import has_memory
 from ..step_state import StepState, to_float32
 from .request import Outcome, StepRequest
-
-_IN_FLOAT32 = ("lr", "momentum", "dampening", "weight_decay")
 
 
 class ReferenceStepper:
@@ -36,7 +35,7 @@ class ReferenceStepper:
         return applied_state(entry, has_momentum, id(entry) in self._updated)
 
     @torch.no_grad()
-    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
+    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
         if self._is_used:
             return Outcome.STALE
         self._is_used = True
@@ -151,15 +150,14 @@ def _advance_scale(
 
 def _numbers(group: dict[str, Any], applied: int) -> dict[str, Any]:
     """The options as Python numbers; one that is not a number is refused before anything is changed."""
-    flags = ("nesterov", "maximize", "bias_decay")
     rate = applied_rate_of(group["lr"])
     lr = group["lr"] if rate is None else rate.after(applied)
-    numbers = {name: as_float(lr if name == "lr" else group[name]) for name in _IN_FLOAT32}
-    return numbers | {name: bool(group[name]) for name in flags}
+    numbers = {name: as_float(lr if name == "lr" else group[name]) for name in NUMBERS}
+    return numbers | {name: bool(group[name]) for name in FLAGS}
 
 
 def _overflows_float32(numbers: dict[str, Any]) -> bool:
-    return any(math.isfinite(numbers[name]) and math.isinf(to_float32(numbers[name])) for name in _IN_FLOAT32)
+    return any(math.isfinite(numbers[name]) and math.isinf(to_float32(numbers[name])) for name in NUMBERS)
 
 
 def _update(
@@ -174,7 +172,10 @@ def _update(
     if group["maximize"]:
         grad = -grad
     if group["weight_decay"] != 0 and (group["bias_decay"] or entry.param.dim() > 1):
-        grad = grad.add(weight, alpha=group["weight_decay"])
+        if group["decoupled_weight_decay"]:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+        else:
+            grad = grad.add(weight, alpha=group["weight_decay"])
     direction = grad
     if group["momentum"] != 0:
         assert entry.buffer is not None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..loss_scale import DynamicLossScale
+from ..loss_scale import DynamicLossScale, ScaleRule
 from ..shared_memory import has_memory
 
 
@@ -26,7 +26,7 @@ class StepRequest(NamedTuple):
     grad_scale: Tensor | None
     found_inf: Tensor | None
     max_norm: float | None
-    scale_rule: tuple[float, float, float, float, int, int] | None
+    scale_rule: ScaleRule | None
 
     @property
     def scans(self) -> bool:
@@ -69,9 +69,15 @@ def step_request(
     return StepRequest(grad_scale is not None, grad_scale, verdict, max_grad_norm, None)
 
 
-class Outcome(enum.Enum):
-    """How a step ended; the compiled backends answer with the position in this order."""
+class Outcome(enum.IntEnum):
+    """How a step ended. The compiled backends return the same numbers.
 
-    STALE = "the plan no longer holds, nothing was touched"
-    SKIPPED = "a gradient was not finite"
-    APPLIED = "parameters were updated"
+    Attributes:
+        STALE: The plan no longer holds. Nothing was touched.
+        SKIPPED: A gradient was not finite.
+        APPLIED: Parameters were updated, or the update was launched on a GPU.
+    """
+
+    STALE = 0
+    SKIPPED = 1
+    APPLIED = 2

@@ -1,25 +1,9 @@
-"""The update of one parameter and its roundings, in Triton. csrc/sgd_update.h has the same lines for compilers."""
+"""Roundings that Triton's interpreter does not have."""
 
 import triton
 import triton.language as tl
 
 from . import IS_INTERPRETED
-
-
-@triton.jit
-def sgd_update(g, w, b, rule):
-    """Returns the new weight and buffer.
-
-    ``rule``: inverse_scale, clip (negative to maximize), weight_decay, momentum, 1 - dampening, -lr; and whether the
-    weight decays, whether the buffer is replaced (its first update, or no momentum), and Nesterov momentum.
-    """
-    inverse_scale, clip, weight_decay, momentum, gradient_weight, minus_lr, decays, replaces, nesterov = rule
-    # A factor of 1 changes no bit, and maximize is in the sign of `clip`.
-    g = g * inverse_scale * clip
-    g = tl.where(decays, fma(weight_decay, w, g), g)
-    b = tl.where(replaces, g, fma(gradient_weight, g, momentum * b))
-    d = tl.where(nesterov, fma(momentum, b, g), b)
-    return fma(minus_lr, d, w), b
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ...loss_scale import ScaleRule
 from ...step_state import OFFSETS
 
 # Where the fields of the StepState are, in bytes.
@@ -18,6 +19,13 @@ CLIP = tl.constexpr(OFFSETS["clip"])
 ARRIVALS = tl.constexpr(OFFSETS["arrivals"])
 SKIPPED_IN_A_ROW = tl.constexpr(OFFSETS["skipped_in_a_row"])
 GRAD_NORM = tl.constexpr(OFFSETS["grad_norm"])
+# Where the numbers of a ScaleRule are.
+GROWTH_FACTOR = tl.constexpr(ScaleRule._fields.index("growth_factor"))
+BACKOFF_FACTOR = tl.constexpr(ScaleRule._fields.index("backoff_factor"))
+MIN_SCALE = tl.constexpr(ScaleRule._fields.index("min_scale"))
+MAX_SCALE = tl.constexpr(ScaleRule._fields.index("max_scale"))
+GROWTH_INTERVAL = tl.constexpr(ScaleRule._fields.index("growth_interval"))
+HYSTERESIS = tl.constexpr(ScaleRule._fields.index("hysteresis"))
 
 
 @triton.jit
@@ -40,21 +48,23 @@ def inverse_of(scale):
 @triton.jit
 def advance_scale(state, found, scale_rule):
     """GradScaler's rule with Apex's hysteresis, then the floor and the ceiling."""
-    growth_factor, backoff_factor, min_scale, max_scale, growth_interval, hysteresis = scale_rule
     scale = tl.load(field(state, SCALE, tl.float32))
     good_steps = tl.minimum(tl.load(field(state, GROWTH_TRACKER, tl.int32)), 0x7FFFFFFE) + 1
     overflows_left = tl.maximum(tl.load(field(state, HYSTERESIS_TRACKER, tl.int32)) - 1, 0)
-    grows = (found == 0) & (good_steps >= growth_interval)
+    grows = (found == 0) & (good_steps >= scale_rule[GROWTH_INTERVAL])
     tolerated = (found != 0) & (overflows_left > 0)
-    grown = (scale.to(tl.float64) * float64(growth_factor)).to(tl.float32)
-    backed_off = (scale.to(tl.float64) * float64(backoff_factor)).to(tl.float32)
+    grown = (scale.to(tl.float64) * float64(scale_rule[GROWTH_FACTOR])).to(tl.float32)
+    backed_off = (scale.to(tl.float64) * float64(scale_rule[BACKOFF_FACTOR])).to(tl.float32)
     moved = tl.where(found != 0, backed_off, tl.where(grows & (grown < float("inf")), grown, scale))
-    floor = float64(min_scale).to(tl.float32)
-    ceiling = float64(max_scale).to(tl.float32)
+    floor = float64(scale_rule[MIN_SCALE]).to(tl.float32)
+    ceiling = float64(scale_rule[MAX_SCALE]).to(tl.float32)
     clamped = tl.minimum(tl.maximum(moved, floor), ceiling)
     tl.store(field(state, SCALE, tl.float32), tl.where(tolerated, scale, clamped))
     tl.store(field(state, GROWTH_TRACKER, tl.int32), tl.where((found != 0) | grows, 0, good_steps))
-    tl.store(field(state, HYSTERESIS_TRACKER, tl.int32), tl.where(found != 0, overflows_left, hysteresis))
+    tl.store(
+        field(state, HYSTERESIS_TRACKER, tl.int32),
+        tl.where(found != 0, overflows_left, scale_rule[HYSTERESIS]),
+    )
 
 
 @triton.jit

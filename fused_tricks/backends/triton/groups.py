@@ -3,26 +3,36 @@
 import triton
 import triton.language as tl
 
+from ...options import FLAGS as FLAG_NAMES
+from ...options import NUMBERS
 from .decision import float64
 from .records import pointer_to, table_item
 
-# Where an option lies in a group: lr, momentum, 1 - dampening and weight_decay in FP64; then the address of numbers
-# that lr is multiplied with (0: none), the position of the last of them, how many updates were applied before the one
-# that takes the first of them, and flags.
-LR = tl.constexpr(0)
-MOMENTUM = tl.constexpr(1)
-GRADIENT_WEIGHT = tl.constexpr(2)
-WEIGHT_DECAY = tl.constexpr(3)
-LR_ADDRESS = tl.constexpr(4)
-LR_LAST = tl.constexpr(5)
-LR_ORIGIN = tl.constexpr(6)
-FLAGS = tl.constexpr(7)
-GROUP_WORDS = tl.constexpr(8)
-# Flags.
-NESTEROV = tl.constexpr(1)
-MAXIMIZE = tl.constexpr(2)
-BIAS_DECAY = tl.constexpr(4)
-LR_IS_DOUBLE = tl.constexpr(8)
+# The words of a group and their types: FP64 numbers and INT64. lr is multiplied with one of the numbers at an address
+# (0: none), of which the last is at `lr_last`, and the first belongs to the update after `lr_origin` others.
+WORD_TYPES = dict.fromkeys(NUMBERS, "fp64") | dict.fromkeys(
+    ("lr_address", "lr_last", "lr_origin", "flags"), "i64"
+)
+FLAG_BITS = {name: 1 << index for index, name in enumerate((*FLAG_NAMES, "lr_is_double"))}
+
+_INDEX = {name: index for index, name in enumerate(WORD_TYPES)}
+LR = tl.constexpr(_INDEX["lr"])
+LR_ADDRESS = tl.constexpr(_INDEX["lr_address"])
+LR_LAST = tl.constexpr(_INDEX["lr_last"])
+LR_ORIGIN = tl.constexpr(_INDEX["lr_origin"])
+FLAGS = tl.constexpr(_INDEX["flags"])
+GROUP_WORDS = tl.constexpr(len(WORD_TYPES))
+LR_IS_DOUBLE = tl.constexpr(FLAG_BITS["lr_is_double"])
+
+
+def index_of(option: str) -> tl.constexpr:
+    """Returns the word of a group that has a number."""
+    return tl.constexpr(_INDEX[option])
+
+
+def bit_of(option: str) -> tl.constexpr:
+    """Returns the bit of a group's flags that stands for an option."""
+    return tl.constexpr(FLAG_BITS[option])
 
 
 @triton.jit

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, get_type_hints
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from ...loss_scale import ScaleRule
 from . import IS_INTERPRETED
-from .records import write_kernel
+from .groups import WORD_TYPES
+from .records import KINDS, write_kernel
 from .scan import decide_kernel, scan_kernel
 from .update import update_kernel
 
@@ -25,14 +27,24 @@ MAX_GROUPS = 8
 # Words that one launch of write_kernel writes.
 WORDS = 128
 
-_GROUP = ("fp64", "fp64", "fp64", "fp64", "i64", "i64", "i64", "i32")
-_SCALE_RULE = ("fp64", "fp64", "fp64", "fp64", "i32", "i32")
+_GROUP = tuple(WORD_TYPES.values())
+_SCALE_RULE = tuple({float: "fp64", int: "i32"}[kind] for kind in get_type_hints(ScaleRule).values())
 _RULES = {"max_norm": "fp64", "in_double": "i32", "is_dynamic": "i32", "scale_rule": _SCALE_RULE}
 _REQUEST = {"state": "i64", "unscales": "i32", "grad_scale": "i64", "found_inf": "i64"}
 
 
-def scan_source(kinds: int, clips: bool, parts: int) -> ASTSource:
-    """The scan for these kinds of tensors (bits, as in records.py), with or without the norm.
+def kind_bits(kinds: Iterable[int]) -> int:
+    """Returns a bit for each kind of elements."""
+    return sum(1 << kind for kind in {*kinds})
+
+
+def pair_bits(pairs: Iterable[tuple[int, int]]) -> int:
+    """Returns a bit for each pair of the kinds of a parameter and of its gradient."""
+    return kind_bits(kind * KINDS + grad_kind for kind, grad_kind in pairs)
+
+
+def scan_source(grad_kinds: int, clips: bool, parts: int) -> ASTSource:
+    """The scan for gradients of these kinds (:func:`kind_bits`), with or without the norm.
 
     ``parts``: into how many it divides the squares for others to add to; 0: it decides by itself.
     """
@@ -46,7 +58,7 @@ def scan_source(kinds: int, clips: bool, parts: int) -> ASTSource:
         "verdict": "i64",
         **_RULES,
     }
-    return ASTSource(scan_kernel, signature, {"KINDS": kinds, "CLIPS": clips, "PARTS": parts})
+    return ASTSource(scan_kernel, signature, {"GRAD_KINDS": grad_kinds, "CLIPS": clips, "PARTS": parts})
 
 
 def decide_source(clips: bool, parts: int) -> ASTSource:
@@ -56,7 +68,7 @@ def decide_source(clips: bool, parts: int) -> ASTSource:
 
 
 def update_source(kinds: int, group_count: int) -> ASTSource:
-    """The update for these kinds of tensors and this many groups in the arguments; 0: the groups are in a table."""
+    """The update for these pairs of kinds (:func:`pair_bits`), and this many groups in the arguments; 0: in a table."""
     signature = {
         "chunks": "i64",
         "tensors": "i64",

@@ -6,19 +6,30 @@ Kernels take the tables' addresses as INT64, too, so that a launch depends on no
 import triton
 import triton.language as tl
 
+from . import IS_INTERPRETED
+
 # Elements of a chunk, which one program of one warp works on.
 CHUNK = tl.constexpr(16384)
-# What a tensor is made of.
+# The kinds of elements.
 FLOAT16 = tl.constexpr(0)
 BFLOAT16 = tl.constexpr(1)
 FLOAT32 = tl.constexpr(2)
 FLOAT64 = tl.constexpr(3)
-# Bits that say which of them a launch meets, and whether some gradient is FP32 beside a 16-bit parameter.
-HAS_FLOAT16 = tl.constexpr(1)
-HAS_BFLOAT16 = tl.constexpr(2)
-HAS_FLOAT32 = tl.constexpr(4)
-HAS_FLOAT64 = tl.constexpr(8)
-HAS_WIDE = tl.constexpr(16)
+KINDS = 4
+# The interpreter cannot combine the variable of a loop with a constexpr.
+KIND_COUNT = KINDS if IS_INTERPRETED else tl.constexpr(KINDS)
+# The words of a tensor's record. Addresses are 0 where there is none.
+PARAM = tl.constexpr(0)
+MASTER = tl.constexpr(1)
+BUFFER = tl.constexpr(2)
+FIRST_STEP = tl.constexpr(3)  # the address of the number of the update that first wrote the buffer
+COUNT = tl.constexpr(4)
+KIND = tl.constexpr(5)
+GRAD_KIND = tl.constexpr(6)
+IS_MATRIX = tl.constexpr(7)  # more than one dimension: decays whatever bias_decay is
+GROUP = tl.constexpr(8)
+PART = tl.constexpr(9)
+RECORD_WORDS = tl.constexpr(10)
 
 
 @triton.jit
@@ -45,28 +56,27 @@ def chunk_at(chunks, index):
 
 
 @triton.jit
-def grad_at(grads, tensor):
-    """A gradient's address, and whether it is FP32 beside a 16-bit parameter, which is the address's lowest bit."""
-    address = table_item(grads, tensor)
-    return address & -2, (address & 1) != 0
-
-
-@triton.jit
-def record_at(tensors, tensor):
-    """The address of a tensor's record: param, master, buffer, first step, count, traits, part."""
-    return tensors + tensor * 56
+def record_of(tensors, tensor):
+    """The address of a tensor's record."""
+    return tensors + tensor * (RECORD_WORDS * 8)
 
 
 @triton.jit
 def part_of(tensors, tensor):
     """Which of the verdict's sums of squares the tensors' gradients belong to."""
-    return tl.load(pointer_to(tensors, tl.int64) + (tensor * 7 + 6))
+    return tl.load(pointer_to(tensors, tl.int64) + (tensor * RECORD_WORDS + PART))
 
 
 @triton.jit
 def count_from(record, begin):
     """Elements in the chunk that begins at ``begin``."""
-    return tl.minimum(table_item(record, 4) - begin, CHUNK).to(tl.int32)
+    return tl.minimum(table_item(record, COUNT) - begin, CHUNK).to(tl.int32)
+
+
+@triton.jit
+def size_of(kind: tl.constexpr):
+    """Bytes of an element."""
+    return 8 if kind == FLOAT64 else 4 if kind == FLOAT32 else 2
 
 
 @triton.jit

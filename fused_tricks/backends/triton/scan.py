@@ -18,18 +18,15 @@ from .records import (
     FLOAT16,
     FLOAT32,
     FLOAT64,
-    HAS_BFLOAT16,
-    HAS_FLOAT16,
-    HAS_FLOAT32,
-    HAS_FLOAT64,
-    HAS_WIDE,
+    GRAD_KIND,
+    KIND_COUNT,
     aligned_pointer_to,
     chunk_at,
     count_from,
-    grad_at,
     part_of,
     pointer_to,
-    record_at,
+    record_of,
+    size_of,
     table_item,
 )
 
@@ -155,7 +152,7 @@ def squares_in_fp64(words, count, kind: tl.constexpr):
 def scan_kernel(
     chunks, tensors, grads, chunk_count, state, unscales, grad_scale, found_inf,
     partial_squares, verdict, max_norm, in_double, is_dynamic, scale_rule,
-    KINDS: tl.constexpr, CLIPS: tl.constexpr, PARTS: tl.constexpr,
+    GRAD_KINDS: tl.constexpr, CLIPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Looks for gradients that are not finite and adds up their squares.
 
@@ -167,25 +164,15 @@ def scan_kernel(
         found = tl.full((), 0, tl.int32)
         squares = float64(0.0)
         tensor, begin = chunk_at(chunks, index)
-        address, is_wide = grad_at(grads, tensor)
-        if address != 0:
-            record = record_at(tensors, tensor)
+        grad = table_item(grads, tensor)
+        if grad != 0:
+            record = record_of(tensors, tensor)
             count = count_from(record, begin)
-            kind = table_item(record, 5) & 3
-            if HAS_WIDE & KINDS:
-                kind = tl.where(is_wide, FLOAT32, kind)
-            if kind == FLOAT16:
-                if HAS_FLOAT16 & KINDS:
-                    found, squares = scan_span(address + begin * 2, count, FLOAT16, CLIPS)
-            elif kind == BFLOAT16:
-                if HAS_BFLOAT16 & KINDS:
-                    found, squares = scan_span(address + begin * 2, count, BFLOAT16, CLIPS)
-            elif kind == FLOAT32:
-                if (HAS_FLOAT32 | HAS_WIDE) & KINDS:
-                    found, squares = scan_span(address + begin * 4, count, FLOAT32, CLIPS)
-            else:
-                if HAS_FLOAT64 & KINDS:
-                    found, squares = scan_span(address + begin * 8, count, FLOAT64, CLIPS)
+            grad_kind = table_item(record, GRAD_KIND)
+            for kind in tl.static_range(KIND_COUNT):
+                if (GRAD_KINDS >> kind) & 1:
+                    if grad_kind == kind:
+                        found, squares = scan_span(grad + begin * size_of(kind), count, kind, CLIPS)
         if found != 0:
             tl.atomic_or(field(state, FOUND, tl.int32), 1, sem="relaxed")
         if CLIPS:

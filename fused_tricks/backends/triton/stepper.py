@@ -7,17 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from ...extension import load_extension, missing_because
+from ...loss_scale import ScaleRule
 from ...plan import Plan
 from ...step_state import StepState
-from ..compiled import CompiledWatch
+from ..compiled import CompiledWatch, Gradients
 from ..gpu import GpuStepper, current_stream, is_capturing
 from ..request import Outcome, StepRequest
 from .launch import MAX_GROUPS, decide_source, launch, load, scan_source, update_source
-from .records import HAS_WIDE
-from .tables import GROUP_WORDS, PlanTables, StepTable, group_numbers, words_of
+from .tables import GROUP_WORDS, GroupWords, PlanTables, StepTable, group_words, table_words
 from .watch import PlanWatch
 
-_NO_SCALE_RULE = (1.0, 1.0, 0.0, 0.0, 0, 0)
+_NO_SCALE_RULE = ScaleRule(1.0, 1.0, 0.0, 0.0, 0, 0)
 
 
 class TritonStepper(GpuStepper):
@@ -39,12 +39,12 @@ class TritonStepper(GpuStepper):
             return CompiledWatch(load_extension(), plan, self._step_state, self._first_steps)
         return PlanWatch(plan)
 
-    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> Outcome:
+    def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
         gradients = self._watch.gradients(groups, state)
         if gradients is None:
             return Outcome.STALE
         try:
-            self._launch(groups, request, *gradients)
+            self._launch(groups, request, gradients)
         finally:
             self._watch.release_gradients()
         return Outcome.APPLIED
@@ -53,20 +53,17 @@ class TritonStepper(GpuStepper):
         self,
         groups: list[dict[str, Any]],
         request: StepRequest,
-        addresses: list[int],
-        has_wide: bool,
-        in_double: bool,
+        gradients: Gradients,
     ) -> None:
-        numbers = tuple(group_numbers(group, self._device) for group in groups)
+        words = tuple(group_words(group, self._device) for group in groups)
         grad_scale, found_inf = self._on_device(request.grad_scale), self._on_device(request.found_inf)
         tables = self._tables
-        kinds = tables.kinds | (HAS_WIDE.value if has_wide else 0)
         # One program without work still takes the decision and counts the step.
         programs = max(1, tables.chunk_count)
         walked = (
             tables.chunks.data_ptr(),
             tables.tensors.data_ptr(),
-            self._grads.address_of(addresses),
+            self._grads.address_of(gradients.addresses),
             tables.chunk_count,
         )
         asked = (
@@ -75,24 +72,24 @@ class TritonStepper(GpuStepper):
             _address(grad_scale),
             _address(found_inf),
         )
-        by_value = len(numbers) <= MAX_GROUPS
-        update_constants = (kinds, len(numbers) if by_value else 0)
+        by_value = len(words) <= MAX_GROUPS
+        update_constants = (tables.kinds, len(words) if by_value else 0)
         if update_constants not in self._loaded:
             load(self._device, update_source, update_constants, programs)
             self._loaded.add(update_constants)
-        group_argument = numbers if by_value else self._group_table(numbers)
+        group_argument = words if by_value else self._group_table(words)
         if request.scans:
             agreement = self._agreement
             clips, parts = request.max_norm is not None, 0 if agreement is None else agreement.parts
             verdict = 0 if agreement is None else agreement.verdict.data_ptr()
             rules = (
                 request.max_norm or 0.0,
-                int(in_double),
+                int(gradients.in_double),
                 int(request.scale_rule is not None),
                 request.scale_rule or _NO_SCALE_RULE,
             )
             squares = tables.partial_squares.data_ptr()
-            constants = (kinds, clips, parts)
+            constants = (tables.grad_kinds, clips, parts)
             launch(self._device, scan_source, constants, programs, *walked, *asked, squares, verdict, *rules)
             if agreement is not None:
                 agreement.reach()
@@ -112,11 +109,11 @@ class TritonStepper(GpuStepper):
             self._keep(groups, tables, self._grads, self._groups)
         self._watch.mark_updated()
 
-    def _group_table(self, numbers: tuple[Any, ...]) -> int:
+    def _group_table(self, words: tuple[GroupWords, ...]) -> int:
         if self._groups is None:
-            self._groups = StepTable(len(numbers) * GROUP_WORDS, self._device)
+            self._groups = StepTable(len(words) * GROUP_WORDS, self._device)
             self._memory.append(self._groups.table)
-        return self._groups.address_of(words_of(numbers))
+        return self._groups.address_of(table_words(words))
 
 
 def _address(scalar: Tensor | None) -> int:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ...applied_rate import applied_rate_of
 from ...hyper_parameters import as_float
+from ...options import FLAGS, NUMBERS
 from ...plan import Entry, Plan
 from ..gpu import is_capturing
 from . import groups, records
-from .launch import WORDS, launch, write_source
+from .launch import WORDS, kind_bits, launch, pair_bits, write_source
 
 _KINDS = {
     torch.float16: records.FLOAT16.value,
@@ -29,41 +30,57 @@ class PlanTables:
     """What stays as it is for as long as a plan lives.
 
     Attributes:
-        tensors: INT64 of (entries, 7): the addresses of param, master, buffer (0: none) and of the number of the first
-            update; the count of elements; the kind, whether weights decay whatever ``bias_decay`` says, and the group;
-            the part.
+        tensors: INT64 of (entries, RECORD_WORDS): the records whose words records.py names.
         chunks: INT64 of (chunks,): entry << 32 | which chunk of it.
         chunk_count: How many.
-        kinds: A bit for each kind that occurs.
+        kinds: A bit for each pair of kinds, of parameters and their gradients, that occurs.
+        grad_kinds: A bit for each kind of gradients that occurs.
         partial_squares: FP64 of (chunks,), written by the scan.
     """
 
     def __init__(self, plan: Plan, first_steps: Sequence[Tensor | None], device: torch.device) -> None:
-        records = [_record(entry, first) for entry, first in zip(plan.entries, first_steps, strict=True)]
+        made = [_record(entry, first) for entry, first in zip(plan.entries, first_steps, strict=True)]
         chunks = [
             index << 32 | chunk
-            for index, record in enumerate(records)
-            for chunk in range(-(-record[4] // _CHUNK))
+            for index, record in enumerate(made)
+            for chunk in range(-(-record[records.COUNT.value] // _CHUNK))
         ]
         if len(chunks) >= 2**31:
             raise RuntimeError("more than 2**31 - 1 chunks in one optimizer")
-        self.tensors = torch.tensor(records or [[0] * 7], dtype=torch.int64, device=device)
+        self.tensors = torch.tensor(made or [_EMPTY], dtype=torch.int64, device=device)
         self.chunks = torch.tensor(chunks or [0], dtype=torch.int64, device=device)
         self.chunk_count = len(chunks)
-        self.kinds = 0
-        for record in records:
-            if record[4]:
-                self.kinds |= 1 << (record[5] & 3)
+        pairs = {
+            (record[records.KIND.value], record[records.GRAD_KIND.value])
+            for record in made
+            if record[records.COUNT.value]
+        }
+        self.kinds = pair_bits(pairs)
+        self.grad_kinds = kind_bits(grad_kind for _, grad_kind in pairs)
         self.partial_squares = torch.empty(max(1, len(chunks)), dtype=torch.float64, device=device)
+
+
+_EMPTY = [0] * records.RECORD_WORDS.value
 
 
 def _record(entry: Entry, first_step: Tensor | None) -> list[int]:
     if not entry.live:
-        return [0] * 7
-    source = entry.source
-    traits = _KINDS[source.dtype] | (4 if source.dim() > 1 else 0) | entry.group << 8
-    addresses = map(_address, (source, entry.master, entry.buffer, first_step))
-    return [*addresses, source.numel(), traits, entry.part]
+        return _EMPTY
+    assert entry.grad_dtype is not None
+    words = {
+        records.PARAM: _address(entry.source),
+        records.MASTER: _address(entry.master),
+        records.BUFFER: _address(entry.buffer),
+        records.FIRST_STEP: _address(first_step),
+        records.COUNT: entry.source.numel(),
+        records.KIND: _KINDS[entry.source.dtype],
+        records.GRAD_KIND: _KINDS[entry.grad_dtype],
+        records.IS_MATRIX: int(entry.source.dim() > 1),
+        records.GROUP: entry.group,
+        records.PART: entry.part,
+    }
+    by_index = {index.value: word for index, word in words.items()}
+    return [by_index[index] for index in range(records.RECORD_WORDS.value)]
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -108,31 +125,24 @@ class StepTable:
             launch(self._device, write_source, (), 1, table.data_ptr(), begin, len(part), padded)
 
 
-_FLAGS = (
-    ("nesterov", groups.NESTEROV.value),
-    ("maximize", groups.MAXIMIZE.value),
-    ("bias_decay", groups.BIAS_DECAY.value),
-)
-_LR_IS_DOUBLE: int = groups.LR_IS_DOUBLE.value
-
-GroupNumbers = tuple[float, float, float, float, int, int, int, int]
 GROUP_WORDS: int = groups.GROUP_WORDS.value
+_FORMAT = "=" + "".join({"fp64": "d", "i64": "q"}[kind] for kind in groups.WORD_TYPES.values())
+
+GroupWords = tuple[float | int, ...]
 
 
-def group_numbers(group: dict[str, Any], device: torch.device) -> GroupNumbers:
-    """The options of a group as the update kernel takes them.
-
-    Returns:
-        lr, momentum, 1 - dampening, weight_decay; the address of numbers that the kernel multiplies lr with (0: none),
-        the position of the last, how many updates come before the first; and flags.
-    """
+def group_words(group: dict[str, Any], device: torch.device) -> GroupWords:
+    """Returns the options of a group as the update kernel takes them, in the order of ``groups.WORD_TYPES``."""
+    numbers = {name: group[name] for name in NUMBERS}
+    flags = sum(groups.FLAG_BITS[name] for name in FLAGS if group[name])
     lr = group["lr"]
-    address = last = origin = lr_flag = 0
+    address = last = origin = 0
     rate = applied_rate_of(lr)
     if rate is not None:
         factors = rate.factors.on(device)
-        address, last, origin, lr_flag = factors.data_ptr(), len(factors) - 1, rate.origin, _LR_IS_DOUBLE
-        lr = rate.base
+        address, last, origin = factors.data_ptr(), len(factors) - 1, rate.origin
+        numbers["lr"] = rate.base
+        flags |= groups.FLAG_BITS["lr_is_double"]
     elif (
         isinstance(lr, Tensor)
         and lr.numel() == 1
@@ -140,21 +150,19 @@ def group_numbers(group: dict[str, Any], device: torch.device) -> GroupNumbers:
         and lr.dtype in (torch.float32, torch.float64)
         and not lr.is_neg()
     ):
-        address, lr_flag = lr.data_ptr(), (_LR_IS_DOUBLE if lr.dtype == torch.float64 else 0)
-        lr = 1.0
-    flags = lr_flag | sum(flag for name, flag in _FLAGS if group[name])
-    return (
-        as_float(lr),
-        as_float(group["momentum"]),
-        1.0 - as_float(group["dampening"]),
-        as_float(group["weight_decay"]),
-        address,
-        last,
-        origin,
-        flags,
-    )
+        address = lr.data_ptr()
+        numbers["lr"] = 1.0
+        flags |= groups.FLAG_BITS["lr_is_double"] if lr.dtype == torch.float64 else 0
+    words: dict[str, float | int] = {
+        "lr_address": address,
+        "lr_last": last,
+        "lr_origin": origin,
+        "flags": flags,
+    }
+    words |= {name: as_float(number) for name, number in numbers.items()}
+    return tuple(words[name] for name in groups.WORD_TYPES)
 
 
-def words_of(numbers: Sequence[GroupNumbers]) -> list[int]:
-    """The same for a table, where FP64 is its bit pattern."""
-    return [word for group in numbers for word in struct.unpack("=8q", struct.pack("=4d4q", *group))]
+def table_words(made: Sequence[GroupWords]) -> list[int]:
+    """Returns the words of all groups for a table, where FP64 is its bit pattern."""
+    return [word for words in made for word in struct.unpack(f"={len(words)}q", struct.pack(_FORMAT, *words))]

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ...hyper_parameters import check_range
-from ...parameters import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER
-from ...plan import Entry, Plan, same_strides
+from ...parameters import MASTER_PARAM, MOMENTUM_BUFFER
+from ...plan import Plan, same_strides
 from ...sharding import is_distributed
 from ...shared_memory import missing_bytes
+from ..compiled import Gradients
 
 _grad = attrgetter("grad")
 _dtype = attrgetter("dtype")
@@ -88,15 +89,11 @@ class PlanWatch:
             list(map(Tensor.data_ptr, tensors)),
         )
 
-    def gradients(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any]
-    ) -> tuple[list[int], bool, bool] | None:
+    def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> Gradients | None:
         """Reads this step's gradients, and keeps them alive until they are released.
 
         Returns:
-            Each entry's gradient as an address, 0 where it has none, with the lowest bit set where it is FP32 beside an
-            FP16 or BF16 parameter; whether there is such a one; and whether there is an FP64 one. None where the plan
-            no longer holds.
+            The gradients; None where the plan no longer holds.
         """
         if self._state is None:
             self._watch(state)
@@ -123,7 +120,7 @@ class PlanWatch:
             remaining = iter(addresses)
             addresses = [next(remaining) if present else 0 for present in has_grad]
         self._grads = grads
-        return addresses, bool(self._wide), self._in_double
+        return Gradients(addresses, self._in_double)
 
     def release_gradients(self) -> None:
         """Lets go of the gradients that were read last."""
@@ -153,8 +150,7 @@ class PlanWatch:
         self._in_double = any(e.source.dtype == torch.float64 and e.source.numel() for e in present)
         self._grad_addresses: list[int] = []
         self._grad_strides: list[Any] = []
-        self._grad_dtypes: list[Any] = []
-        self._wide: list[int] = []
+        self._grad_dtypes = [entry.grad_dtype for entry in present]
 
     def _has_groups(self, groups: list[dict[str, Any]]) -> bool:
         if len(groups) < len(self._groups):
@@ -199,26 +195,16 @@ class PlanWatch:
             if not all(map(same_strides, sources, grads)):
                 return None
             self._grad_strides = strides
-        dtypes = list(map(_dtype, grads))
-        if dtypes != self._grad_dtypes:
-            wide = [
-                index
-                for index, pair in enumerate(zip(dtypes, self._source_dtypes, strict=True))
-                if is_not(*pair)
-            ]
-            if not all(_may_be_wide(self._present[index], dtypes[index]) for index in wide):
-                return None
-            self._grad_dtypes, self._wide = dtypes, wide
+        if list(map(_dtype, grads)) != self._grad_dtypes:
+            return None
         addresses = list(map(Tensor.data_ptr, grads))
         for index in self._empty:
             addresses[index] = 0
         if addresses.count(0) != len(self._empty):
             # A tensor that wraps others has elements and no address.
             return None
-        for index in self._wide:
-            addresses[index] |= 1
         if addresses != self._grad_addresses:
-            if any(map(self._is_written, addresses, grads, self._source_addresses)):
+            if any(map(self._is_written, addresses, grads, sources)):
                 return None
             # A gradient whose storage was resized has another address.
             if any(map(missing_bytes, grads)):
@@ -226,14 +212,9 @@ class PlanWatch:
             self._grad_addresses = list(addresses)
         return addresses
 
-    def _is_written(self, address: int, grad: Tensor, source: int) -> bool:
+    def _is_written(self, address: int, grad: Tensor, source: Tensor) -> bool:
         """True where a gradient lies in memory that the step writes, unless each element is its own parameter's."""
-        if address in (0, source):
+        if address == 0 or (address == source.data_ptr() and grad.dtype == source.dtype):
             return False
-        begin = address & -2
-        after = bisect.bisect_left(self._begins, begin + grad.numel() * grad.element_size())
-        return after > 0 and self._written[after - 1][1] > begin
-
-
-def _may_be_wide(entry: Entry, dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and entry.source.dtype in LOW_PRECISION
+        after = bisect.bisect_left(self._begins, address + grad.numel() * grad.element_size())
+        return after > 0 and self._written[after - 1][1] > address

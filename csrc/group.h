@@ -1,0 +1,74 @@
+// The options of a parameter group in one step, and the rule that they make for a tensor.
+#pragma once
+
+#include <cstdint>
+
+#include "sgd_update.h"
+#include "step_state.h"
+
+namespace fused_tricks {
+
+struct Group {
+  const void* lr_pointer;  // FP32 or FP64 numbers that `lr` is multiplied with; null: none
+  int64_t lr_last;         // the position of the last of them
+  int64_t lr_origin;       // updates applied before the one that takes the first of them
+  double lr;
+  double momentum;
+  double dampening;
+  double weight_decay;
+  bool lr_is_double;
+  bool nesterov;
+  bool maximize;
+  bool bias_decay;
+  bool decoupled_weight_decay;
+  bool fits_float;  // no option is infinite in FP32
+};
+
+// An option, under its key in a group's dict. `lr` may be a tensor, and is read apart.
+template <typename T>
+struct Option {
+  const char* key;
+  T Group::* field;
+};
+
+constexpr Option<double> kNumbers[] = {
+    {"momentum", &Group::momentum},
+    {"dampening", &Group::dampening},
+    {"weight_decay", &Group::weight_decay},
+};
+
+constexpr Option<bool> kFlags[] = {
+    {"nesterov", &Group::nesterov},
+    {"maximize", &Group::maximize},
+    {"bias_decay", &Group::bias_decay},
+    {"decoupled_weight_decay", &Group::decoupled_weight_decay},
+};
+
+// `lr`: the rate of this update. The caller sets what differs between the tensors of a group.
+template <typename T>
+FUSED_TRICKS_INLINE Rule<T> make_rule(const Group& group, double lr, const StepState& state,
+                                      const StepRequest& request) {
+  Rule<T> rule{};
+  rule.inverse_scale = static_cast<T>(state.inverse_scale);
+  rule.clip = static_cast<T>(state.clip);
+  rule.weight_decay = static_cast<T>(group.weight_decay);
+  // The product is rounded before it is subtracted, as in Python.
+  rule.weight_factor = static_cast<T>(1.0 - mul(lr, group.weight_decay));
+  rule.momentum = static_cast<T>(group.momentum);
+  rule.gradient_weight = static_cast<T>(1.0 - group.dampening);
+  rule.minus_lr = static_cast<T>(-lr);
+  rule.unscales = request.unscales;
+  rule.clips = request.clips;
+  rule.maximizes = group.maximize;
+  rule.is_decoupled = group.decoupled_weight_decay;
+  rule.has_momentum = group.momentum != 0;
+  rule.nesterov = group.nesterov;
+  return rule;
+}
+
+// `is_matrix`: the parameter has more than one dimension.
+FUSED_TRICKS_INLINE bool decays(const Group& group, bool is_matrix) {
+  return group.weight_decay != 0 && (group.bias_decay || is_matrix);
+}
+
+}  // namespace fused_tricks

@@ -1,0 +1,95 @@
+"""The update of one parameter, in Triton. csrc/sgd_update.h has the same lines for compilers."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .arithmetic import fma
+from .groups import FLAGS, bit_of, index_of, learning_rate_of, option_of, word_of
+
+MOMENTUM = index_of("momentum")
+DAMPENING = index_of("dampening")
+WEIGHT_DECAY = index_of("weight_decay")
+NESTEROV = bit_of("nesterov")
+MAXIMIZE = bit_of("maximize")
+BIAS_DECAY = bit_of("bias_decay")
+DECOUPLED = bit_of("decoupled_weight_decay")
+
+
+class Rule(NamedTuple):
+    """The hyper-parameters of one tensor in one step: FP64 numbers, or the same rounded once to FP32.
+
+    Attributes:
+        clip: The factor that clips, negative to maximize.
+        weight_factor: A factor of the weight; 1 unless the weight decays apart from the gradient.
+        gradient_weight: ``1 - dampening``.
+        decays: True if the decay adds to the gradient.
+        replaces: True if the gradient becomes the buffer: in the first update of a buffer, or without momentum.
+    """
+
+    inverse_scale: Any
+    clip: Any
+    weight_decay: Any
+    weight_factor: Any
+    momentum: Any
+    gradient_weight: Any
+    minus_lr: Any
+    decays: Any
+    replaces: Any
+    nesterov: Any
+
+
+@triton.jit
+def rule_of(groups, group, is_matrix, applied, inverse_scale, clip, GROUPS: tl.constexpr):
+    """Returns the rule of the update that follows ``applied`` others, in FP64. ``replaces`` is true."""
+    flags = word_of(groups, group, FLAGS, GROUPS)
+    momentum = option_of(groups, group, MOMENTUM, GROUPS)
+    weight_decay = option_of(groups, group, WEIGHT_DECAY, GROUPS)
+    lr = learning_rate_of(groups, group, flags, applied, GROUPS)
+    decays = (weight_decay != 0) & (((flags & BIAS_DECAY) != 0) | (is_matrix != 0))
+    is_decoupled = (flags & DECOUPLED) != 0
+    # Via int32: the interpreter mis-types a broadcast FP64 comparison.
+    has_momentum = (momentum != 0).to(tl.int32) != 0
+    # Negation by a factor: Triton 3.6 computes `0 - x` for a unary minus, and zero would lose its sign.
+    return Rule(
+        inverse_scale=inverse_scale.to(tl.float64),
+        clip=tl.where((flags & MAXIMIZE) != 0, clip * -1.0, clip),
+        weight_decay=weight_decay,
+        weight_factor=tl.where(decays & is_decoupled, 1.0 - lr * weight_decay, 1.0),
+        momentum=momentum,
+        gradient_weight=1.0 - option_of(groups, group, DAMPENING, GROUPS),
+        minus_lr=lr * -1.0,
+        decays=decays & (is_decoupled == 0),
+        replaces=tl.full((), 1, tl.int1),
+        nesterov=has_momentum & ((flags & NESTEROV) != 0),
+    )
+
+
+@triton.jit
+def rounded_rule(rule, replaces, dtype: tl.constexpr):
+    """Returns the rule with every number in ``dtype``."""
+    return Rule(
+        inverse_scale=rule.inverse_scale.to(dtype),
+        clip=rule.clip.to(dtype),
+        weight_decay=rule.weight_decay.to(dtype),
+        weight_factor=rule.weight_factor.to(dtype),
+        momentum=rule.momentum.to(dtype),
+        gradient_weight=rule.gradient_weight.to(dtype),
+        minus_lr=rule.minus_lr.to(dtype),
+        decays=rule.decays,
+        replaces=replaces,
+        nesterov=rule.nesterov,
+    )
+
+
+@triton.jit
+def sgd_update(g, w, b, rule):
+    """Returns the new weight and buffer."""
+    # A factor of 1 changes no bit, and maximize is in the sign of `clip`.
+    g = g * rule.inverse_scale * rule.clip
+    w = w * rule.weight_factor
+    g = tl.where(rule.decays, fma(rule.weight_decay, w, g), g)
+    b = tl.where(rule.replaces, g, fma(rule.gradient_weight, g, rule.momentum * b))
+    d = tl.where(rule.nesterov, fma(rule.momentum, b, g), b)
+    return fma(rule.minus_lr, d, w), b
