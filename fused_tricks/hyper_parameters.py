@@ -133,8 +133,12 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
         )
 
 
-def check_params(params: Any) -> None:
+def check_params(params: Any, of_group: bool = False) -> None:
     """Checks the ``params`` of a constructor or group for what is often passed in place of a model's parameters.
+
+    Args:
+        params: The parameters.
+        of_group: True for those of a group, where the message says how to write one.
 
     Raises:
         TypeError: They are a module, a function that was not called, or a dict, or such an item is among them; the
@@ -147,7 +151,8 @@ def check_params(params: Any) -> None:
             f"params is of type {type(params).__name__}: write FusedSGD(model.parameters(), ...), or FusedSGD([group], "
             "...) with a list of groups"
         )
-    _check_is_no_source("params is", params)
+    group = "{'params': module.parameters()}" if of_group else ""
+    _check_is_no_source("params is", params, group)
     if not isinstance(params, Iterable):
         raise TypeError(f"params must be an iterable of tensors or groups, got {type(params).__name__}")
     if isinstance(params, list | tuple):
@@ -156,15 +161,18 @@ def check_params(params: Any) -> None:
                 raise TypeError(
                     "params has an iterator: write a group {'params': module.parameters()} for each module"
                 )
-            _check_is_no_source("params has", item[1] if isinstance(item, tuple) and len(item) == 2 else item)
+            _check_is_no_source(
+                "params has", item[1] if isinstance(item, tuple) and len(item) == 2 else item, group
+            )
 
 
-def _check_is_no_source(found: str, value: Any) -> None:
-    """Raises where parameters could have been got from the value."""
+def _check_is_no_source(found: str, value: Any, group: str) -> None:
+    """Raises where parameters could have been got from the value; `group` is what to write for one, or empty."""
+    write = f"write {group or 'FusedSGD(model.parameters(), ...)'}"
     if isinstance(value, nn.ParameterDict):
         raise TypeError(f"{found} a ParameterDict, which lists names: write FusedSGD(module.values(), ...)")
     if isinstance(value, nn.Module):
-        raise TypeError(f"{found} a module, {type(value).__name__}: write FusedSGD(model.parameters(), ...)")
+        raise TypeError(f"{found} a module, {type(value).__name__}: {write}")
     if callable(value) and not isinstance(value, Iterable | Tensor):
         name = getattr(value, "__name__", type(value).__name__)
-        raise TypeError(f"{found} the function {name}, not called: write FusedSGD(model.parameters(), ...)")
+        raise TypeError(f"{found} the function {name}, not called: {write}")

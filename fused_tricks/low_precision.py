@@ -1,6 +1,5 @@
 """Low-precision training: a network in FP16 or BF16 whose norm layers stay in FP32."""
 
-import dataclasses
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,21 +8,20 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from .nested_cast import cast_nested
+from .working_dtype import Cast, Surroundings, TensorDtype, WorkingDtype, is_norm
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Keep = type | str | nn.Module
 
-# _NormBase is the base of every BatchNorm (SyncBatchNorm and the lazy ones too) and every InstanceNorm.
-_NORM_TYPES = (
-    _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d,
-)  # fmt: skip
-
 # Their kernels take FP16 or BF16 input with FP32 weights and statistics; autocast relies on the same.
 _MIXED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+# By this name in the pickles of models that an earlier version converted.
+_WorkingDtype = TensorDtype
 
 
 def norm_layers(model: nn.Module) -> list[nn.Module]:
@@ -33,7 +31,7 @@ def norm_layers(model: nn.Module) -> list[nn.Module]:
     response norms, with subclasses and lazy ones, and any module that owns a ``running_var`` buffer (a frozen
     BatchNorm, say).
     """
-    return [m for m in model.modules() if isinstance(m, _NORM_TYPES) or "running_var" in m._buffers]
+    return [module for module in model.modules() if is_norm(module)]
 
 
 def cast_model(
@@ -58,9 +56,10 @@ def cast_model(
     model in `torch.compile` or `DistributedDataParallel`.
 
     After ``model.float()``, ``model.half()`` or ``model.to(dtype)`` the casts follow: the model works in the dtype
-    that its weights have then, and returns ``output_dtype`` as before. A model that computes its loss itself, such as
-    a detector, takes boxes and targets that ``dtype`` would round: convert a part, as in
-    ``cast_model(model.backbone)``, or choose by ``cast_inputs`` what is cast.
+    that its weights have then, and returns ``output_dtype`` as before. Layers may be replaced or removed in between. A
+    model whose weights are all kept works in their dtype, which is FP32 until it is converted again. A model that
+    computes its loss itself, such as a detector, takes boxes and targets that ``dtype`` would round: convert a part, as
+    in ``cast_model(model.backbone)``, or choose by ``cast_inputs`` what is cast.
 
     Calling it again starts anew from the arguments given then; with ``torch.float32`` it undoes the
     conversion: everything is FP32, and nothing is cast on the way in or out.
@@ -84,7 +83,8 @@ def cast_model(
             ``keep_fp32`` is not found in ``model``, or a name in ``cast_inputs`` not among the arguments of its
             ``forward``; a parameter to be cast is complex; a parameter belongs to a kept module and to another one;
             ``model`` contains itself, or is wrapped in ``DistributedDataParallel`` already. A refused call leaves
-            the model as it was.
+            the model as it was. Calling the model raises it for an input or output to be cast that contains itself,
+            such as a list within itself.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.2, low-precision
     training; "Mixed Precision Training" (arXiv 1710.03740), section 3.3, for the norm layers in FP32.
@@ -233,49 +233,7 @@ def _fp32_tensors(model: nn.Module, kept: set[nn.Module]) -> dict[int, Tensor]:
     return fp32
 
 
-@dataclasses.dataclass(frozen=True)
-class _WorkingDtype:
-    """The dtype in which a part of the model works, told by one of its tensors.
-
-    Attributes:
-        module: the module that owns the tensor; ``None`` where there is no tensor.
-        name: the tensor's name there. Not the tensor: `nn.Module.to` may put another one in its place.
-        at_first: the dtype where there is no tensor.
-    """
-
-    module: nn.Module | None
-    name: str
-    at_first: torch.dtype
-
-    def now(self) -> torch.dtype:
-        tensor = getattr(self.module, self.name, None)
-        return tensor.dtype if isinstance(tensor, Tensor) and tensor.is_floating_point() else self.at_first
-
-
-def _working_dtype(modules: Iterable[nn.Module], at_first: torch.dtype) -> _WorkingDtype | None:
-    """That of the first of `modules` with a parameter or buffer of the dtype `at_first`."""
-    for module in modules:
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if tensor.dtype == at_first:
-                return _WorkingDtype(module, name, at_first)
-    return None
-
-
-class _Cast:
-    """A hook that casts; `handle` takes it off."""
-
-    handle: torch.utils.hooks.RemovableHandle
-
-    @property
-    def __name__(self) -> str:
-        # The first thing that torch.jit.script asks of a hook, and shows as the reason that it fails.
-        raise AttributeError(
-            "torch.jit.script cannot compile the casts of cast_model: use torch.jit.trace or torch.export, or undo the "
-            "conversion by cast_model(model, torch.float32) before it"
-        )
-
-
-class _CastInput(_Cast):
+class _CastInput(Cast):
     """Forward pre-hook: casts the arguments of the module it is on.
 
     Args:
@@ -284,7 +242,10 @@ class _CastInput(_Cast):
         names: the arguments of the module's ``forward`` to cast; all without it.
     """
 
-    def __init__(self, module: nn.Module, dtype: _WorkingDtype, names: frozenset[str] | None = None) -> None:
+    dtype: WorkingDtype | TensorDtype
+    names: frozenset[str] | None = None  # the default of a pickle of an earlier version, which has none
+
+    def __init__(self, module: nn.Module, dtype: WorkingDtype, names: frozenset[str] | None = None) -> None:
         self.dtype = dtype
         self.names = names
         if names is not None:
@@ -296,8 +257,13 @@ class _CastInput(_Cast):
         # Pickled along, so that a process that loads the model gives the hook's key to no other hook.
         self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(state["dtype"], torch.dtype):
+            self.dtype = WorkingDtype(state["dtype"])
+
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        dtype = self.dtype.now()
+        dtype = self.dtype.now(module)
         names = self.names
         if names is None:
             return cast_nested((args, kwargs), dtype, {})
@@ -313,7 +279,7 @@ class _CastInput(_Cast):
         return tuple(args), kwargs
 
 
-class _CastOutput(_Cast):
+class _CastOutput(Cast):
     """Forward hook: casts what the module it is on returns.
 
     Args:
@@ -323,27 +289,31 @@ class _CastOutput(_Cast):
     """
 
     def __init__(
-        self, module: nn.Module, dtype: _WorkingDtype | torch.dtype | None, is_whole: bool = False
+        self, module: nn.Module, dtype: Surroundings | torch.dtype | None, is_whole: bool = False
     ) -> None:
-        self.dtype = dtype
+        self.dtype: Surroundings | TensorDtype | torch.dtype | None = dtype
         self.handle = module.register_forward_hook(self, with_kwargs=True, always_call=is_whole)
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: Any, *kwargs_and_output: Any) -> Any:
+        # Without kwargs where an earlier version registered it, before the model was pickled.
+        *kwargs, output = kwargs_and_output
         if output is None and not torch.compiler.is_compiling():
             _explain_integers(sys.exc_info()[1], (args, kwargs))
-        dtype = self.dtype.now() if isinstance(self.dtype, _WorkingDtype) else self.dtype
+        dtype = self.dtype
+        if isinstance(dtype, Surroundings | TensorDtype):
+            dtype = dtype.now(module)
         return None if dtype is None else cast_nested(output, dtype, {})
 
 
 def _explain_integers(error: BaseException | None, inputs: Any) -> None:
     """Adds to the error of a forward pass what to write where it was given images in integers."""
-    if (
-        error is None
-        or [type(arg) for arg in error.args] != [str]
-        or not any(
-            isinstance(x, Tensor) and x.dtype is torch.uint8 and x.dim() >= 3 for x in tree_leaves(inputs)
-        )
-    ):
+    if error is None or [type(arg) for arg in error.args] != [str]:
+        return
+    try:
+        leaves = tree_leaves(inputs)
+    except RecursionError:  # an input contains itself
+        return
+    if not any(isinstance(x, Tensor) and x.dtype is torch.uint8 and x.dim() >= 3 for x in leaves):
         return
     advice = (
         "The model was given torch.uint8 tensors, and cast_model casts floating-point tensors alone: for images write "
@@ -359,20 +329,16 @@ def _add_casts(
     output_dtype: torch.dtype | None,
     casts_argument: frozenset[str] | bool,
 ) -> None:
-    def works_in(modules: Iterable[nn.Module], at_first: torch.dtype) -> _WorkingDtype:
-        return _working_dtype(modules, at_first) or _WorkingDtype(None, "", at_first)
-
-    whole = works_in(model.modules(), torch.float32 if model in kept else dtype)
-    leaving: dict[nn.Module, _WorkingDtype] = {}
-    for parent in model.modules():
+    whole = WorkingDtype.of(model, torch.float32 if model in kept else dtype)
+    leaving: dict[nn.Module, tuple[str, ...]] = {}
+    for path, parent in model.named_modules():
         if parent not in kept:
-            # The nearest weights, so that a part which is cast by itself later works in itself.
-            around = _working_dtype(parent.modules(), dtype) or whole
-            leaving.update((child, around) for child in parent.children() if child in kept)
-    for module, leaves_in in leaving.items():
+            names = tuple(path.split(".")) if path else ()
+            leaving.update((child, names) for child in parent.children() if child in kept)
+    for module, names in leaving.items():
         if module is not model and type(module).forward not in _MIXED_FORWARDS:
-            _CastInput(module, works_in(module.modules(), torch.float32))
-            _CastOutput(module, leaves_in)
+            _CastInput(module, WorkingDtype.of(module, torch.float32))
+            _CastOutput(module, Surroundings(model, names, whole, dtype))
     if casts_argument is not False:
         _CastInput(model, whole, None if casts_argument is True else casts_argument)
     _CastOutput(model, output_dtype, is_whole=True)
@@ -381,5 +347,5 @@ def _add_casts(
 def _remove_casts(model: nn.Module) -> None:
     for module in model.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if isinstance(hook, _Cast):
+            if isinstance(hook, Cast):
                 hook.handle.remove()

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections import OrderedDict
-from collections.abc import MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -18,7 +18,25 @@ def cast_nested(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> A
 
     `done` holds what was cast so far, by the original: a tensor that occurs several times stays one
     tensor, which is how attention knows self-attention.
+
+    Raises:
+        ValueError: `value` has a container that contains itself.
     """
+    if torch.compiler.is_compiling():
+        return _cast(value, dtype, done)
+    try:
+        return _cast(value, dtype, done)
+    except RecursionError:
+        container = _endless(value)
+        if container is None:
+            raise
+    raise ValueError(
+        f"a {type(container).__name__} among the inputs or outputs contains itself, and cast_model cannot cast it: "
+        "pass it without the reference to itself, or choose by cast_inputs which arguments are cast"
+    )
+
+
+def _cast(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> Any:
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             return value
@@ -28,28 +46,28 @@ def cast_nested(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> A
     if not _needs_cast(value, dtype):
         return value
     if isinstance(value, tuple):
-        items = [cast_nested(item, dtype, done) for item in value]
+        items = [_cast(item, dtype, done) for item in value]
         if not hasattr(value, "_make"):
             return type(value)(items)
         # A compiled graph of torch 2.10 cannot return what _make made, which asks no __new__ of a subclass.
         return type(value)(*items) if torch.compiler.is_compiling() else value._make(items)
     if isinstance(value, list):
-        items = [cast_nested(item, dtype, done) for item in value]
+        items = [_cast(item, dtype, done) for item in value]
         if type(value) is list:
             return items
         sequence = _copy(value)
         sequence[:] = items
         return sequence
     if type(value) in (dict, OrderedDict):  # the copy below would break torch.compile's graph
-        return type(value)((key, cast_nested(item, dtype, done)) for key, item in value.items())
+        return type(value)((key, _cast(item, dtype, done)) for key, item in value.items())
     if isinstance(value, MutableMapping):
         mapping = _copy(value)
         for key, item in value.items():
-            mapping[key] = cast_nested(item, dtype, done)
+            mapping[key] = _cast(item, dtype, done)
         return mapping
     rebuilt = _copy(value)
     for name in _field_names(value):
-        object.__setattr__(rebuilt, name, cast_nested(getattr(value, name), dtype, done))
+        object.__setattr__(rebuilt, name, _cast(getattr(value, name), dtype, done))
     return rebuilt
 
 
@@ -68,13 +86,35 @@ def _needs_cast(value: Any, dtype: torch.dtype) -> bool:
     """Whether there is a floating-point tensor of another type in `value`."""
     if isinstance(value, Tensor):
         return value.is_floating_point() and value.dtype != dtype
+    return any(_needs_cast(item, dtype) for item in _items(value))
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """What a container holds; nothing for all else."""
     if isinstance(value, tuple | list):
-        return any(_needs_cast(item, dtype) for item in value)
+        return value
     if isinstance(value, MutableMapping):
-        return any(_needs_cast(item, dtype) for item in value.values())
+        return value.values()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return any(_needs_cast(getattr(value, name), dtype) for name in _field_names(value))
-    return False
+        return [getattr(value, name) for name in _field_names(value)]
+    return ()
+
+
+def _endless(value: Any) -> Any:
+    """A container in `value` that contains itself, or None."""
+    around: list[tuple[Any, Iterator[Any]]] = [(value, iter(_items(value)))]
+    finished: dict[int, Any] = {}
+    while around:
+        container, items = around[-1]
+        item = next(items, finished)
+        if item is finished:
+            finished[id(container)] = container
+            around.pop()
+        elif any(item is outer for outer, _ in around):
+            return item
+        elif id(item) not in finished:
+            around.append((item, iter(_items(item))))
+    return None
 
 
 def _field_names(value: Any) -> list[str]:

@@ -422,7 +422,7 @@ class FusedSGD(SavedState):
         """
         if isinstance(param_group, dict):
             if "params" in param_group:
-                check_params(param_group["params"])
+                check_params(param_group["params"], of_group=True)
             check_group({**self.defaults, **param_group})
         stated = set(param_group) if isinstance(param_group, dict) else set()
         super().add_param_group(param_group)

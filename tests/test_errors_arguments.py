@@ -22,9 +22,6 @@ NO_PARAMETERS: dict[str, Any] = {
     "modules with names": list(MODEL.named_children()),
     "iterator of modules": MODEL.children(),
     "methods": [MODEL[0].parameters, MODEL[1].parameters],
-    "group of a module": [{"params": MODEL}],
-    "group of a method": [{"params": MODEL.parameters}],
-    "group of modules": [{"params": [MODEL[0]]}],
     "state dict": MODEL.state_dict(),
     "class": nn.Linear,
 }
@@ -54,11 +51,23 @@ def test_other_things_that_are_no_parameters_are_refused(params, message):
         FusedSGD(params, lr=0.1)
 
 
-def test_a_module_in_a_late_group_is_refused_and_adds_none():
+NO_GROUP: dict[str, Any] = {
+    "module": MODEL[1],
+    "method": MODEL[1].parameters,
+    "modules": [MODEL[1]],
+    "modules with names": [("head", MODEL[1])],
+}
+
+
+@pytest.mark.parametrize("what", NO_GROUP)
+def test_a_group_of_no_parameters_is_refused_with_what_to_write_and_not_added(what):
+    message = "write \\{'params': module.parameters\\(\\)\\}$"
+    with pytest.raises(TypeError, match=message):
+        FusedSGD([{"params": NO_GROUP[what]}], lr=0.1)
     optimizer = FusedSGD(MODEL[0].parameters(), lr=0.1)
     before = snapshot(optimizer)
-    with pytest.raises(TypeError, match="module, Linear"):
-        optimizer.add_param_group({"params": MODEL[1]})
+    with pytest.raises(TypeError, match=message):
+        optimizer.add_param_group({"params": NO_GROUP[what]})
     assert_unchanged(optimizer, before)
 
 

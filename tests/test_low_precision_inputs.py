@@ -262,3 +262,49 @@ def test_a_model_that_converts_integers_itself_is_left_to_it() -> None:
 
     images = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
     assert cast_model(Normalized(), FP16)(images).dtype == FP32
+
+
+@dataclasses.dataclass
+class Node:
+    value: Any
+    parent: Any = None
+
+
+def _endless_list(*items: Any) -> list[Any]:
+    endless: list[Any] = [None, *items]
+    endless.append(endless)
+    return endless
+
+
+def _endless_dict(*items: Any) -> dict[str, Any]:
+    endless: dict[str, Any] = {"items": items}
+    endless["within"] = (endless,)
+    return endless
+
+
+def _endless_dataclass(*items: Any) -> Node:
+    endless = Node(items)
+    endless.parent = Node(None, parent=endless)
+    return endless
+
+
+@pytest.mark.parametrize(
+    "items", [[torch.ones(2)], [torch.ones(2, dtype=torch.int64)]], ids=["floats", "integers"]
+)
+@pytest.mark.parametrize(
+    "make, name", [(_endless_list, "list"), (_endless_dict, "dict"), (_endless_dataclass, "Node")]
+)
+def test_a_container_that_contains_itself_is_refused_by_name(
+    make: Callable[..., Any], name: str, items: list[Tensor], recwarn: pytest.WarningsRecorder
+) -> None:
+    with pytest.raises(ValueError, match=f"a {name} among the inputs or outputs contains itself"):
+        cast_model(Echo(), BF16)(make(*items))
+    with pytest.raises(ValueError, match=f"a {name} among the inputs or outputs contains itself"):
+        cast_model(Echo(), BF16, cast_inputs=False)(make(*(item.double() for item in items)))
+    assert not recwarn.list
+
+
+def test_a_container_that_contains_itself_passes_where_nothing_is_to_be_cast() -> None:
+    endless = _endless_list(torch.ones(2))
+    (returned,), _ = cast_model(Echo(), BF16, output_dtype=None, cast_inputs=False)(endless)
+    assert returned is endless

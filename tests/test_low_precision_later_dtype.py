@@ -1,14 +1,16 @@
 """`cast_model`, and then `model.float()`, `model.half()` or `model.to(dtype)`: the casts follow the weights."""
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_tricks import FusedSGD
+from fused_tricks import FusedSGD, low_precision
 from fused_tricks.low_precision import cast_model
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -133,3 +135,146 @@ def test_a_model_made_float_goes_on_training() -> None:
         optimizer.zero_grad()
         model.float()
     assert all(p.dtype == FP32 and p.isfinite().all() for p in model.parameters())
+
+
+def _without_the_first(model: nn.Sequential) -> None:
+    del model[0]
+
+
+def _with_another_first(model: nn.Sequential) -> None:
+    model[0] = nn.Linear(4, 4, dtype=BF16)
+
+
+def _with_no_weights_first(model: nn.Sequential) -> None:
+    model[0] = nn.Identity()
+
+
+def _with_a_norm_first(model: nn.Sequential) -> None:
+    model[0] = nn.LayerNorm(4)
+
+
+def _with_a_slice_as_block(model: nn.Sequential) -> None:
+    model[1] = model[1][1:]
+
+
+def _with_a_block_without_weights(model: nn.Sequential) -> None:
+    model[1] = nn.Sequential(nn.Identity(), model[1][1])
+
+
+def _with_a_norm_moved_out(model: nn.Sequential) -> None:
+    model[1] = model[1][1]
+
+
+@later_dtype
+@pytest.mark.parametrize("keeps_former", [True, False], ids=["former parts live", "former parts are gone"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _without_the_first,
+        _with_another_first,
+        _with_no_weights_first,
+        _with_a_norm_first,
+        _with_a_slice_as_block,
+        _with_a_block_without_weights,
+        _with_a_norm_moved_out,
+    ],
+)
+def test_the_casts_follow_the_layers_that_the_model_has_now(
+    change: Callable[[nn.Sequential], None], keeps_former: bool, later: torch.dtype
+) -> None:
+    block = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    model = cast_model(nn.Sequential(nn.Linear(4, 4), block, nn.Linear(4, 2)), BF16)
+    former = list(model.modules()) if keeps_former else []
+    del block
+    change(model)
+    model.to(later)
+    assert model(torch.ones(2, 4)).isfinite().all()
+    seen = []
+    model[-1].register_forward_hook(lambda _, args, output: seen.append(args[0].dtype))
+    model(torch.ones(2, 4))
+    assert seen == [later]
+    del former
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LayerNorm(4), lambda: nn.BatchNorm1d(4), lambda: nn.GroupNorm(2, 4)]
+)
+def test_a_model_of_norms_alone_works_in_the_dtype_of_its_weights(make: Callable[[], nn.Module]) -> None:
+    model = cast_model(nn.Sequential(make(), make()), BF16, output_dtype=None)
+    dtypes = [model(torch.ones(2, 4)).dtype]
+    for later in (FP16, FP64, BF16, FP32):
+        dtypes.append(model.to(later)(torch.ones(2, 4)).dtype)
+    assert dtypes == [FP32, FP16, FP64, BF16, FP32]
+
+
+def test_a_part_that_is_copied_or_saved_brings_no_other_part() -> None:
+    model = cast_model(
+        nn.Sequential(nn.Linear(300, 300), nn.Sequential(nn.Linear(300, 4), nn.LayerNorm(4))), BF16
+    )
+    file = io.BytesIO()
+    torch.save(model[1], file)
+    assert file.tell() < 300 * 300
+    twin = copy.deepcopy(model[1])
+    model.double()
+    assert twin(torch.ones(1, 300, dtype=BF16)).dtype == BF16
+
+
+def test_a_norm_that_is_taken_out_holds_no_model_in_memory() -> None:
+    model = cast_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), BF16)
+    norm, first = model[1], weakref.ref(model[0])
+    del model
+    gc.collect()
+    assert first() is None
+    assert norm(torch.ones(1, 4)).dtype == BF16
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.14",
+    reason="torch.compile before 2.14 does not notice that Module.to changed a dtype",
+)
+def test_a_model_without_its_first_layer_compiles_to_one_graph() -> None:
+    torch._dynamo.reset()
+    model = cast_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)), BF16)
+    del model[0]
+    model.float()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2, 4)), model(torch.ones(2, 4)))
+
+
+def _as_in_the_first_version(model: nn.Module) -> None:
+    """Gives the casts the state that the first version's have: dtypes, no names, output hooks without kwargs."""
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            is_input = hook in module._forward_pre_hooks.values()
+            dtype = FP32 if (module is model) != is_input else BF16
+            state = {"dtype": dtype, "handle": hook.handle}
+            hook.__dict__.clear()
+            hook.__dict__.update(state)
+        module._forward_hooks_with_kwargs.clear()
+        module._forward_hooks_always_called.clear()
+
+
+def _as_in_the_second_version(model: nn.Module) -> None:
+    """Gives the casts the state that the second version's have: the module that owns the tensor, and its name."""
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            is_input = hook in module._forward_pre_hooks.values()
+            if is_input or module is not model:
+                owner, dtype = (module, FP32) if is_input and module is not model else (model[0], BF16)
+                hook.dtype = low_precision._WorkingDtype(owner, "weight", dtype)
+
+
+@pytest.mark.parametrize("as_before", [_as_in_the_first_version, _as_in_the_second_version])
+def test_a_model_that_an_earlier_version_saved_loads_with_its_casts(
+    as_before: Callable[[nn.Module], None],
+) -> None:
+    model = cast_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)), BF16)
+    expected = model(torch.ones(2, 4))
+    as_before(model)
+    loaded = _saved_and_loaded(model)
+    assert torch.equal(loaded(torch.ones(2, 4)), expected)
+    assert torch.equal(cast_model(loaded, BF16)(torch.ones(2, 4)), expected)
+    assert (
+        sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in cast_model(loaded, FP32).modules())
+        == 0
+    )
