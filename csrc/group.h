@@ -44,31 +44,29 @@ constexpr Option<bool> kFlags[] = {
     {"decoupled_weight_decay", &Group::decoupled_weight_decay},
 };
 
-// `lr`: the rate of this update. The caller sets what differs between the tensors of a group.
+// `lr`: the rate of this update. `is_matrix`: the parameter has more than one dimension.
 template <typename T>
-FUSED_TRICKS_INLINE Rule<T> make_rule(const Group& group, double lr, const StepState& state,
-                                      const StepRequest& request) {
+FUSED_TRICKS_INLINE Rule<T> make_rule(const Group& group, double lr, bool is_matrix, bool is_first_update,
+                                      const StepState& state, const StepRequest& request) {
+  const bool decays = group.weight_decay != 0 && (group.bias_decay || is_matrix);
   Rule<T> rule{};
   rule.inverse_scale = static_cast<T>(state.inverse_scale);
   rule.clip = static_cast<T>(state.clip);
-  rule.weight_decay = static_cast<T>(group.weight_decay);
   // The product is rounded before it is subtracted, as in Python.
-  rule.weight_factor = static_cast<T>(1.0 - mul(lr, group.weight_decay));
+  rule.weight_decay =
+      static_cast<T>(group.decoupled_weight_decay ? 1.0 - mul(lr, group.weight_decay) : group.weight_decay);
   rule.momentum = static_cast<T>(group.momentum);
   rule.gradient_weight = static_cast<T>(1.0 - group.dampening);
   rule.minus_lr = static_cast<T>(-lr);
   rule.unscales = request.unscales;
   rule.clips = request.clips;
   rule.maximizes = group.maximize;
-  rule.is_decoupled = group.decoupled_weight_decay;
+  rule.decays = decays && !group.decoupled_weight_decay;
+  rule.is_decoupled = decays && group.decoupled_weight_decay;
   rule.has_momentum = group.momentum != 0;
+  rule.is_first_update = is_first_update;
   rule.nesterov = group.nesterov;
   return rule;
-}
-
-// `is_matrix`: the parameter has more than one dimension.
-FUSED_TRICKS_INLINE bool decays(const Group& group, bool is_matrix) {
-  return group.weight_decay != 0 && (group.bias_decay || is_matrix);
 }
 
 }  // namespace fused_tricks

@@ -285,7 +285,6 @@ bool Plan::refresh_entry(Entry& entry) {
 }
 
 bool Plan::refresh_group(PyObject* dict, size_t& index) {
-  const Group& group = groups.back();
   const py::object params =
       py::reinterpret_steal<py::object>(PySequence_Fast(item(dict, names().params), "group['params'] is no list"));
   if (!params) throw py::error_already_set();
@@ -294,7 +293,6 @@ bool Plan::refresh_group(PyObject* dict, size_t& index) {
     if (index == entries.size()) return false;
     Entry& entry = entries[index];
     if (PySequence_Fast_GET_ITEM(params.ptr(), i) != entry.object || entry.group != groups.size() - 1) return false;
-    entry.decays = decays(group, entry.layout.shape.size() > 1);
     if (!refresh_entry(entry)) return false;
   }
   return true;

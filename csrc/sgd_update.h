@@ -13,16 +13,15 @@ template <typename T>
 struct Rule {
   T inverse_scale;
   T clip;
-  T weight_decay;
-  T weight_factor;  // 1 - lr * weight_decay
+  T weight_decay;  // the coefficient, or the factor 1 - lr * weight_decay of a decoupled decay
   T momentum;
   T gradient_weight;  // 1 - dampening
   T minus_lr;
   bool unscales;
   bool clips;
   bool maximizes;
-  bool decays;
-  bool is_decoupled;  // the decay multiplies the weight instead of adding to the gradient
+  bool decays;        // the decay adds to the gradient
+  bool is_decoupled;  // the decay multiplies the weight
   bool has_momentum;
   bool is_first_update;  // the momentum buffer is uninitialised
   bool nesterov;
@@ -70,13 +69,8 @@ FUSED_TRICKS_INLINE void sgd_update(const Rule<T>& rule, V g, V& w, V& b) {
   if (rule.unscales) g = mul(g, V(rule.inverse_scale));
   if (rule.clips) g = mul(g, V(rule.clip));
   if (rule.maximizes) g = negate(g);
-  if (rule.decays) {
-    if (rule.is_decoupled) {
-      w = mul(w, V(rule.weight_factor));
-    } else {
-      g = fma(V(rule.weight_decay), w, g);
-    }
-  }
+  if (rule.is_decoupled) w = mul(w, V(rule.weight_decay));
+  if (rule.decays) g = fma(V(rule.weight_decay), w, g);
   V d = g;
   if (rule.has_momentum) {
     b = rule.is_first_update ? g : fma(V(rule.gradient_weight), g, mul(V(rule.momentum), b));

@@ -80,6 +80,9 @@ class FusedSGD(SavedState):
             is the paper's "no bias decay" (section 3.1), True the behaviour of ``torch.optim.SGD``. A group of nothing
             but such parameters that states a ``weight_decay`` above zero itself means it: it gets
             ``bias_decay=True``, unless it states ``bias_decay`` as well.
+        decoupled_weight_decay: True multiplies a weight that decays by ``1 - lr * weight_decay`` before the update, and
+            leaves the gradient alone, as ``torch.optim.AdamW`` does and timm's ``SGDW``, whose results are equal bit for
+            bit. False adds ``weight_decay`` times the weight to the gradient, as ``torch.optim.SGD`` does.
         loss_scale: None, a positive number (a static scale), ``"dynamic"``, or a :class:`DynamicLossScale`.
         max_grad_norm: Clip gradients to this global L2 norm, as ``torch.nn.utils.clip_grad_norm_``, without writing
             to them; ``inf`` only measures. Squares are summed in FP64 (on a GPU partly in pairs of FP32 numbers that
@@ -95,7 +98,7 @@ class FusedSGD(SavedState):
         fused: Accepted as ``torch.optim.SGD`` does, though not together with ``foreach``; chooses nothing.
         differentiable: Must be False.
 
-    All options up to ``bias_decay`` may differ between groups.
+    All options up to ``decoupled_weight_decay`` may differ between groups.
 
     Raises:
         TypeError: An option has the wrong type.

@@ -22,6 +22,7 @@ from .checkpoint import (
 from .diagnostics import StepDiagnostics
 from .group_source import register_source
 from .loss_scale import DynamicLossScale
+from .options import FLAGS
 from .ordinary_tensors import outside_inference_mode
 from .plan import Plan
 from .step_lock import StepLock, one_at_a_time
@@ -117,6 +118,10 @@ class SavedState(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("_lock", StepLock())
         super().__setstate__(state)
+        for group in self.param_groups:
+            # An optimizer that was pickled before an option was added.
+            for flag in FLAGS:
+                group.setdefault(flag, False)
         self._stepper = self._plan = None
         if "_step_state" in state:
             # A shallow copy shares parameters and state with the original, but takes steps of its own.

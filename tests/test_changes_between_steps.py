@@ -56,6 +56,22 @@ def test_bias_decay_changed_between_steps_takes_effect(backend, device):
         assert torch.equal(params[0], before) is not decays
 
 
+def test_decoupled_weight_decay_changed_between_steps_takes_effect(backend, device):
+    params = parameters([(5, 2)], device=device)
+    optimizer = FusedSGD(params, lr=0.5, momentum=0.5, weight_decay=0.5, backend=backend)
+    for is_decoupled in (False, True, False):
+        optimizer.param_groups[0]["decoupled_weight_decay"] = is_decoupled
+        optimizer.state.clear()
+        before = params[0].detach().clone()
+        set_gradients(params, [torch.zeros(5, 2)])
+        optimizer.step()
+        momentum = optimizer.state[params[0]]["momentum_buffer"]
+        assert momentum.any() == (not is_decoupled)
+        assert_all_same_bits(
+            params, [before * 0.75 if is_decoupled else before.add(before * 0.5, alpha=-0.5)]
+        )
+
+
 def test_a_parameter_that_gets_gradients_late_is_first_then(backend, device):
     def withhold(index: int, _: torch.optim.Optimizer, params: list[Parameter]) -> None:
         if index < 2 or index == 4:

@@ -18,17 +18,9 @@ constexpr int64_t kSmall = 1 << 15;
 constexpr int64_t kLarge = 1 << 22;
 
 template <typename T>
-std::vector<Rule<T>> rules_of(const std::vector<Group>& groups, const StepState& state, const StepRequest& request) {
-  std::vector<Rule<T>> rules;
-  for (const Group& group : groups) rules.push_back(make_rule<T>(group, group.lr, state, request));
-  return rules;
-}
-
-template <typename T>
-Rule<T> for_tensor(Rule<T> rule, const Entry& entry) {
-  rule.decays = entry.decays;
-  rule.is_first_update = entry.first;
-  return rule;
+Rule<T> rule_of(const Plan& plan, const Entry& entry, const StepRequest& request) {
+  const Group& group = plan.groups[entry.group];
+  return make_rule<T>(group, group.lr, entry.layout.shape.size() > 1, entry.first, *plan.state, request);
 }
 
 const void* at(const void* base, DType type, int64_t index) {
@@ -89,20 +81,18 @@ void agree(const Agreement& agreement, std::vector<double>& verdict) {
 
 void update(const Plan& plan, const StepRequest& request) {
   const Kernels& kernels = selected_kernels();
-  const std::vector<Rule<float>> rules = rules_of<float>(plan.groups, *plan.state, request);
   const bool streams = plan.total_count >= kLarge;
-  const std::vector<Rule<double>> double_rules = rules_of<double>(plan.groups, *plan.state, request);
   parallel_for(static_cast<int64_t>(plan.chunks.size()), plan.total_count <= kSmall, [&](int64_t begin, int64_t end) {
     // Backwards, so that the gradients that this thread scanned last are still in its cache.
     for (size_t i = static_cast<size_t>(end); i-- > static_cast<size_t>(begin);) {
       const Chunk& chunk = plan.chunks[i];
       const Entry& entry = plan.entries[static_cast<size_t>(chunk.entry)];
       if (entry.grad == nullptr) continue;
-      const Span span = span_of(entry, chunk, rules[entry.group].has_momentum, streams);
+      const Span span = span_of(entry, chunk, plan.groups[entry.group].momentum != 0, streams);
       if (entry.type == DType::kFloat64) {
-        kernels.update_double(span, for_tensor(double_rules[entry.group], entry));
+        kernels.update_double(span, rule_of<double>(plan, entry, request));
       } else {
-        kernels.update(span, for_tensor(rules[entry.group], entry));
+        kernels.update(span, rule_of<float>(plan, entry, request));
       }
     }
   });

@@ -21,15 +21,6 @@ __device__ inline bool is_first(const TensorRecord& tensor, const ChunkRecord& c
   return first_step < 0 || first_step == number;
 }
 
-template <typename T>
-__device__ inline Rule<T> rule_for(const TensorRecord& tensor, const Group& group, double lr, const StepState& state,
-                                   const StepRequest& request, bool is_first_update) {
-  Rule<T> rule = make_rule<T>(group, lr, state, request);
-  rule.decays = decays(group, tensor.is_matrix);
-  rule.is_first_update = is_first_update;
-  return rule;
-}
-
 template <typename Args>
 __device__ inline void prepare_update(const Args& args, const StepState& state, int64_t index, BlockWork& work) {
   const ChunkRecord chunk = load(&args.tables.chunks[index]);
@@ -45,9 +36,9 @@ __device__ inline void prepare_update(const Args& args, const StepState& state, 
   work.weight = tensor.master == nullptr ? work.param : static_cast<char*>(tensor.master) + chunk.begin * state_size;
   work.buffer = static_cast<char*>(tensor.buffer) + chunk.begin * state_size;
   if (tensor.type == DType::kFloat64) {
-    work.double_rule = rule_for<double>(tensor, group, lr, state, args.request, is_first_update);
+    work.double_rule = make_rule<double>(group, lr, tensor.is_matrix, is_first_update, state, args.request);
   } else {
-    work.rule = rule_for<float>(tensor, group, lr, state, args.request, is_first_update);
+    work.rule = make_rule<float>(group, lr, tensor.is_matrix, is_first_update, state, args.request);
   }
 }
 
@@ -243,8 +234,9 @@ __device__ inline void update_double_span(const BlockWork& work) {
   }
 }
 
+// Four blocks a multiprocessor: no thread may have more than 64 registers.
 template <typename Args>
-__global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_constant__ Args args) {
   __shared__ BlockWork work;
   const Tables& tables = args.tables;
   if (threadIdx.x == 0) {

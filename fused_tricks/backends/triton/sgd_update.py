@@ -22,7 +22,7 @@ class Rule(NamedTuple):
 
     Attributes:
         clip: The factor that clips, negative to maximize.
-        weight_factor: A factor of the weight; 1 unless the weight decays apart from the gradient.
+        weight_factor: A factor of the weight: ``1 - lr * weight_decay`` where the decay is decoupled, else 1.
         gradient_weight: ``1 - dampening``.
         decays: True if the decay adds to the gradient.
         replaces: True if the gradient becomes the buffer: in the first update of a buffer, or without momentum.

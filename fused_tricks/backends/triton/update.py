@@ -210,7 +210,9 @@ def update_kernel(
                                 update_chunk(chunk, single_rule, a, b)
     if is_scanned == 0:
         if arrives_last(state):
-            record_decision(state, skips, inverse_scale, clip)
+            # Computed again, so that no register holds it during the update.
+            inverse_scale = inverse_scale_of(state, unscales, grad_scale)
+            record_decision(state, verdict_of(found_inf), inverse_scale, float64(1.0))
     elif tl.program_id(0) == 0:
         # The scan is over. Heals a counter that two overlapping scans of different sizes left wrong.
         tl.store(field(state, ARRIVALS, tl.int32), 0)
