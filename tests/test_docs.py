@@ -61,3 +61,17 @@ def test_the_code_of_a_page_runs(name: str) -> None:
 @pytest.mark.parametrize("name", ["arithmetic.md", "how_it_works.md"])
 def test_the_readme_links_to_a_page(name: str) -> None:
     assert f"](docs/{name})" in text_of(ROOT / "README.md")
+
+
+def paths_in(page: Path) -> list[str]:
+    """The files and folders of this repository that a page names as code. A star stands for anything."""
+    words = re.findall(r"`([\w./*-]+)`", prose_of(page))
+    roots = tuple(f"{folder.name}/" for folder in ROOT.iterdir() if folder.is_dir())
+    return [word for word in words if word.startswith(roots) and "NAME" not in word]
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/arithmetic.md", "docs/how_it_works.md"])
+def test_every_path_that_a_page_names_exists(name: str) -> None:
+    paths = paths_in(ROOT / name)
+    assert len(paths) > 5
+    assert [path for path in paths if not list(ROOT.glob(path))] == []
