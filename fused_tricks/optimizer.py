@@ -82,7 +82,8 @@ class FusedSGD(SavedState):
             ``bias_decay=True``, unless it states ``bias_decay`` as well.
         decoupled_weight_decay: True multiplies a weight that decays by ``1 - lr * weight_decay`` before the update, and
             leaves the gradient alone, as ``torch.optim.AdamW`` and timm's ``SGDW`` do. The results equal those of
-            ``SGDW`` bit for bit. False adds ``weight_decay`` times the weight to the gradient, as ``torch.optim.SGD`` does.
+            ``SGDW`` bit for bit. False adds ``weight_decay`` times the weight to the gradient, as
+            ``torch.optim.SGD`` does.
         loss_scale: None, a positive number (a static scale), ``"dynamic"``, or a :class:`DynamicLossScale`.
         max_grad_norm: Clip gradients to this global L2 norm, as ``torch.nn.utils.clip_grad_norm_``, without writing
             to them; ``inf`` only measures. Squares are summed in FP64 (on a GPU partly in pairs of FP32 numbers that
