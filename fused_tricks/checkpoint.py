@@ -35,8 +35,8 @@ def is_asked_for_state() -> bool:
     That step has gradients of zero and ``lr=0``. Only its caller sets it apart: a first step of training may look the
     same, and on one process of several alone.
     """
-    module = sys.modules.get(_DISTRIBUTED)
-    return module is not None and _is_called_from(module._init_optim_state.__code__)
+    init_optim_state = getattr(sys.modules.get(_DISTRIBUTED), "_init_optim_state", None)
+    return init_optim_state is not None and _is_called_from(init_optim_state.__code__)
 
 
 def _is_called_by_distributed_checkpoint() -> bool:

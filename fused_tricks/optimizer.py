@@ -50,7 +50,19 @@ class FusedSGD(SavedState):
     3). The roundings are those of ``torch.optim.SGD(foreach=False)``: with FP32 parameters, ``loss_scale=None`` and
     ``bias_decay=True`` the results are equal bit for bit, except where a gradient has been expanded (it has a stride of
     0), which torch's loops round otherwise in places that depend on the processor. Gradients are read and never
-    written.
+    written. One step updates the weight ``w`` (the FP32 master of a parameter in FP16 or BF16, otherwise the parameter)
+    and the momentum buffer ``b``; each line is one rounding::
+
+        g = grad * (1 / scale)                           with a loss scale
+        g = g * min(1, max_grad_norm / (norm + 1e-6))    with max_grad_norm
+        g = -g                                           with maximize
+        w = w * (1 - lr * weight_decay)                  decay, decoupled
+        g = fma(weight_decay, w, g)                      decay, coupled
+        b = g                                            first update of this parameter
+        b = fma(1 - dampening, g, momentum * b)          later updates
+        d = fma(momentum, b, g) if nesterov else b       d = g without momentum
+        w = fma(-lr, d, w)
+        param = round_to_nearest_even(w)                 parameters in FP16 and BF16
 
     Parameters that share memory are updated one after the other, as ``torch.optim.SGD`` does, by
     ``backend="reference"``; FP16 and BF16 parameters that do are refused. Parameters on ``meta`` and ``FakeTensor``s

@@ -14,7 +14,7 @@
 #define __global__
 #define __shared__ extern  // launch.cpp defines all of them
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 namespace fused_tricks::cuda {
 
