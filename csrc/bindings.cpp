@@ -105,14 +105,15 @@ py::object gradient_addresses(Plan& plan, const py::list& groups, const py::dict
 
 bool had_gradient(const Plan& plan, size_t index) { return plan.entries.at(index).has_grad; }
 
-int cpu_step(Plan& plan, const py::list& groups, const py::dict& state, const py::tuple& fields) {
+int cpu_step(const cpu::Step& step, Plan& plan, const py::list& groups, const py::dict& state,
+             const py::tuple& fields) {
   StepRequest request = request_of(fields);
   if (request.external) request.grad_scale = static_cast<float>(number(fields[kGradScale]));
   request.found_inf = !fields[kFoundInf].is_none() && number(fields[kFoundInf]) != 0;
   const Running running(plan);
   if (!running.began() || !plan.refresh(groups, state)) return kStale;
   request.in_double = plan.in_double;
-  return cpu::run_step(plan, request) ? kApplied : kSkipped;
+  return step.run(plan, request) ? kApplied : kSkipped;
 }
 
 // The offset of each field of StepState by name.
@@ -162,7 +163,6 @@ int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::di
 PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   module.def("connect", &connect, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("increment_version"),
              py::arg("functions"), py::arg("samples"), py::arg("negative"));
-  module.attr("CPU_COMPARED") = cpu::kCompared;
   module.attr("REQUEST_FIELDS") = py::cast(kRequestFields);
   module.attr("SCALE_RULE_FIELDS") = py::cast(kRuleFields);
   module.def("step_state_offsets", &step_state_offsets);
@@ -170,14 +170,15 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   module.def("selected_instruction_set", &cpu::selected_instruction_set);
   module.def("select_instruction_set", &cpu::select_instruction_set, py::arg("name"));
   py::class_<Plan>(module, "Plan", py::module_local())
-      .def(py::init<const py::list&, const py::object&, bool, int64_t, const py::list&, const py::object&>(),
-           py::arg("entries"), py::arg("step_state"), py::arg("reads_lr"), py::arg("compared"), py::arg("rates"),
-           py::arg("agreement"))
+      .def(py::init<const py::list&, const py::object&, bool, const py::list&, const py::object&>(), py::arg("entries"),
+           py::arg("step_state"), py::arg("reads_lr"), py::arg("rates"), py::arg("agreement"))
       .def("gradient_addresses", &gradient_addresses, py::arg("groups"), py::arg("state"))
       .def("release_gradients", &Plan::release_gradients)
       .def("had_gradient", &had_gradient, py::arg("index"))
-      .def("mark_updated", &Plan::mark_updated)
-      .def("cpu_step", &cpu_step, py::arg("groups"), py::arg("state"), py::arg("request"));
+      .def("mark_updated", &Plan::mark_updated);
+  py::class_<cpu::Step>(module, "CpuStep", py::module_local())
+      .def(py::init<const Plan&>(), py::arg("plan"))
+      .def("run", &cpu_step, py::arg("plan"), py::arg("groups"), py::arg("state"), py::arg("request"));
 #if defined(FUSED_TRICKS_CUDA)
   module.def("cuda_unusable_because", &cuda::unusable_because, py::arg("device"));
   py::class_<cuda::Step>(module, "CudaStep", py::module_local())

@@ -10,8 +10,6 @@ namespace fused_tricks {
 
 namespace {
 
-constexpr int64_t kChunk = 1 << 15;
-
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
 struct Names {
@@ -116,7 +114,7 @@ DType dtype_of(const py::object& dtype) {
 }
 
 // A CompiledEntry of fused_tricks/backends/compiled.py, which keeps alive what is borrowed here.
-Entry entry_of(const py::handle& item, int64_t compared) {
+Entry entry_of(const py::handle& item) {
   Entry entry;
   entry.group = item.attr("group").cast<size_t>();
   entry.object = item.attr("param").ptr();
@@ -142,8 +140,7 @@ Entry entry_of(const py::handle& item, int64_t compared) {
   entry.own_master = master.ptr();
   entry.own_buffer = buffer.ptr();
   entry.first = item.attr("first").cast<bool>();
-  entry.compares = entry.has_master && entry.count <= compared;
-  entry.watches_version = item.attr("watches_version").cast<bool>() && !entry.compares;
+  entry.watches_version = item.attr("watches_version").cast<bool>();
   entry.first_step = static_cast<int64_t*>(data_of(item.attr("first_step")));
   entry.part = item.attr("part").cast<int32_t>();
   if (entry.watches_version) entry.version = version_of(entry.object);
@@ -154,8 +151,8 @@ Entry entry_of(const py::handle& item, int64_t compared) {
 
 void Agreement::reach() const { py::handle(object).attr("reach")(); }
 
-Plan::Plan(const py::list& specified, const py::object& step_state, bool reads_lr, int64_t compared,
-           const py::list& rates, const py::object& agreed)
+Plan::Plan(const py::list& specified, const py::object& step_state, bool reads_lr, const py::list& rates,
+           const py::object& agreed)
     : reads_lr_(reads_lr) {
   state = static_cast<StepState*>(data_of(step_state));
   device = device_of(step_state);
@@ -176,15 +173,7 @@ Plan::Plan(const py::list& specified, const py::object& step_state, bool reads_l
     }
     rates_.push_back(rate);
   }
-  for (const py::handle& item : specified) {
-    entries.push_back(entry_of(item, compared));
-    const Entry& entry = entries.back();
-    for (int64_t begin = 0; begin < entry.count; begin += kChunk) {
-      const int64_t count = entry.count - begin < kChunk ? entry.count - begin : kChunk;
-      chunks.push_back({static_cast<int32_t>(entries.size() - 1), begin, count});
-    }
-    total_count += entry.count;
-  }
+  for (const py::handle& item : specified) entries.push_back(entry_of(item));
   find_written_memory();
 }
 

@@ -1,4 +1,4 @@
-// What stays the same between steps: the tensors, their sizes and types, and their cut into chunks.
+// What stays the same between steps: the tensors, their sizes and types.
 #pragma once
 
 #include <cstdint>
@@ -55,8 +55,7 @@ struct Entry {
   void* buffer = nullptr;
   bool first = false;             // the buffer was never written
   int64_t* first_step = nullptr;  // on a GPU: where that is noted, so that the host need not know
-  bool watches_version = false;   // a master must notice that its parameter was written by others: by the version,
-  bool compares = false;          // or, where that is cheaper, as the kernels compare the two
+  bool watches_version = false;   // a master must notice that user code wrote to its parameter
   int64_t version = 0;
   int64_t version_step = 1;   // views of one tensor share its counter, which then grows by more than one in an update
   PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and what it must still hold
@@ -82,20 +81,13 @@ struct AppliedRate {
   int64_t origin = 0;
 };
 
-struct Chunk {
-  int32_t entry;
-  int64_t begin;
-  int64_t count;
-};
-
 class Plan {
  public:
   // entries: a CompiledEntry of fused_tricks/backends/compiled.py for each parameter of every group in order.
   // step_state: the uint8 tensor behind StepState. reads_lr: whether the kernels read a learning rate that is a tensor
-  // themselves, so that the host need not wait for it. compared: up to how many elements of a parameter the kernels
-  // compare with its master, instead of the version being watched. rates: for each group None or a CompiledRate.
-  // agreement: None, or what decides with other processes.
-  Plan(const py::list& entries, const py::object& step_state, bool reads_lr, int64_t compared, const py::list& rates,
+  // themselves, so that the host need not wait for it. rates: for each group None or a CompiledRate. agreement: None,
+  // or what decides with other processes.
+  Plan(const py::list& entries, const py::object& step_state, bool reads_lr, const py::list& rates,
        const py::object& agreement);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -116,8 +108,6 @@ class Plan {
 
   std::vector<Entry> entries;
   std::vector<Group> groups;
-  std::vector<Chunk> chunks;
-  int64_t total_count = 0;
   StepState* state = nullptr;
   dlpack::Device device{};
   Agreement agreement;

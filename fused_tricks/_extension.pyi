@@ -10,7 +10,6 @@ class Plan:
         entries: list[CompiledEntry],
         step_state: Any,
         reads_lr: bool,
-        compared: int,
         rates: list[CompiledRate | None],
         agreement: Agreement | None,
     ) -> None: ...
@@ -20,7 +19,12 @@ class Plan:
     def release_gradients(self) -> None: ...
     def had_gradient(self, index: int) -> bool: ...
     def mark_updated(self) -> None: ...
-    def cpu_step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int: ...
+
+class CpuStep:
+    def __init__(self, plan: Plan) -> None: ...
+    def run(
+        self, plan: Plan, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest
+    ) -> int: ...
 
 class CudaStep:
     def __init__(self, plan: Plan) -> None: ...
@@ -33,7 +37,6 @@ class CudaStep:
     ) -> int: ...
 
 __version__: str
-CPU_COMPARED: int
 REQUEST_FIELDS: list[str]
 SCALE_RULE_FIELDS: list[str]
 

@@ -10,9 +10,6 @@
 
 namespace fused_tricks::cpu {
 
-// Up to so many elements it takes no longer to compare a parameter with its master than to read its version counter.
-constexpr int64_t kCompared = 8;
-
 // A run of elements of one tensor. `weight` is the FP32 master where there is one, else the parameter.
 struct Span {
   const void* grad;
@@ -22,8 +19,7 @@ struct Span {
   DType grad_type;
   DType param_type;
   int64_t count;
-  bool streams;   // the parameter is written past the caches, which would first read what it overwrites
-  bool compares;  // the parameter may have been written by others; then the master is not what it was rounded from
+  bool streams;  // the parameter is written past the caches, which would first read what it overwrites
 };
 
 struct Kernels {

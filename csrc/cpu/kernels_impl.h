@@ -131,16 +131,6 @@ void update_vector(const Grad* grad, float* weight, float* buffer, Param* param,
   }
 }
 
-// A master takes over the elements of its parameter that are no longer its own rounding.
-template <typename Param>
-void adopt_foreign_values(float* master, const Param* param, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    Param rounded;
-    Scalar::store(&rounded, master[i]);
-    if (Scalar::load(&rounded) != Scalar::load(param + i)) master[i] = Scalar::load(param + i);
-  }
-}
-
 template <typename Simd, typename Param, typename Grad>
 void update_span(const Span& span, const Rule<float>& shared_rule) {
   const Rule<float> rule = shared_rule;  // a local copy cannot alias the stores, so it stays in registers
@@ -149,7 +139,6 @@ void update_span(const Span& span, const Rule<float>& shared_rule) {
   // Where there is none the pointer is never followed, but adding to a null pointer is undefined.
   auto* buffer = static_cast<float*>(span.buffer != nullptr ? span.buffer : span.weight);
   auto* param = static_cast<Param*>(span.param != nullptr ? span.param : span.weight);
-  if (span.compares) adopt_foreign_values(weight, param, span.count);
   int64_t i = 0;
   if constexpr (!std::is_same_v<Param, float>) {
     if (span.streams && reinterpret_cast<uintptr_t>(param) % (sizeof(Param) * Simd::kWidth) == 0) {

@@ -14,6 +14,7 @@ namespace {
 
 // Below this many elements waking the other threads costs more than they save.
 constexpr int64_t kSmall = 1 << 15;
+constexpr int64_t kChunk = 1 << 15;
 // From so many on the parameters written first are out of the caches before anybody reads them.
 constexpr int64_t kLarge = 1 << 22;
 
@@ -40,33 +41,7 @@ Span span_of(const Entry& entry, const Chunk& chunk, bool has_momentum, bool str
   span.param_type = entry.type;
   span.count = chunk.count;
   span.streams = streams;
-  span.compares = entry.compares;
   return span;
-}
-
-// What the scan found: whether an element is not finite, whether one is FP64, then the squares of each part.
-std::vector<double> scan(const Plan& plan, const StepRequest& request) {
-  const Kernels& kernels = selected_kernels();
-  const int64_t chunk_count = static_cast<int64_t>(plan.chunks.size());
-  std::atomic<bool> any{false};
-  std::vector<double> partial(request.clips ? plan.chunks.size() : 0);
-  parallel_for(chunk_count, plan.total_count <= kSmall, [&](int64_t begin, int64_t end) {
-    for (size_t i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
-      const Chunk& chunk = plan.chunks[i];
-      const Entry& entry = plan.entries[static_cast<size_t>(chunk.entry)];
-      if (entry.grad == nullptr) continue;
-      const void* grad = at(entry.grad, entry.grad_type, chunk.begin);
-      if (kernels.has_non_finite(grad, entry.grad_type, chunk.count)) any.store(true, std::memory_order_relaxed);
-      if (request.clips) partial[i] = kernels.sum_of_squares(grad, entry.grad_type, chunk.count);
-    }
-  });
-  std::vector<double> verdict(2 + static_cast<size_t>(plan.agreement.parts));
-  verdict[0] = any.load();
-  verdict[1] = request.in_double;
-  for (size_t i = 0; i < partial.size(); ++i) {
-    verdict[2 + static_cast<size_t>(plan.entries[static_cast<size_t>(plan.chunks[i].entry)].part)] += partial[i];
-  }
-  return verdict;
 }
 
 void agree(const Agreement& agreement, std::vector<double>& verdict) {
@@ -79,14 +54,50 @@ void agree(const Agreement& agreement, std::vector<double>& verdict) {
   std::copy_n(agreement.verdict, verdict.size(), verdict.begin());
 }
 
-void update(const Plan& plan, const StepRequest& request) {
+}  // namespace
+
+Step::Step(const Plan& plan) {
+  for (size_t i = 0; i < plan.entries.size(); ++i) {
+    const int64_t total = plan.entries[i].count;
+    for (int64_t begin = 0; begin < total; begin += kChunk)
+      chunks_.push_back({i, begin, std::min(kChunk, total - begin)});
+    total_count_ += total;
+  }
+}
+
+// What the scan found: whether an element is not finite, whether one is FP64, then the squares of each part.
+std::vector<double> Step::scan(const Plan& plan, const StepRequest& request) const {
   const Kernels& kernels = selected_kernels();
-  const bool streams = plan.total_count >= kLarge;
-  parallel_for(static_cast<int64_t>(plan.chunks.size()), plan.total_count <= kSmall, [&](int64_t begin, int64_t end) {
+  const int64_t chunk_count = static_cast<int64_t>(chunks_.size());
+  std::atomic<bool> any{false};
+  std::vector<double> partial(request.clips ? chunks_.size() : 0);
+  parallel_for(chunk_count, total_count_ <= kSmall, [&](int64_t begin, int64_t end) {
+    for (size_t i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+      const Chunk& chunk = chunks_[i];
+      const Entry& entry = plan.entries[chunk.entry];
+      if (entry.grad == nullptr) continue;
+      const void* grad = at(entry.grad, entry.grad_type, chunk.begin);
+      if (kernels.has_non_finite(grad, entry.grad_type, chunk.count)) any.store(true, std::memory_order_relaxed);
+      if (request.clips) partial[i] = kernels.sum_of_squares(grad, entry.grad_type, chunk.count);
+    }
+  });
+  std::vector<double> verdict(2 + static_cast<size_t>(plan.agreement.parts));
+  verdict[0] = any.load();
+  verdict[1] = request.in_double;
+  for (size_t i = 0; i < partial.size(); ++i) {
+    verdict[2 + static_cast<size_t>(plan.entries[chunks_[i].entry].part)] += partial[i];
+  }
+  return verdict;
+}
+
+void Step::update(const Plan& plan, const StepRequest& request) const {
+  const Kernels& kernels = selected_kernels();
+  const bool streams = total_count_ >= kLarge;
+  parallel_for(static_cast<int64_t>(chunks_.size()), total_count_ <= kSmall, [&](int64_t begin, int64_t end) {
     // Backwards, so that the gradients that this thread scanned last are still in its cache.
     for (size_t i = static_cast<size_t>(end); i-- > static_cast<size_t>(begin);) {
-      const Chunk& chunk = plan.chunks[i];
-      const Entry& entry = plan.entries[static_cast<size_t>(chunk.entry)];
+      const Chunk& chunk = chunks_[i];
+      const Entry& entry = plan.entries[chunk.entry];
       if (entry.grad == nullptr) continue;
       const Span span = span_of(entry, chunk, plan.groups[entry.group].momentum != 0, streams);
       if (entry.type == DType::kFloat64) {
@@ -98,9 +109,7 @@ void update(const Plan& plan, const StepRequest& request) {
   });
 }
 
-}  // namespace
-
-bool run_step(Plan& plan, StepRequest request) {
+bool Step::run(Plan& plan, StepRequest request) const {
   {
     const py::gil_scoped_release release;
     std::vector<double> verdict(2);

@@ -1,11 +1,34 @@
 // One step over a plan on the CPU.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
 #include "../plan.h"
 
 namespace fused_tricks::cpu {
 
-// Scan (where the request needs one), decision, update. Returns whether the update was applied.
-bool run_step(Plan& plan, StepRequest request);
+// A run of elements of one entry, which one thread works on.
+struct Chunk {
+  size_t entry;
+  int64_t begin;
+  int64_t count;
+};
+
+class Step {
+ public:
+  explicit Step(const Plan& plan);
+
+  // Scan (where the request needs one), decision, update. Returns whether the update was applied.
+  bool run(Plan& plan, StepRequest request) const;
+
+ private:
+  std::vector<double> scan(const Plan& plan, const StepRequest& request) const;
+  void update(const Plan& plan, const StepRequest& request) const;
+
+  std::vector<Chunk> chunks_;
+  int64_t total_count_ = 0;
+};
 
 }  // namespace fused_tricks::cpu

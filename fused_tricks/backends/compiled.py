@@ -56,7 +56,6 @@ class CompiledPlan:
         plan: The plan.
         step_state: The optimizer's state on the device.
         first_steps: For each entry where the kernels note the first update of its buffer, if they do.
-        compared: Up to how many elements the kernels see by themselves that others wrote to a parameter.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class CompiledPlan:
         plan: Plan,
         step_state: StepState,
         first_steps: list[Tensor | None] | None = None,
-        compared: int = 0,
     ) -> None:
         aliases = [
             entry.param.detach() if entry.live and not entry.is_staged else None for entry in plan.entries
@@ -101,7 +99,6 @@ class CompiledPlan:
             self._specified,
             step_state.block,
             reads_lr=first_steps is not None,
-            compared=compared,
             rates=self._rates,
             agreement=plan.agreement,
         )

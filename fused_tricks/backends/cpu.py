@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -11,6 +11,9 @@ from ..plan import Entry, Plan, applied_state
 from ..step_state import StepState
 from .compiled import CompiledPlan
 from .request import StepRequest
+
+if TYPE_CHECKING:
+    from .. import _extension
 
 
 def unavailable_because() -> str | None:
@@ -25,11 +28,12 @@ class CpuStepper:
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         extension = load_extension()
-        self._plan = CompiledPlan(extension, plan, step_state, compared=extension.CPU_COMPARED)
+        self._plan = CompiledPlan(extension, plan, step_state)
+        self._step: _extension.CpuStep = extension.CpuStep(self._plan.handle)
         self._positions = {id(entry): index for index, entry in enumerate(plan.entries) if entry.is_new}
 
     def written_state(self, entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
         return applied_state(entry, has_momentum, self._plan.handle.had_gradient(self._positions[id(entry)]))
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
-        return self._plan.handle.cpu_step(groups, state, request)
+        return self._step.run(self._plan.handle, groups, state, request)
