@@ -306,14 +306,14 @@ class FusedSGD(SavedState):
 
     def _update(self, request: StepRequest) -> None:
         try:
-            placed: dict[Tensor, Tensor] = {}
-            outcome = self._run(request, placed)
+            redistributed: dict[Tensor, Tensor] = {}
+            outcome = self._run(request, redistributed)
             if outcome == Outcome.STALE:
                 self._stepper, self._plan = self._prepare()
                 self._diagnostics.before_update(
                     self._plan, "found_inf" in self.__dict__, self._partition.group is not None
                 )
-                outcome = self._run(request, placed)
+                outcome = self._run(request, redistributed)
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
             # A backend fails on an option that is no number, and knows neither its name nor what is allowed.
             for group in self.param_groups:
@@ -400,17 +400,18 @@ class FusedSGD(SavedState):
 
     _observed_step = Optimizer.profile_hook_step(_step)
 
-    def _run(self, request: StepRequest, placed: dict[Tensor, Tensor]) -> int:
+    def _run(self, request: StepRequest, redistributed: dict[Tensor, Tensor]) -> int:
         stepper, plan = self._stepper, self._plan
         if stepper is None or plan is None or plan.is_outdated:
             return Outcome.STALE
-        if not plan.staged:
+        if not plan.stand_ins:
             return stepper.step(self.param_groups, self.__dict__["state"], request)
-        with torch.no_grad():
-            if not plan.stage(placed):
+        with torch.no_grad(), plan.stand_ins.filled(redistributed) as are_filled:
+            if not are_filled:
                 return Outcome.STALE
             outcome = stepper.step(self.param_groups, self.__dict__["state"], request)
-            plan.unstage(updated=outcome == Outcome.APPLIED)
+            if outcome == Outcome.APPLIED:
+                plan.stand_ins.write_back()
             return outcome
 
     def _request(self) -> StepRequest:

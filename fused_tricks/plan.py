@@ -26,12 +26,13 @@ from .shared_memory import (
     GRADIENT,
     PARAMETER,
     Piece,
+    address_of,
     has_memory,
-    is_addressable,
     missing_bytes,
     must_be_in_order,
     overlaps_itself,
 )
+from .stand_ins import StandIns, identity_of, same_strides
 from .step_state import StepState
 
 
@@ -91,7 +92,7 @@ class Plan:
 
     Attributes:
         entries: All of them.
-        staged: Those whose source is a stand-in.
+        stand_ins: The stand-ins among the entries' sources.
         new: Those whose masters or buffers are not in the optimizer's state yet.
         lrs: The groups' learning rates as they were, tensors that follow the updates applied among them.
         agreement: How to decide with other processes; None where this one decides alone.
@@ -103,67 +104,20 @@ class Plan:
     lrs: list[Any]
     agreement: Agreement | None = None
     is_in_order: bool = False
-    staged: list[Entry] = field(init=False)
+    stand_ins: StandIns = field(init=False)
     new: list[Entry] = field(init=False)
     is_outdated: bool = False
 
     def __post_init__(self) -> None:
-        self.staged = [entry for entry in self.entries if entry.is_staged]
+        self.stand_ins = StandIns(self.entries)
         self.new = [entry for entry in self.entries if entry.is_new]
-
-    def stage(self, placed: dict[Tensor, Tensor]) -> bool:
-        """Gives the stand-ins what the kernels read of them. False: a new plan is needed.
-
-        Args:
-            placed: Local parts of gradients by their parameters, which are added: to bring a gradient to where its
-                parameter is can take all processes, and must not be done again for a new plan on some of them alone.
-        """
-        for entry in self.staged:
-            source, grad = entry.source, entry.param.grad
-            source.grad = None
-            if grad is None:
-                continue
-            param = local_part(entry.param)
-            if entry.master is not None and _identity(entry.param, param) != entry.identity:
-                return False
-            if is_distributed(grad) != (param is not entry.param):
-                return False
-            if entry.param not in placed:
-                placed[entry.param] = local_part(placed_like(grad, entry.param))
-            grad = placed[entry.param]
-            if grad.shape != source.shape or grad.dtype != entry.grad_dtype or not _is_alike(param, source):
-                return False
-            if missing_bytes(param) or missing_bytes(grad):
-                return False
-            if entry.is_copy:
-                source.copy_(param)
-                grad = grad.resolve_neg().clone(memory_format=torch.contiguous_format)
-            elif _address(param) != _address(source) or param.stride() != source.stride() or param.is_neg():
-                return False
-            elif not same_strides(grad, source) or grad.is_neg() or grad._is_zerotensor():
-                grad = torch.empty_like(source, dtype=grad.dtype).copy_(grad)
-            source.grad_dtype = grad.dtype
-            source.grad = grad
-        return True
 
     def keeps_its_memory(self) -> bool:
         """True if each parameter still is where it was when the plan began to keep its memory."""
         return all(
-            entry.storage is None or _address(local_part(entry.param)) == _address(entry.storage)
+            entry.storage is None or address_of(local_part(entry.param)) == address_of(entry.storage)
             for entry in self.entries
         )
-
-    def unstage(self, updated: bool) -> None:
-        """Lets go of the stand-ins' gradients and, after an update, has the parameters follow their stand-ins."""
-        for entry in self.staged:
-            if updated and entry.source.grad is not None:
-                param = local_part(entry.param)
-                if entry.is_copy:
-                    param.copy_(entry.source)
-                if param is not entry.param:
-                    torch.autograd.graph.increment_version((entry.param, param))
-                entry.identity = _identity(entry.param, param)
-            entry.source.grad = None
 
     def publish(
         self,
@@ -327,10 +281,6 @@ def _pieces(name: str, param: Tensor, grad: Tensor | None, used: dict[str, Tenso
             yield Piece(local_part(tensor), key, name, MASTER_PARAM in used)
 
 
-def _is_alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-
-
 def _entry(
     param: Tensor,
     group: int,
@@ -347,7 +297,7 @@ def _entry(
     elif local is not param:
         source = local.detach()
     entry = Entry(group, param, live=True, source=source, is_copy=not is_dense, storage=local.detach())
-    entry.identity = _identity(param, local)
+    entry.identity = identity_of(param, local)
     if param.dtype in LOW_PRECISION:
         entry.master, entry.is_new = _find_state(entry, states, MASTER_PARAM, step_state, is_in_order)
         if entry.master is None:
@@ -385,26 +335,12 @@ def _find_state(
     return None, True
 
 
-def _identity(param: Tensor, local: Tensor) -> tuple[int, ...]:
-    return _address(local), param._version, local._version
-
-
-def _address(local: Tensor) -> int:
-    """Of a tensor's first element; 0 where it has none."""
-    return local.data_ptr() if is_addressable(local) else 0
-
-
 def _fits(grad: Tensor, param: Tensor) -> bool:
     """Whether both can be walked as two flat arrays that list the same elements in the same order."""
     dense = torch.empty_like(param, device="meta")
     if not (same_strides(param, dense) and same_strides(param, grad)):
         return False
     return not (grad.is_neg() or param.is_neg() or grad._is_zerotensor())
-
-
-def same_strides(a: Tensor, b: Tensor) -> bool:
-    """Whether both list their elements in the same order; the stride of a dimension of one element says nothing."""
-    return all(m == n for m, n, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1)
 
 
 def _fitting_state(

@@ -69,6 +69,11 @@ def is_addressable(tensor: Tensor) -> bool:
     return has_memory(tensor) and not is_traceable_wrapper_subclass(tensor) and tensor.layout == torch.strided
 
 
+def address_of(tensor: Tensor) -> int:
+    """Returns the address of a tensor's first element; 0 where a tensor has none."""
+    return tensor.data_ptr() if is_addressable(tensor) else 0
+
+
 def missing_bytes(tensor: Tensor) -> int:
     """Returns how many bytes a tensor's storage lacks for its elements, as after ``untyped_storage().resize_(0)``."""
     local = local_part(tensor)

@@ -247,3 +247,21 @@ def test_a_master_written_before_another_parameter_came_is_in_the_state_although
     state = optimizer.state_dict()["state"]
     assert list(state) == [0]
     assert_same_bits(state[0]["master_param"], torch.full((3,), 1 - 2.0**-15))
+
+
+def test_a_step_that_raises_leaves_no_gradient_in_a_stand_in(backend, device):
+    param = Parameter(torch.ones(4, 6, device=device)[:, ::2])
+    optimizer = FusedSGD([param], lr=0.1, momentum=0.9, backend=backend)
+    param.grad = torch.ones(4, 3, device=device)
+    optimizer.step()
+    before = param.detach().clone()
+    param.grad = torch.ones(4, 3, device=device)
+    gradient = weakref.ref(param.grad)
+    optimizer.param_groups[0]["momentum"] = "0.9"
+    with pytest.raises(TypeError, match="momentum"):
+        optimizer.step()
+    (entry,) = optimizer._plan.entries
+    assert entry.source.grad is None
+    param.grad = None
+    assert gradient() is None
+    assert torch.equal(param, before)

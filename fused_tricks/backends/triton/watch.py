@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ...hyper_parameters import check_range
 from ...parameters import MASTER_PARAM, MOMENTUM_BUFFER
-from ...plan import Plan, same_strides
+from ...plan import Plan
 from ...sharding import is_distributed
 from ...shared_memory import missing_bytes
+from ...stand_ins import same_strides
 from ..compiled import Gradients
 
 _grad = attrgetter("grad")
