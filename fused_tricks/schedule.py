@@ -15,10 +15,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .applied_updates import AppliedUpdates
 from .arguments import integer, shown
+from .call_count import CallCount
 from .diagnostics import warn_user
 from .warmup_cosine import WarmupCosine
 
 # So that an INT64 holds its difference to any number of updates made.
+_COUNTERS = {counter.name: counter for counter in (CallCount, AppliedUpdates)}
 LAST_UPDATE = 2**62
 
 
@@ -67,7 +69,7 @@ class WarmupCosineLR(LRScheduler):
     - To set a rate by hand until the next :meth:`step`, assign a number to ``group["lr"]``. Writing into the tensor, as
       torch's other schedulers do, changes only what it reads.
     - :attr:`last_epoch`, :meth:`get_lr`, :meth:`get_last_lr` and :meth:`state_dict` synchronise.
-    - It can be no part of ``SequentialLR``.
+    - It cannot be used in ``SequentialLR``.
 
     Args:
         optimizer: The optimizer whose learning rates are set, beginning with the one of update 0.
@@ -127,11 +129,10 @@ class WarmupCosineLR(LRScheduler):
         self.curve = WarmupCosine(
             total_steps, warmup_steps, warmup_start, min_ratio, T_0, T_mult, peak_decay, warmup_every_cycle
         )
-        if count not in ("calls", "applied"):
+        if count not in _COUNTERS:
             raise ValueError(f"count must be 'calls' or 'applied', got {count!r}")
         first = integer("last_epoch", last_epoch, least=-1, most=LAST_UPDATE - 1) + 1
-        self._resumes_at: int | None = None
-        self._applied = AppliedUpdates(optimizer, self.curve) if count == "applied" else None
+        self._counter: CallCount | AppliedUpdates = _COUNTERS[count](optimizer, self.curve)
         if self.curve.warmup_steps == self.curve.total_steps:
             warn_user(
                 f"warmup_steps equals total_steps={self.curve.total_steps}: the warm-up takes all updates and no "
@@ -140,10 +141,9 @@ class WarmupCosineLR(LRScheduler):
         _separate_default_rate(optimizer)
         super().__init__(optimizer)
         if first > 0:
-            self._go_to(first)
+            self._counter.go_to(first)
+            self._counter.expect_load(first)
             self._write_rates()
-            # An optimizer that is loaded later brings a count of its own.
-            self._resumes_at = None if self._applied is None else first
         self._watch_groups()
 
     def __repr__(self) -> str:
@@ -153,22 +153,13 @@ class WarmupCosineLR(LRScheduler):
     @property
     def last_epoch(self) -> int:
         """``t`` of the next update. The name is torch's."""
-        return self._calls if self._applied is None else self._applied.t
+        return self._counter.t
 
     @last_epoch.setter
     def last_epoch(self, t: int) -> None:
-        if self._applied is not None and hasattr(self, "_step_count"):
-            raise RuntimeError(
-                "last_epoch cannot be set with count='applied', and such a schedule be no part of SequentialLR; use "
-                "step(t), or count='calls'"
-            )
-        self._calls = t
-
-    def _go_to(self, t: int) -> None:
-        if self._applied is None:
-            self._calls = t
-        else:
-            self._applied.go_to(t)
+        # The base class assigns it once before it counts steps.
+        if hasattr(self, "_step_count"):
+            self._counter.assign(t)
 
     @property
     def base_lrs(self) -> list[float | Tensor]:
@@ -199,49 +190,31 @@ class WarmupCosineLR(LRScheduler):
         Warns:
             UserWarning: The next update is beyond ``total_steps``; once.
         """
-        self._resumes_at = None
         self._update_lr(epoch)
         self._step_count += 1
         total = self.curve.total_steps
-        if total is not None and not self._is_beyond_end and self._known_t() > total:
+        if total is not None and not self._is_beyond_end and self._counter.known_t > total:
             self._is_beyond_end = True
             warn_user(
                 f"the schedule was stepped beyond total_steps={total}: further updates are made at its floor, "
                 f"min_ratio={self.curve.min_ratio}; total_steps counts all updates, those of the warm-up included"
             )
 
-    def _known_t(self) -> int:
-        """``t`` where it is known without waiting for a device, else 0."""
-        if self._applied is None:
-            return self._calls
-        return self._applied.t if self._applied.is_on_host else 0
-
     def get_last_lr(self) -> list[float | Tensor]:
         """The learning rates that the last :meth:`step` set; with ``count="applied"``, those of the next update."""
-        return super().get_last_lr() if self._applied is None else self.get_lr()
+        return super().get_last_lr() if self._counter.sets_last_rates else self.get_lr()
 
     # torch's SequentialLR enters a schedule here.
     def _update_lr(self, epoch: int | None = None) -> None:
-        if epoch is not None:
-            self._go_to(integer("epoch", epoch, least=0, most=LAST_UPDATE))
-        elif self._applied is None:
-            self._calls += 1
+        if epoch is None:
+            self._counter.advance()
+        else:
+            self._counter.go_to(integer("epoch", epoch, least=0, most=LAST_UPDATE))
         self._write_rates()
 
-    @property
-    def _waits(self) -> bool:
-        """Whether a SequentialLR has taken back update 0, until it is this schedule's turn."""
-        return self._applied is None and self._calls < 0
-
     def _write_rates(self) -> None:
-        if self._applied is not None:
-            self._applied.write_rates(self.base_lrs)
-            return
-        if self._waits:
-            return
-        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            _write_rate(group, rate)
-        self._last_lr = self._current_rates()
+        if self._counter.write_rates(self.base_lrs):
+            self._last_lr = self._current_rates()
 
     def _current_rates(self) -> list[float | Tensor]:
         return [_copy(group["lr"]) for group in self.optimizer.param_groups]
@@ -268,8 +241,7 @@ class WarmupCosineLR(LRScheduler):
         def after_load(optimizer: Optimizer) -> None:
             schedule = schedule_ref()
             if schedule is not None:
-                if schedule._resumes_at is not None:
-                    schedule._go_to(schedule._resumes_at)
+                schedule._counter.after_load()
                 schedule._write_rates()
 
         # There is no hook for this one; the base class replaces `step` in the same way.
@@ -279,10 +251,7 @@ class WarmupCosineLR(LRScheduler):
     def _enter(self, group: dict[str, Any]) -> None:
         _separate_default_rate(self.optimizer)
         _separate_late_rate(group, self.optimizer.param_groups)
-        if self._applied is not None:
-            self._write_rates()
-        elif not self._waits:
-            _write_rate(group, _initial_rate(group) * self.curve.factor(self.last_epoch))
+        if self._counter.enter(group, _initial_rate(group)):
             self._last_lr = self._current_rates()
 
     def state_dict(self) -> dict[str, Any]:
@@ -290,11 +259,10 @@ class WarmupCosineLR(LRScheduler):
 
         With ``count="applied"`` also ``origin``: how many updates the optimizer had applied before update 0.
         """
-        state = {"last_epoch": self.last_epoch, **self._arguments()}
-        return state if self._applied is None else {**state, "origin": self._applied.origin}
+        return {"last_epoch": self.last_epoch, **self._arguments(), **self._counter.saved()}
 
     def _arguments(self) -> dict[str, Any]:
-        return {**asdict(self.curve), "count": "calls" if self._applied is None else "applied"}
+        return {**asdict(self.curve), "count": self._counter.name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes to the update that the state is of, and sets its learning rates.
@@ -329,18 +297,17 @@ class WarmupCosineLR(LRScheduler):
                 UserWarning,
                 stacklevel=2,
             )
-        if self._applied is None or origin is None:
-            self._go_to(last_epoch)
-            # The optimizer's counter may be loaded after this.
-            self._resumes_at = None if self._applied is None else last_epoch
-        else:
-            self._applied.origin = origin
+        self._counter.restore(last_epoch, origin)
         self._step_count = last_epoch + 1
         self._write_rates()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The optimizer of a copy has lost what watched it.
         vars(self).update(state)
+        if "_counter" not in state:
+            # A schedule that was pickled before its counters were classes.
+            self._counter = state["_applied"] or CallCount(self.optimizer, self.curve)
+            self._counter.restore(state["_calls"], getattr(state["_applied"], "origin", None))
+        # The optimizer of a copy has lost what watched it.
         self._watch_groups()
 
 
@@ -349,13 +316,6 @@ def _initial_rate(group: dict[str, Any]) -> float | Tensor:
         group["initial_lr"] = _copy(group["lr"])
     rate: float | Tensor = group["initial_lr"]
     return rate
-
-
-def _write_rate(group: dict[str, Any], rate: float | Tensor) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate.reshape(()) if isinstance(rate, Tensor) else rate)
-    else:
-        group["lr"] = rate
 
 
 def _separate_default_rate(optimizer: Optimizer) -> None:

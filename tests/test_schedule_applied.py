@@ -284,10 +284,10 @@ def test_an_unknown_count_is_refused() -> None:
         WarmupCosineLR(FusedSGD([Parameter(torch.zeros(2))]), 3, count="steps")
 
 
-def test_it_can_be_no_part_of_a_sequence() -> None:
+def test_it_cannot_be_used_in_a_sequence() -> None:
     optimizer = FusedSGD([Parameter(torch.zeros(2))], lr=1.0)
     schedule = WarmupCosineLR(optimizer, 8, 4, count="applied")
-    with pytest.raises(RuntimeError, match="no part of SequentialLR"):
+    with pytest.raises(RuntimeError, match="cannot be used in SequentialLR"):
         SequentialLR(optimizer, [ConstantLR(optimizer, 0.5, 9), schedule], [3])
 
 
