@@ -21,6 +21,7 @@ _SOURCES = [
     _CSRC / "bindings.cpp",
     _CSRC / "plan.cpp",
     _CSRC / "tensors.cpp",
+    _CSRC / "torch_shim.cpp",
     _CSRC / "threads.cpp",
     _CSRC / "cpu" / "dispatch.cpp",
     _CSRC / "cpu" / "step.cpp",
