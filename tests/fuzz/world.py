@@ -50,6 +50,8 @@ class Life:
         self.params += params
         if self.name == "torch":
             options = {name: value for name, value in options.items() if name not in OWN_OPTIONS}
+        else:
+            options = OWN_OPTIONS | options
         return options | {"params": params}
 
     def optimizer_over(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
