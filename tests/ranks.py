@@ -24,8 +24,9 @@ import torch.distributed.tensor
 
 import backends  # noqa: F401  # here, so that each process finds it imported
 
-_PATIENCE = 300
-"""Seconds until processes that wait for each other are given up."""
+PATIENCE = 3600
+"""Seconds until processes that hang are given up; more than any machine needs, however busy. One that dies is noticed
+at once."""
 
 
 def run(count: int, body: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
@@ -91,7 +92,7 @@ class _Processes:
         for connection in self._connections:
             connection.send_bytes(_packed(call))
         answers: dict[Any, tuple[str, Any]] = {}
-        patience = _PATIENCE
+        patience = PATIENCE
         while waiting := [connection for connection in self._connections if connection not in answers]:
             ready: list[Any] = multiprocessing.connection.wait(waiting, patience)
             for connection in ready or waiting:
@@ -113,7 +114,7 @@ def _serve(rank: int, count: int, folder: str, connection: Connection) -> None:
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=count,
-        timeout=timedelta(seconds=_PATIENCE),
+        timeout=timedelta(seconds=PATIENCE),
     )
     while True:
         body, args, options = _unpacked(connection.recv_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_a_parameter_that_one_process_does_not_use_is_updated_on_both_and_one_th
 
 def main() -> None:
     """What torchrun starts: FP16 training, of which each process prints the result."""
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=ranks.PATIENCE))
     torch.set_num_threads(1)
     train("cpu", torch.float16, {})
     # One write each, so that the processes' lines do not mix.
@@ -150,7 +151,10 @@ def main() -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_torchrun_trains_as_one_process_does(count):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    result = subprocess.run([*command, str(Path(__file__))], capture_output=True, text=True, timeout=200)
+    # torchrun ends every process as soon as one of them fails.
+    result = subprocess.run(
+        [*command, str(Path(__file__))], capture_output=True, text=True, timeout=ranks.PATIENCE
+    )
     assert result.returncode == 0, result.stderr
     # Gloo of torch 2.10 writes lines of its own.
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from unittest import mock
 
 import pytest
@@ -25,3 +26,15 @@ def test_spawned_processes_answer_as_forked_ones() -> None:
     with mock.patch.object(ranks, "start_method", return_value="spawn"):
         processes = ranks._Processes(2)
     assert processes.call(own_rank, (), {}) == [("", (rank, os.getpid())) for rank in range(2)]
+
+
+def die_or_hang() -> None:
+    if torch.distributed.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        signal.pause()
+
+
+def test_a_process_that_dies_ends_the_call_while_others_hang() -> None:
+    with pytest.raises(AssertionError, match="rank 0: no answer\nrank 1: the process died"):
+        ranks.run(2, die_or_hang)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import signal
@@ -27,6 +27,7 @@ pytest.importorskip("tqdm", reason="the example shows its progress with tqdm")
 import sklearn.datasets  # noqa: F401  # here, so that each process finds it imported
 from torch.utils._pytree import tree_flatten
 
+import ranks
 from comparison import assert_same_bits
 from examples import train
 
@@ -59,7 +60,7 @@ def launcher() -> ProcessPoolExecutor:
 def launch(
     folder: Path, *options: str, meanwhile: Callable[[], Any] = int, killed_at: float = STEPS, count: int = 1
 ) -> list[int]:
-    """Runs the example on the tiny network, in `count` processes.
+    """Runs the example on the tiny network, in `count` processes; ends all of them as soon as one fails.
 
     Args:
         folder: gets what the example writes, and what it returned and printed in each process.
@@ -70,7 +71,7 @@ def launch(
         count: how many processes.
 
     Returns:
-        Their exit codes.
+        Their exit codes: ``-SIGTERM`` where another process failed first.
     """
     return launcher().submit(_fork, folder, options, meanwhile, killed_at, count).result()
 
@@ -93,17 +94,23 @@ def _fork(
         process = context.Process(target=_run, args=(folder, options, meanwhile, progress, environment))
         process.start()
         processes.append(process)
-    while progress.value < killed_at // 1 and processes[0].is_alive():
+    while progress.value < killed_at // 1 and all(process.is_alive() for process in processes):
         time.sleep(0.001)
-    if killed_at < STEPS:
+    if killed_at < STEPS and all(process.is_alive() for process in processes):
         # A step takes some 20 ms.
         time.sleep(killed_at % 1 * 0.02)
         processes[0].kill()
-    for process in processes:
-        # Where one hangs, the test is to fail.
-        process.join(120)
-        process.kill()
-        process.join()
+    running = {process.sentinel: process for process in processes}
+    while running:
+        ended = multiprocessing.connection.wait(list(running), ranks.PATIENCE)
+        done = [running.pop(sentinel) for sentinel in ended]
+        for process in done:
+            process.join()
+        if not done or any(process.exitcode for process in done):
+            for process in running.values():
+                process.terminate()
+                process.join()
+            break
     return [process.exitcode for process in processes]
 
 
@@ -224,3 +231,15 @@ def test_a_run_of_several_processes_ends_with_the_same_bits_after_one_was_killed
         weights = torch.load(resumed / f"returned{rank}.pt", weights_only=True)
         for name in learned:
             assert_same_bits(weights[name], left_in(resumed)["weights"][name], f"{name} of process {rank}")
+
+
+def die_as_the_second_or_hang() -> None:
+    if os.environ["RANK"] == "1":
+        die()
+    while True:
+        signal.pause()
+
+
+def test_a_process_that_dies_ends_those_that_hang(tmp_path):
+    codes = launch(tmp_path, meanwhile=die_as_the_second_or_hang, count=2)
+    assert codes == [-signal.SIGTERM, -signal.SIGKILL]

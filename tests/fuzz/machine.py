@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from .tensors import DTYPES, GRADIENTS, LAYOUTS, ROUTES, SHAPES
+from .tensors import DTYPES, GRADIENTS, LAYOUTS, ROUTES, SHAPES, STORAGES
 from .world import World
 
 SEEDS = st.integers(0, 999)
@@ -19,6 +19,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "weight_decay": st.sampled_from([0, 1e-4, 0.1]),
     "maximize": st.booleans(),
     "bias_decay": st.booleans(),
+    "decoupled_weight_decay": st.booleans(),
 }
 DESCRIBED = st.tuples(
     st.sampled_from(sorted(DTYPES)), st.sampled_from(SHAPES), st.sampled_from(LAYOUTS), SEEDS
@@ -38,9 +39,9 @@ SCALING = st.sampled_from(
 
 
 def groups_of(described: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """Groups of up to three parameters, with some options."""
+    """Groups of up to three parameters, in one storage or more, with some options."""
     params = st.lists(described, min_size=1, max_size=3)
-    return st.fixed_dictionaries({"params": params}, optional=OPTIONS)
+    return st.fixed_dictionaries({"params": params, "storage": st.sampled_from(STORAGES)}, optional=OPTIONS)
 
 
 GROUPS = st.lists(groups_of(DESCRIBED), min_size=1, max_size=2) | st.lists(

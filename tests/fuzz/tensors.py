@@ -12,7 +12,19 @@ from torch.nn import Parameter
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
 SHAPES = ((), (0,), (1,), (3,), (17,), (65,), (5, 7), (4, 3, 2), (2, 3, 3, 3), (300,), (33, 41))
 LAYOUTS = ("dense", "transposed", "channels_last", "gaps", "view")
-GRADIENTS = ("dense", "fp32", "other strides", "gaps", "zero", "none", "infinite", "nan", "negated view")
+STORAGES = ("apart", "side by side", "in turns")
+GRADIENTS = (
+    "dense",
+    "fp32",
+    "other strides",
+    "gaps",
+    "view",
+    "zero",
+    "none",
+    "infinite",
+    "nan",
+    "negated view",
+)
 ROUTES = ("no_grad", "new data", "data in place", "numpy", "load")
 
 
@@ -43,14 +55,36 @@ def laid_out(dense: Tensor, layout: str) -> Tensor:
     if layout == "gaps" and dense.dim() >= 1:
         return torch.stack([dense, dense + 1], dim=-1)[..., 0]
     if layout == "view":
-        return torch.cat([dense.new_ones(3), dense.flatten()])[3:].view(dense.shape)
+        return torch.cat([dense.new_ones(3), dense.flatten(), dense.new_ones(2)])[3:-2].view(dense.shape)
     return dense
 
 
-def parameter(described: Described) -> Parameter:
-    """Makes a parameter."""
-    dense = values(described.shape, described.seed).to(DTYPES[described.dtype])
-    return Parameter(laid_out(dense, described.layout))
+def parameters(described: list[Described], storage: str) -> list[Parameter]:
+    """Makes parameters.
+
+    Args:
+        described: One for each parameter.
+        storage: One of the `STORAGES`. "apart" gives each parameter a storage and its own layout. Otherwise the
+            parameters of one dtype are views into one storage, without overlap: one after the other ("side by side"),
+            or as columns of a matrix ("in turns").
+    """
+    dense = [values(each.shape, each.seed).to(DTYPES[each.dtype]) for each in described]
+    if storage == "apart":
+        return [Parameter(laid_out(own, each.layout)) for own, each in zip(dense, described, strict=True)]
+    made: dict[int, Parameter] = {}
+    for dtype in DTYPES.values():
+        indices = [index for index, own in enumerate(dense) if own.dtype == dtype]
+        if not indices:
+            continue
+        sizes = [dense[index].numel() for index in indices]
+        if storage == "side by side":
+            views = torch.empty(sum(sizes), dtype=dtype).split(sizes)
+        else:
+            columns = torch.empty(max(sizes), len(sizes), dtype=dtype).unbind(1)
+            views = tuple(column[:size] for column, size in zip(columns, sizes, strict=True))
+        for index, view in zip(indices, views, strict=True):
+            made[index] = Parameter(view.view(dense[index].shape).copy_(dense[index]))
+    return [made[index] for index in range(len(dense))]
 
 
 def gradient(param: Tensor, kind: str, seed: int, exact: bool) -> Tensor | None:
@@ -66,8 +100,8 @@ def gradient(param: Tensor, kind: str, seed: int, exact: bool) -> Tensor | None:
     grad = dense.to(torch.float32 if kind == "fp32" and low else param.dtype)
     if kind == "other strides":
         return laid_out(grad, "transposed" if param.dim() != 4 else "channels_last")
-    if kind == "gaps":
-        return laid_out(grad, "gaps")
+    if kind in ("gaps", "view"):
+        return laid_out(grad, kind)
     if kind == "negated view":
         return torch._neg_view(-grad)
     # As autograd gives it: with the parameter's strides where those are dense.

@@ -14,10 +14,13 @@ from torch.nn import Parameter
 from comparison import assert_same_bits, bits
 from fused_tricks import DynamicLossScale, FusedSGD, WarmupCosineLR
 
-from .tensors import DTYPES, Described, gradient, laid_out, parameter, write
+from .tensors import DTYPES, Described, gradient, laid_out, parameters, write
 
 # Routes that go unnoticed until the masters are refreshed.
 UNNOTICED = ("data in place", "numpy")
+
+# Options that torch.optim.SGD lacks, with the value at which FusedSGD does the same.
+OWN_OPTIONS = {"bias_decay": True, "decoupled_weight_decay": False}
 
 
 class Life:
@@ -42,11 +45,13 @@ class Life:
 
     def group(self, described: dict[str, Any]) -> dict[str, Any]:
         """Makes a group's parameters."""
-        params = [parameter(each) for each in described["params"]]
+        options = dict(described)
+        params = parameters(options.pop("params"), options.pop("storage", "apart"))
         self.params += params
-        options = {name: value for name, value in described.items() if name not in ("params", "bias_decay")}
-        if self.name != "torch":
-            options["bias_decay"] = described.get("bias_decay", True)
+        if self.name == "torch":
+            options = {name: value for name, value in options.items() if name not in OWN_OPTIONS}
+        else:
+            options = OWN_OPTIONS | options
         return options | {"params": params}
 
     def optimizer_over(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -81,7 +86,7 @@ class World:
 
     Args:
         backends: The backends that take part beside the reference.
-        groups: Dicts with ``params``, a list of `Described`, and options.
+        groups: Dicts with ``params``, a list of `Described`, options, and ``storage``, which is "apart" by default.
         **options: Of the optimizers: ``loss_scale`` (a dict is a `DynamicLossScale`'s arguments), ``max_grad_norm``.
     """
 
@@ -172,9 +177,9 @@ class World:
         """Sets an option of a group."""
         for life in self.lives:
             groups = life.optimizer.param_groups
-            if not (name == "bias_decay" and life.name == "torch"):
+            if not (name in OWN_OPTIONS and life.name == "torch"):
                 groups[group % len(groups)][name] = value
-        if name == "bias_decay" and not value:
+        if name in OWN_OPTIONS and value != OWN_OPTIONS[name]:
             self.lives = [life for life in self.lives if life.name != "torch"]
 
     def clip(self, max_grad_norm: float | None) -> None:
@@ -277,4 +282,6 @@ def _one_nan(tensor: Tensor) -> Tensor:
 def _is_torchs(groups: list[dict[str, Any]]) -> bool:
     """True where torch.optim.SGD does the same."""
     dtypes = {each.dtype for group in groups for each in group["params"]}
-    return dtypes <= {"f32", "f64"} and all(group.get("bias_decay", True) for group in groups)
+    return dtypes <= {"f32", "f64"} and all(
+        group.get(name, value) == value for group in groups for name, value in OWN_OPTIONS.items()
+    )
