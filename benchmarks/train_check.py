@@ -32,7 +32,12 @@ def check(trainer: Trainer, recipe: Recipe, images: Tensor, labels: Tensor) -> C
             lambda value: _on_cpu(value) if isinstance(value, Tensor) else value, optimizer.state_dict()
         )
     else:
-        momenta = [_on_cpu(optimizer.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        # Before the first update there is no buffer yet.
+        states = [optimizer.state.get(parameter, {}) for parameter in parameters]
+        momenta = [
+            _on_cpu(state.get("momentum_buffer", torch.zeros_like(parameter)))
+            for state, parameter in zip(states, parameters, strict=True)
+        ]
     trainer.backward(trainer.forward(images, labels))
     gradients = [_on_cpu(parameter.grad) for parameter in parameters if parameter.grad is not None]
     trainer.apply()
