@@ -32,11 +32,13 @@ TORCHES ?= 2.10.0 2.11.0 2.14.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test fuzz sanitize test-torches bench gpu-report lint format clean FORCE
+.PHONY: help build test test-fast test-gpu fuzz sanitize test-torches bench gpu-report lint format clean FORCE
 
 help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
 	@echo "make test     run the tests; PYTEST_ARGS='-k overflow' chooses some"
+	@echo "make test-fast  the tests of the inner loop: no training, no other processes, no interpreted kernels"
+	@echo "make test-gpu   the tests that run on a GPU, which are skipped where there is none"
 	@echo "make fuzz     random histories of optimizers, every backend against the reference: SECONDS=60"
 	@echo "make sanitize the extension and the emulated kernels under AddressSanitizer, UndefinedBehaviorSanitizer"
 	@echo "              and ThreadSanitizer"
@@ -59,6 +61,13 @@ test: $(STAMPS)/build $(STAMPS)/test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(IN_VENV) -m pytest -n $(TEST_PROCESSES) -rs $(PYTEST_ARGS)
 
 SECONDS ?= 60
+# Without what takes long: for the inner loop.
+test-fast: PYTEST_ARGS += -m "not (slow or integration or gpu)"
+test-fast: test
+
+test-gpu: PYTEST_ARGS += -m gpu
+test-gpu: test
+
 fuzz: $(STAMPS)/build $(STAMPS)/test
 	cd tests && PYTHONPATH=.:.. ../$(IN_VENV) -m fuzz --seconds $(SECONDS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Test processes share the cores, so a thread that waits must not spin. OpenMP reads this when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -12,10 +13,45 @@ import torch
 
 import backends
 import sanitizers
+from fused_tricks.backends.triton import IS_INTERPRETED
 
 sanitizers.install()
 
+# Backends that run on a GPU; Triton's interpreter runs on the CPU.
+GPU_BACKENDS = {"cuda"} if IS_INTERPRETED else {"cuda", "triton"}
+
 collect_ignore_glob = [] if torch.distributed.is_available() else ["test_distributed_*.py"]
+
+
+# Tests that train, start other processes or compile kernels, by their files.
+SLOW = (
+    "fuzz",
+    "test_benchmarks",
+    "test_cuda_compiled.py",
+    "test_cuda_toolkit.py",
+    "test_distributed_",
+    "test_example",
+    "test_gpu_report.py",
+    "test_low_precision_models.py",
+    "test_packaging.py",
+    "test_pure_wheel.py",
+    "test_triton_compiled.py",
+    "test_zero_gamma_",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that need a GPU, those of other packages, and those that take long."""
+    for item in items:
+        file = str(item.path.relative_to(Path(__file__).parent))
+        callspec = getattr(item, "callspec", None)
+        backend = "" if callspec is None else str(callspec.params.get("backend", ""))
+        if file in ("test_gpu.py", "test_gpu_hazards.py") or backend in GPU_BACKENDS:
+            item.add_marker("gpu")
+        if file.startswith("test_integration_"):
+            item.add_marker("integration")
+        if file.startswith(SLOW) or backends.is_slow(backend):
+            item.add_marker("slow")
 
 
 @pytest.fixture(params=backends.NAMES)

@@ -154,6 +154,7 @@ int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned
 """
 
 
+@pytest.mark.slow
 def test_a_driver_older_than_the_build_is_named_as_the_reason(tmp_path: Path) -> None:
     if missing_because() is not None or not hasattr(load_extension(), "CudaStep"):
         pytest.skip("the extension was built without CUDA")

@@ -95,6 +95,7 @@ def resume_all(folder: str, backend: str) -> None:
         torch.save(run.result(), path.with_suffix(".result"))
 
 
+@pytest.mark.slow
 def test_a_new_process_resumes_bit_for_bit_from_any_step(backend, tmp_path):
     run = Run(backend)
     for step in range(STEPS):

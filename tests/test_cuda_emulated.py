@@ -134,6 +134,7 @@ def test_tables_and_scalars_cost_at_most_half_a_byte_an_element(dtype: torch.dty
     assert traffic.table_bytes_read <= 0.5 * sum(SIZES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 256, 257, 1024, 1025, 3584, 3585, 10_000])
 def test_any_number_of_tensors_is_updated_in_two_launches(count: int) -> None:
     params = [Parameter(torch.full((3,), float(i), dtype=torch.float16)) for i in range(count)]
@@ -160,6 +161,7 @@ def set_gradients(params: list[Parameter], value: float) -> None:
         param.grad = torch.full_like(param, value)
 
 
+@pytest.mark.slow
 def test_gradient_addresses_that_do_not_fit_the_argument_are_written_only_when_they_change() -> None:
     params = many_parameters()
     optimizer = FusedSGD(params, lr=0.5, backend="emulated_cuda")
@@ -177,6 +179,7 @@ def test_gradient_addresses_that_do_not_fit_the_argument_are_written_only_when_t
     assert launches == [1, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_replay_reads_the_gradients_of_its_capture_and_an_eager_step_its_own() -> None:
     params = many_parameters()
     optimizer = FusedSGD(params, lr=1.0, backend="emulated_cuda")
