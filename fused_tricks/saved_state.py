@@ -118,10 +118,10 @@ class SavedState(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("_lock", StepLock())
         super().__setstate__(state)
-        for group in self.param_groups:
-            # An optimizer that was pickled before an option was added.
+        # An optimizer that was pickled before an option was added.
+        for options in (self.defaults, *self.param_groups):
             for flag in FLAGS:
-                group.setdefault(flag, False)
+                options.setdefault(flag, False)
         self._stepper = self._plan = None
         if "_step_state" in state:
             # A shallow copy shares parameters and state with the original, but takes steps of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from itertools import product
 from typing import Any
 
@@ -157,3 +158,18 @@ def test_it_equals_timm_bit_for_bit(backend, device, options):
         ours.step()
         reference.step()
     assert_all_same_bits(params, expected)
+
+
+def test_an_optimizer_that_was_pickled_before_the_option_goes_on_and_takes_new_groups(backend, device):
+    param, late = parameters([(4, 2), (3, 2)], device=device)
+    ours = FusedSGD([param], 0.5, weight_decay=0.1, backend=backend)
+    for options in (ours.defaults, *ours.param_groups):
+        del options["decoupled_weight_decay"]
+    ours = pickle.loads(pickle.dumps(ours))
+    ours.add_param_group({"params": [late]})
+    for group in ours.param_groups:
+        assert group["decoupled_weight_decay"] is False
+        for each in group["params"]:
+            each.grad = torch.ones_like(each)
+    ours.step()
+    assert ours.stats().applied_steps == 1

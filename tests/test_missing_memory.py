@@ -212,6 +212,16 @@ def test_a_schedule_by_updates_applied_may_be_used_in_a_fake_mode(backend, devic
         assert schedule.get_last_lr() == pytest.approx([0.075])
 
 
+@pytest.mark.parametrize("count", ["calls", "applied"])
+def test_a_schedule_refuses_a_learning_rate_whose_memory_was_freed(count):
+    optimizer = FusedSGD([Parameter(torch.ones(3))], lr=torch.tensor(0.1))
+    schedule = WarmupCosineLR(optimizer, total_steps=5, warmup_steps=4, count=count)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="the lr of a group has no memory"):
+        schedule.step()
+
+
 def test_torch_estimates_the_memory_of_a_step():
     tracker_module = pytest.importorskip("torch.distributed._tools.mem_tracker")
     with FakeTensorMode():
