@@ -18,7 +18,7 @@ from .hyper_parameters import check_numbers, check_range
 from .loss_scale import DynamicLossScale, check_count
 from .parameters import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
 from .sharding import distributed_like, local_part, placed_like
-from .shared_memory import missing_bytes
+from .shared_memory import has_memory, missing_bytes
 from .step_state import StepState
 
 # Written into every group of a state dict; not options of a group.
@@ -278,6 +278,11 @@ def _import_value(name: str, param: Tensor, key: str, value: Any) -> Any:
         raise ValueError(f"loaded state dict has a {key} without values, on the meta device, for {name}")
     local = local_part(placed_like(value, param))
     imported = torch.empty_like(local_part(param), dtype=state_dtype(param), requires_grad=False).copy_(local)
+    if has_memory(param) and not has_memory(imported):
+        raise ValueError(
+            f"the loaded {key} for {name} would be a {type(imported).__name__} beside a parameter that has memory; "
+            "load outside of the FakeTensorMode"
+        )
     return distributed_like(imported, param)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import asdict
 from functools import wraps
+from numbers import Real
 from typing import Any
 from weakref import ref
 
@@ -14,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .applied_updates import AppliedUpdates
-from .arguments import integer, shown
+from .arguments import as_double, integer, shown
 from .call_count import CallCount
 from .diagnostics import warn_user
 from .warmup_cosine import WarmupCosine
@@ -131,6 +133,7 @@ class WarmupCosineLR(LRScheduler):
         )
         if count not in _COUNTERS:
             raise ValueError(f"count must be 'calls' or 'applied', got {count!r}")
+        _check_initial_rates(optimizer.param_groups)
         first = integer("last_epoch", last_epoch, least=-1, most=LAST_UPDATE - 1) + 1
         self._counter: CallCount | AppliedUpdates = _COUNTERS[count](optimizer, self.curve)
         if self.curve.warmup_steps == self.curve.total_steps:
@@ -309,6 +312,13 @@ class WarmupCosineLR(LRScheduler):
             self._counter.restore(state["_calls"], getattr(state["_applied"], "origin", None))
         # The optimizer of a copy has lost what watched it.
         self._watch_groups()
+
+
+def _check_initial_rates(groups: list[dict[str, Any]]) -> None:
+    for index, group in enumerate(groups):
+        rate = group.get("initial_lr", 0.0)
+        if isinstance(rate, Real) and not math.isfinite(as_double(rate)):
+            raise ValueError(f"group {index} has initial_lr={shown(rate)}, which is not a finite double")
 
 
 def _initial_rate(group: dict[str, Any]) -> float | Tensor:

@@ -222,6 +222,20 @@ def test_a_schedule_refuses_a_learning_rate_whose_memory_was_freed(count):
         schedule.step()
 
 
+def test_state_that_would_be_loaded_as_fake_tensors_is_refused_and_changes_nothing(backend, device):
+    optimizer, _params = stepped(torch.float16, backend, device, 2)
+    saved = optimizer.state_dict()
+    before = snapshot(optimizer)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        pytest.raises(ValueError, match="momentum_buffer for parameter 'a'|master_param for parameter 'a'"),
+    ):
+        optimizer.load_state_dict(saved)
+    assert_unchanged(optimizer, before)
+    optimizer.step()
+    assert optimizer.stats().applied_steps == 3
+
+
 def test_torch_estimates_the_memory_of_a_step():
     tracker_module = pytest.importorskip("torch.distributed._tools.mem_tracker")
     with FakeTensorMode():

@@ -127,6 +127,15 @@ def test_last_epoch_takes_the_initial_rates_that_the_optimizer_brings():
     assert rates(optimizer) == [1.5]
 
 
+@pytest.mark.parametrize("rate", [10**400, float("nan"), float("inf")], ids=lambda v: str(v)[:8])
+@pytest.mark.parametrize("count", ["calls", "applied"])
+def test_an_initial_rate_that_is_no_finite_double_is_refused_by_name(rate, count):
+    optimizer = fused()
+    optimizer.param_groups[0]["initial_lr"] = rate
+    with pytest.raises(ValueError, match="group 0 has initial_lr=.* not a finite double"):
+        WarmupCosineLR(optimizer, total_steps=7, count=count)
+
+
 @pytest.mark.parametrize("last_epoch", [-2, 2**62, 10**400, 1.0, True, None], ids=lambda v: str(v)[:8])
 def test_a_last_epoch_that_is_none_is_refused(last_epoch):
     with pytest.raises((TypeError, ValueError), match="last_epoch"):
