@@ -151,6 +151,8 @@ def main() -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_torchrun_trains_as_one_process_does(count):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    # torchrun's own limits are 10 minutes and 1 minute.
+    command += ["--rdzv-conf", f"join_timeout={ranks.PATIENCE},read_timeout={ranks.PATIENCE}"]
     # torchrun ends every process as soon as one of them fails.
     result = subprocess.run(
         [*command, str(Path(__file__))], capture_output=True, text=True, timeout=ranks.PATIENCE

@@ -25,7 +25,17 @@ GRADIENTS = (
     "nan",
     "negated view",
 )
-ROUTES = ("no_grad", "new data", "data in place", "numpy", "load")
+ROUTES = (
+    "no_grad",
+    "new data",
+    "data in place",
+    "numpy",
+    "load",
+    "dlpack",
+    "storage",
+    "parameter of the same tensor",
+    "parameter of its data",
+)
 
 
 class Described(NamedTuple):
@@ -109,8 +119,9 @@ def gradient(param: Tensor, kind: str, seed: int, exact: bool) -> Tensor | None:
 
 
 def write(param: Parameter, route: str, seed: int) -> None:
-    """Writes new values to a parameter, as user code may do it."""
-    new = values(tuple(param.shape), seed).to(param.dtype)
+    """Writes new values to about half of a parameter's elements, as user code may do it."""
+    new = values(tuple(param.shape), seed)
+    new = torch.where(new.abs() < 0.1, param.detach(), new.to(param.dtype))
     if route == "new data":
         param.data = new
     elif route == "data in place":
@@ -122,6 +133,15 @@ def write(param: Parameter, route: str, seed: int) -> None:
         module = torch.nn.Module()
         module.weight = param
         module.load_state_dict({"weight": new})
+    elif route == "dlpack":
+        torch.from_dlpack(param.detach()).copy_(new)
+    elif route == "storage":
+        storage = param.untyped_storage()
+        written = storage.clone()
+        new.new_empty(0).set_(written, param.storage_offset(), param.shape, param.stride()).copy_(new)
+        storage.copy_(written)
     else:
+        of = {"parameter of the same tensor": param.detach(), "parameter of its data": param.data}
+        target = Parameter(of[route]) if route in of else param
         with torch.no_grad():
-            param.copy_(new)
+            target.copy_(new)

@@ -14,7 +14,7 @@ from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
 from .machine import histories_of  # noqa: E402
 
 # Interpreted kernels take longer.
-EXAMPLES = {"cpu": 60, "emulated_cuda": 15, "triton": 4, "cuda": 60}
+EXAMPLES = {"cpu": 60, "emulated_cuda": 60, "triton": 15, "cuda": 60}
 
 
 @pytest.mark.filterwarnings("ignore")

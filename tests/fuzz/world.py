@@ -17,7 +17,7 @@ from fused_tricks import DynamicLossScale, FusedSGD, WarmupCosineLR
 from .tensors import DTYPES, Described, gradient, laid_out, parameters, write
 
 # Routes that go unnoticed until the masters are refreshed.
-UNNOTICED = ("data in place", "numpy")
+UNNOTICED = ("data in place", "numpy", "dlpack", "storage", "parameter of its data")
 
 # Options that torch.optim.SGD lacks, with the value at which FusedSGD does the same.
 OWN_OPTIONS = {"bias_decay": True, "decoupled_weight_decay": False}
