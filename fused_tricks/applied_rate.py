@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .ordinary_tensors import outside_all_modes
-from .shared_memory import missing_bytes
 
 
 class FactorTable:
@@ -62,17 +61,10 @@ class AppliedRate:
             lr: FP64 of no dimension.
             applied_steps: INT64 of no dimension, on the same device.
         """
-        check_rate_has_memory(lr)
         factors = self.factors.on(lr.device)
         with outside_all_modes():
             due = (applied_steps - self.origin).clamp(0, len(factors) - 1)
             torch.mul(factors.take(due), self.base, out=lr)
-
-
-def check_rate_has_memory(lr: Tensor) -> None:
-    """Raises RuntimeError where the storage of a group's ``lr`` was resized, so that a write would go astray."""
-    if missing_bytes(lr):
-        raise RuntimeError("the lr of a group has no memory: its storage was resized; set another lr")
 
 
 def following(rate: AppliedRate, device: torch.device) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .applied_rate import check_rate_has_memory
 from .warmup_cosine import WarmupCosine
 
 
@@ -60,7 +59,6 @@ class CallCount:
             return False
         rate = base * self._curve.factor(self.t)
         if isinstance(group["lr"], Tensor):
-            check_rate_has_memory(group["lr"])
             group["lr"].fill_(rate.reshape(()) if isinstance(rate, Tensor) else rate)
         else:
             group["lr"] = rate

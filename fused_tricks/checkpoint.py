@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from .applied_rate import applied_rate_of
-from .hyper_parameters import check_numbers, check_range
+from .hyper_parameters import check_numbers, check_range, check_readable
 from .loss_scale import DynamicLossScale, check_count
 from .parameters import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
 from .sharding import distributed_like, local_part, placed_like
-from .shared_memory import has_memory, missing_bytes
+from .shared_memory import missing_bytes
 from .step_state import StepState
 
 # Written into every group of a state dict; not options of a group.
 COUNTERS = ("applied_steps", "skipped_steps")
 SCALE_KEYS = (*COUNTERS, "loss_scale", "growth_tracker", "hysteresis_tracker")
 MOST_STEPS = 2**62
-"""Counters of a saved state that are beyond go on from here."""
+"""The largest count that a loaded optimizer continues from; a larger one in a saved state continues here as well."""
 _DISTRIBUTED = "torch.distributed.checkpoint.state_dict"
 
 
@@ -167,7 +167,7 @@ def import_groups(
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
             )
-        _check_readable(where, saved)
+        check_readable(where, saved)
         group = deepcopy({key: value for key, value in saved.items() if key not in SCALE_KEYS})
         for key in defaults:
             group.setdefault(key, current[key])
@@ -188,12 +188,6 @@ def import_groups(
         if index == 0:
             progress = {key: saved[key] for key in SCALE_KEYS if key in saved}
     return imported, progress
-
-
-def _check_readable(where: str, group: dict[str, Any]) -> None:
-    for name, value in group.items():
-        if isinstance(value, Tensor) and (value.is_meta or missing_bytes(value)):
-            raise ValueError(f"{where} has a {name} without a value: a tensor without memory")
 
 
 def _check_names(where: str, group: dict[str, Any]) -> None:
@@ -278,11 +272,6 @@ def _import_value(name: str, param: Tensor, key: str, value: Any) -> Any:
         raise ValueError(f"loaded state dict has a {key} without values, on the meta device, for {name}")
     local = local_part(placed_like(value, param))
     imported = torch.empty_like(local_part(param), dtype=state_dtype(param), requires_grad=False).copy_(local)
-    if has_memory(param) and not has_memory(imported):
-        raise ValueError(
-            f"the loaded {key} for {name} would be a {type(imported).__name__} beside a parameter that has memory; "
-            "load outside of the FakeTensorMode"
-        )
     return distributed_like(imported, param)
 
 

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from .arguments import as_double, shown
 from .options import FLAGS, NUMBERS
 from .sharding import is_flattened, is_partitioning
+from .shared_memory import missing_bytes
 from .step_state import to_float32
 
 
@@ -76,6 +77,21 @@ def _unfit(name: str, value: Any) -> str:
     return f"; {name} must fit a double" if is_finite and math.isinf(as_double(value)) else ""
 
 
+def check_readable(where: str, group: dict[str, Any]) -> None:
+    """Checks that the tensors among the options of a group have values.
+
+    Args:
+        where: The name of the group in errors.
+        group: The group, with options that may be any.
+
+    Raises:
+        ValueError: A tensor is on ``meta``, or its storage was resized.
+    """
+    for name, value in group.items():
+        if isinstance(value, Tensor) and (value.is_meta or missing_bytes(value)):
+            raise ValueError(f"{where} has a {name} without a value: a tensor without memory")
+
+
 def check_range(group: dict[str, Any]) -> None:
     """Checks that the options of a group fit the type in which its parameters are updated.
 
@@ -87,7 +103,10 @@ def check_range(group: dict[str, Any]) -> None:
     for name in NUMBERS:
         value = group[name]
         if isinstance(value, Tensor):
-            continue
+            # The value itself would have to be waited for on another device.
+            if value.device.type != "cpu":
+                continue
+            value = value.item()
         if math.isinf(to_float32(as_double(value))):
             raise ValueError(f"{name}={value} does not fit FP32, in which the group's parameters are updated")
 

@@ -16,7 +16,7 @@ _SMALLEST_NORMAL = 2.0**-126
 
 
 class ScaleRule(NamedTuple):
-    """What a step needs to know to adjust the scale: arguments of :class:`DynamicLossScale`."""
+    """The numbers by which a step adjusts the scale; each is an argument of :class:`DynamicLossScale`."""
 
     growth_factor: float
     backoff_factor: float

@@ -90,7 +90,7 @@ def _needs_cast(value: Any, dtype: torch.dtype) -> bool:
 
 
 def _items(value: Any) -> Iterable[Any]:
-    """What a container holds; nothing for all else."""
+    """Returns the items of a container, and none for any other value."""
     if isinstance(value, tuple | list):
         return value
     if isinstance(value, MutableMapping):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +22,11 @@ from .hyper_parameters import (
     check_numbers,
     check_params,
     check_range,
+    check_readable,
     lists_biases_to_decay,
 )
 from .loss_scale import DynamicLossScale, parse_loss_scale
 from .masters import masters_in_use, refresh_masters
-from .ordinary_tensors import outside_inference_mode
 from .parameters import MOMENTUM_BUFFER, named_parameters
 from .plan import Plan, build_plan
 from .saved_state import SavedState
@@ -93,9 +92,8 @@ class FusedSGD(SavedState):
             but such parameters that states a ``weight_decay`` above zero itself means it: it gets
             ``bias_decay=True``, unless it states ``bias_decay`` as well.
         decoupled_weight_decay: True multiplies a weight that decays by ``1 - lr * weight_decay`` before the update, and
-            leaves the gradient alone, as ``torch.optim.AdamW`` and timm's ``SGDW`` do. The results equal those of
-            ``SGDW`` bit for bit. False adds ``weight_decay`` times the weight to the gradient, as
-            ``torch.optim.SGD`` does.
+            leaves the gradient alone, as ``torch.optim.AdamW`` does and, bit for bit, timm's ``SGDW``. False adds
+            ``weight_decay`` times the weight to the gradient, as ``torch.optim.SGD`` does.
         loss_scale: None, a positive number (a static scale), ``"dynamic"``, or a :class:`DynamicLossScale`.
         max_grad_norm: Clip gradients to this global L2 norm, as ``torch.nn.utils.clip_grad_norm_``, without writing
             to them; ``inf`` only measures. Squares are summed in FP64 (on a GPU partly in pairs of FP32 numbers that
@@ -281,8 +279,8 @@ class FusedSGD(SavedState):
         loss = None
         if closure is not None:
             loss = self._evaluate(closure, request)
-        if torch.is_inference_mode_enabled():
-            with outside_inference_mode():
+        if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
+            with self._ordinary_tensors():
                 self._fill_or_update(request)
         else:
             self._fill_or_update(request)
@@ -316,7 +314,8 @@ class FusedSGD(SavedState):
                 outcome = self._run(request, redistributed)
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
             # A backend fails on an option that is no number, and knows neither its name nor what is allowed.
-            for group in self.param_groups:
+            for index, group in enumerate(self.param_groups):
+                check_readable(f"group {index}", group)
                 check_numbers(group)
                 check_range(group)
             raise
@@ -334,12 +333,6 @@ class FusedSGD(SavedState):
         elif plan.new:
             self._publish()
 
-    def _publish(self) -> None:
-        """Puts new masters and buffers into the state, once they are known to be written."""
-        plan, stepper = self._plan, self._stepper
-        if plan is not None and plan.new and stepper is not None:
-            plan.publish(self.param_groups, self.__dict__["state"], self._step_state, stepper.written_state)
-
     def _fill_state(self) -> None:
         """Gives the state of every parameter that has a gradient, as it is before the first update."""
         _, plan = self._prepare()
@@ -350,30 +343,6 @@ class FusedSGD(SavedState):
                     self._step_state.unwritten[entry.own_state()[MOMENTUM_BUFFER]] = True
         self._stepper = self._plan = None
         self._note_progress()
-
-    @property
-    def state(self) -> defaultdict[Any, Any]:
-        """What ``torch.optim.Optimizer.state`` is.
-
-        Synchronises where a GPU has yet to tell whether the first steps were skipped.
-        """
-        if is_asked_for_state():
-            # torch.distributed.checkpoint loads no option that a group does not have.
-            self._note_progress()
-        if self._stepper is not None and self._stepper.answers_late:
-            with self._lock:
-                self._publish()
-        state: defaultdict[Any, Any] = self.__dict__["state"]
-        return state
-
-    @state.setter
-    def state(self, state: dict[Any, Any]) -> None:
-        if not isinstance(state, dict):
-            raise TypeError(f"optimizer.state must be a dict, got {type(state).__name__}")
-        with self._lock:
-            self.__dict__["state"] = state
-            # The plan may hold masters and buffers that belong into the former state.
-            self._stepper = self._plan = None
 
     def _prepare(self) -> tuple[Stepper, Plan]:
         listed = [(name, param) for name, param, _ in named_parameters(self.param_groups)]

@@ -1,4 +1,4 @@
-"""What the package keeps from one call to the next is ordinary memory, whatever modes are on around the call."""
+"""Contexts in which new tensors are ordinary memory, whatever modes surround the call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Tensors made within may be written later, outside ``torch.inference_mode``. Nothing is recorded for autograd."""
+    """Makes tensors that may be written later, outside ``torch.inference_mode``. Autograd records nothing."""
     # Leaving inference mode would turn autograd on.
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -19,6 +19,6 @@ def outside_inference_mode() -> Iterator[None]:
 
 @contextmanager
 def outside_all_modes() -> Iterator[None]:
-    """Tensors made within have memory even under a ``FakeTensorMode``, and may be written later."""
+    """Makes tensors that have memory even under a ``FakeTensorMode``, and may be written later."""
     with _disable_current_modes(), outside_inference_mode():
         yield

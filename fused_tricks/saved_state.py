@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from contextlib import AbstractContextManager
 from copy import copy
+from itertools import chain
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from .agreement import SharedGroup
@@ -15,6 +18,7 @@ from .checkpoint import (
     finish_state_dict,
     import_groups,
     import_state,
+    is_asked_for_state,
     note_unwritten,
     progress_of,
     restore_progress,
@@ -23,14 +27,15 @@ from .diagnostics import StepDiagnostics
 from .group_source import register_source
 from .loss_scale import DynamicLossScale
 from .options import FLAGS
-from .ordinary_tensors import outside_inference_mode
+from .ordinary_tensors import outside_all_modes, outside_inference_mode
 from .plan import Plan
+from .shared_memory import has_memory
 from .step_lock import StepLock, one_at_a_time
 from .step_state import StepState
 
 
 class SavedState(Optimizer):
-    """State dicts, copies and pickles of :class:`~fused_tricks.FusedSGD`, which sets the attributes."""
+    """State, state dicts, copies and pickles of :class:`~fused_tricks.FusedSGD`, which sets the attributes."""
 
     _loss_scale: float | DynamicLossScale | None
     _max_grad_norm: float | None
@@ -42,6 +47,36 @@ class SavedState(Optimizer):
     _stepper: Stepper | None
     _plan: Plan | None
     _lock: StepLock
+
+    @property
+    def state(self) -> defaultdict[Any, Any]:
+        """What ``torch.optim.Optimizer.state`` is.
+
+        Synchronises where a GPU has yet to tell whether the first steps were skipped.
+        """
+        if is_asked_for_state():
+            # torch.distributed.checkpoint loads no option that a group does not have.
+            self._note_progress()
+        if self._stepper is not None and self._stepper.answers_late:
+            with self._lock:
+                self._publish()
+        state: defaultdict[Any, Any] = self.__dict__["state"]
+        return state
+
+    @state.setter
+    def state(self, state: dict[Any, Any]) -> None:
+        if not isinstance(state, dict):
+            raise TypeError(f"optimizer.state must be a dict, got {type(state).__name__}")
+        with self._lock:
+            self.__dict__["state"] = state
+            # The plan may hold masters and buffers that belong into the former state.
+            self._stepper = self._plan = None
+
+    def _publish(self) -> None:
+        """Puts new masters and buffers into the state, once they are known to be written."""
+        plan, stepper = self._plan, self._stepper
+        if plan is not None and plan.new and stepper is not None:
+            plan.publish(self.param_groups, self.__dict__["state"], self._step_state, stepper.written_state)
 
     @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
@@ -79,7 +114,6 @@ class SavedState(Optimizer):
                 group.pop(key, None)
 
     @one_at_a_time
-    @outside_inference_mode()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of ``torch.optim.SGD``.
 
@@ -98,12 +132,21 @@ class SavedState(Optimizer):
             if replacement is not None:
                 state_dict = replacement
         groups, progress = import_groups(state_dict, self.param_groups, self.defaults)
-        state = import_state(state_dict["state"], state_dict["param_groups"], self.param_groups)
-        restore_progress(progress, self._step_state, self._loss_scale)
+        with self._ordinary_tensors():
+            state = import_state(state_dict["state"], state_dict["param_groups"], self.param_groups)
+            restore_progress(progress, self._step_state, self._loss_scale)
         self.__setstate__({"state": state, "param_groups": groups})
         note_unwritten(state, self._step_state, progress)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _ordinary_tensors(self) -> AbstractContextManager[None]:
+        """Returns a context whose tensors have memory wherever the parameters do, and may be written later."""
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        in_fake_mode = not has_memory(torch.empty(0, device="cpu"))
+        return (
+            outside_all_modes() if in_fake_mode and all(map(has_memory, params)) else outside_inference_mode()
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {

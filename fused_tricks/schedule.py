@@ -19,6 +19,7 @@ from .applied_updates import AppliedUpdates
 from .arguments import as_double, integer, shown
 from .call_count import CallCount
 from .diagnostics import warn_user
+from .shared_memory import missing_bytes
 from .warmup_cosine import WarmupCosine
 
 # So that an INT64 holds its difference to any number of updates made.
@@ -134,6 +135,7 @@ class WarmupCosineLR(LRScheduler):
         if count not in _COUNTERS:
             raise ValueError(f"count must be 'calls' or 'applied', got {count!r}")
         _check_initial_rates(optimizer.param_groups)
+        _check_rates_have_memory(optimizer.param_groups)
         first = integer("last_epoch", last_epoch, least=-1, most=LAST_UPDATE - 1) + 1
         self._counter: CallCount | AppliedUpdates = _COUNTERS[count](optimizer, self.curve)
         if self.curve.warmup_steps == self.curve.total_steps:
@@ -209,6 +211,7 @@ class WarmupCosineLR(LRScheduler):
 
     # torch's SequentialLR enters a schedule here.
     def _update_lr(self, epoch: int | None = None) -> None:
+        _check_rates_have_memory(self.optimizer.param_groups)
         if epoch is None:
             self._counter.advance()
         else:
@@ -287,6 +290,7 @@ class WarmupCosineLR(LRScheduler):
         origin = None
         if "origin" in state_dict:
             origin = integer("origin", state_dict["origin"], least=-LAST_UPDATE, most=LAST_UPDATE)
+        _check_rates_have_memory(self.optimizer.param_groups)
         different = [
             f"{name} was {state_dict[name]!r} and is {value!r}"
             for name, value in self._arguments().items()
@@ -312,6 +316,14 @@ class WarmupCosineLR(LRScheduler):
             self._counter.restore(state["_calls"], getattr(state["_applied"], "origin", None))
         # The optimizer of a copy has lost what watched it.
         self._watch_groups()
+
+
+def _check_rates_have_memory(groups: list[dict[str, Any]]) -> None:
+    for index, group in enumerate(groups):
+        if isinstance(group["lr"], Tensor) and missing_bytes(group["lr"]):
+            raise RuntimeError(
+                f"the lr of group {index} has no memory: its storage was resized; set another lr"
+            )
 
 
 def _check_initial_rates(groups: list[dict[str, Any]]) -> None:

@@ -40,6 +40,17 @@ class Decoupled(torch.optim.SGD):
         super().step(closure)
 
 
+def assert_same_after_steps(
+    ours: FusedSGD, params: list[Parameter], reference: torch.optim.Optimizer, expected: list[Parameter]
+) -> None:
+    for grads in gradients(params, 4):
+        set_gradients(params, grads)
+        set_gradients(expected, grads)
+        ours.step()
+        reference.step()
+    assert_all_same_bits(params, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_it_equals_torch_after_a_multiplication_bit_for_bit(backend, device, options, dtype):
@@ -56,12 +67,7 @@ def test_it_equals_torch_after_a_multiplication_bit_for_bit(backend, device, opt
         **options,
     )
     reference = Decoupled(expected, 0.05, decay, **options)
-    for grads in gradients(params, 4):
-        set_gradients(params, grads)
-        set_gradients(expected, grads)
-        ours.step()
-        reference.step()
-    assert_all_same_bits(params, expected)
+    assert_same_after_steps(ours, params, reference, expected)
 
 
 @pytest.mark.parametrize("kind", RATES)
@@ -152,12 +158,7 @@ def test_it_equals_timm_bit_for_bit(backend, device, options):
         **options,
     )
     reference = timm.SGDW(expected, 0.05, weight_decay=0.03, foreach=False, **options)
-    for grads in gradients(params, 4):
-        set_gradients(params, grads)
-        set_gradients(expected, grads)
-        ours.step()
-        reference.step()
-    assert_all_same_bits(params, expected)
+    assert_same_after_steps(ours, params, reference, expected)
 
 
 def test_an_optimizer_that_was_pickled_before_the_option_goes_on_and_takes_new_groups(backend, device):

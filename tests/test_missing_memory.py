@@ -11,7 +11,14 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
 from comparison import assert_all_same_bits, assert_same_bits, assert_unchanged, parameters, snapshot
-from fused_tricks import DynamicLossScale, FusedSGD, WarmupCosineLR
+from fused_tricks import (
+    DynamicLossScale,
+    FusedSGD,
+    WarmupCosineLR,
+    cast_model,
+    fp32_state_dict,
+    load_fp32_state_dict,
+)
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
@@ -213,27 +220,71 @@ def test_a_schedule_by_updates_applied_may_be_used_in_a_fake_mode(backend, devic
 
 
 @pytest.mark.parametrize("count", ["calls", "applied"])
-def test_a_schedule_refuses_a_learning_rate_whose_memory_was_freed(count):
-    optimizer = FusedSGD([Parameter(torch.ones(3))], lr=torch.tensor(0.1))
+def test_a_schedule_refuses_a_learning_rate_whose_memory_was_freed_and_writes_no_other(count):
+    groups = [{"params": [Parameter(torch.ones(3))], "lr": torch.tensor(0.1)} for _ in range(2)]
+    optimizer = FusedSGD(groups, lr=0.1)
     schedule = WarmupCosineLR(optimizer, total_steps=5, warmup_steps=4, count=count)
     optimizer.step()
-    optimizer.param_groups[0]["lr"].untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="the lr of a group has no memory"):
+    before = optimizer.param_groups[0]["lr"].clone(), schedule.last_epoch
+    optimizer.param_groups[1]["lr"].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="the lr of group 1 has no memory"):
         schedule.step()
+    assert (optimizer.param_groups[0]["lr"], schedule.last_epoch) == before
 
 
-def test_state_that_would_be_loaded_as_fake_tensors_is_refused_and_changes_nothing(backend, device):
-    optimizer, _params = stepped(torch.float16, backend, device, 2)
-    saved = optimizer.state_dict()
-    before = snapshot(optimizer)
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        pytest.raises(ValueError, match="momentum_buffer for parameter 'a'|master_param for parameter 'a'"),
-    ):
-        optimizer.load_state_dict(saved)
-    assert_unchanged(optimizer, before)
+@pytest.mark.parametrize("is_dense", [True, False], ids=["dense", "with gaps"])
+@pytest.mark.parametrize("steps", [0, 2], ids="after {} steps".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_real_parameters_are_stepped_and_loaded_in_a_fake_mode_as_outside(
+    backend, device, dtype, steps, is_dense
+):
+    def trained(inside: bool) -> tuple[FusedSGD, Parameter]:
+        whole = torch.ones(4, 6, dtype=dtype, device=device)
+        param = Parameter(whole[:, :3].contiguous() if is_dense else whole[:, ::2])
+        optimizer = FusedSGD([param], **OPTIONS, max_grad_norm=100.0, loss_scale=4.0, backend=backend)
+        gradients = [torch.full((4, 3), 4.0 * (i + 1), dtype=dtype, device=device) for i in range(steps + 3)]
+        for grad in gradients[:steps]:
+            param.grad = grad
+            optimizer.step()
+        with FakeTensorMode(allow_non_fake_inputs=True) if inside else nullcontext():
+            for grad in gradients[steps : steps + 2]:
+                param.grad = grad
+                optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        param.grad = gradients[-1]
+        optimizer.step()
+        return optimizer, param
+
+    (ours, param), (expected, same) = trained(True), trained(False)
+    assert_same_bits(param, same)
+    for key, value in expected.state[same].items():
+        assert_same_bits(ours.state[param][key], value)
+    assert ours.stats() == expected.stats()
+
+
+@pytest.mark.parametrize("what", ["weight", "master", "buffer", "value"])
+def test_full_precision_is_not_exported_or_loaded_where_memory_was_freed(backend, device, what):
+    model = cast_model(nn.BatchNorm1d(3, device=device), torch.float16)
+    model.weight.data = model.weight.data.half()
+    optimizer = FusedSGD(model.parameters(), lr=0.1, backend=backend)
+    model.weight.grad, model.bias.grad = torch.ones_like(model.weight), torch.ones_like(model.bias)
     optimizer.step()
-    assert optimizer.stats().applied_steps == 3
+    state = fp32_state_dict(model, optimizer)
+    lost = {
+        "weight": model.weight.data,
+        "master": optimizer.state[model.weight]["master_param"],
+        "buffer": model.running_mean,
+        "value": state["running_mean"],
+    }
+    lost[what].untyped_storage().resize_(0)
+    bias = model.bias.detach().clone()
+    state["bias"] = state["bias"] + 1
+    with pytest.raises(ValueError, match="(weight|running_mean).* has no memory"):
+        load_fp32_state_dict(model, optimizer, state)
+    if what != "value":
+        with pytest.raises(ValueError, match="(weight|running_mean).* has no memory"):
+            fp32_state_dict(model, optimizer)
+    assert_same_bits(model.bias, bias)
 
 
 def test_torch_estimates_the_memory_of_a_step():

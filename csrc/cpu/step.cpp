@@ -14,6 +14,7 @@ namespace {
 
 // Below this many elements waking the other threads costs more than they save.
 constexpr int64_t kSmall = 1 << 15;
+// Elements of a chunk, which one thread works on.
 constexpr int64_t kChunk = 1 << 15;
 // From so many on the parameters written first are out of the caches before anybody reads them.
 constexpr int64_t kLarge = 1 << 22;

@@ -108,7 +108,7 @@ class Gradients(NamedTuple):
     """The gradients of one step.
 
     Attributes:
-        addresses: Of each entry's gradient; 0 where an entry has none.
+        addresses: The address of each entry's gradient; 0 where an entry has none.
         in_double: True if one of them is FP64.
     """
 

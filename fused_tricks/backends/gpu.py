@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ordinary_tensors import outside_all_modes
 from ..parameters import MOMENTUM_BUFFER
 from ..plan import Entry, Plan
 from ..sharding import local_part
@@ -80,9 +81,11 @@ class GpuStepper:
         # An empty buffer has no block that would note its first update.
         has_elements = local_part(tensor).numel() > 0
         if key == MOMENTUM_BUFFER and tensor in self._step_state.first_steps and has_elements:
-            return bool(self._step_state.first_steps[tensor] >= 0)
+            with outside_all_modes():
+                return int(self._step_state.first_steps[tensor]) >= 0
         before = self._step_state.applied_before.get(tensor)
-        return before is None or int(self._step_state.applied_steps) != int(before)
+        with outside_all_modes():
+            return before is None or self._step_state.read().applied_steps != int(before)
 
     def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
         """Memory for the kernels, of at least one element."""

@@ -1,4 +1,4 @@
-"""What an optimizer asks of a backend in one step, and what it hears back."""
+"""The request for one optimizer step, and its outcome."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def step_request(
 
 
 class Outcome(enum.IntEnum):
-    """How a step ended. The compiled backends return the same numbers.
+    """The outcome of a step. The compiled backends return the same numbers.
 
     Attributes:
         STALE: The plan no longer holds. Nothing was touched.
