@@ -268,7 +268,6 @@ class FusedSGD(SavedState):
 
     # The base class would wrap every step in a profiler range, at several times the cost of the step itself.
     step.hooked = True  # type: ignore[attr-defined]
-    step.runs_hooks_of = step  # type: ignore[attr-defined]
     _own_step = staticmethod(step)
 
     # torch wraps the step of a class that overrides it in this.

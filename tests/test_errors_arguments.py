@@ -141,6 +141,28 @@ def test_a_number_beyond_a_double_in_a_group_is_refused_by_the_step(backend, dev
     assert_unchanged(optimizer, before)
 
 
+# A GPU reads a learning rate on it by itself, so that the host cannot refuse its value.
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("weight_decay", torch.tensor(1e39, dtype=torch.float64), "weight_decay=1e\\+39 does not fit FP32"),
+        ("weight_decay", torch.empty((), device="meta"), "group 0 has a weight_decay without a value"),
+        ("lr", torch.empty((), device="meta"), "group 0 has a lr without a value"),
+    ],
+    ids=["beyond FP32", "weight_decay on meta", "lr on meta"],
+)
+def test_a_tensor_that_cannot_be_used_is_refused_by_the_step_by_name(backend, device, option, value, message):
+    params = parameters([(2,)], device=device)
+    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, weight_decay=0.1, bias_decay=True, backend=backend)
+    set_gradients(params, [torch.ones(2)])
+    optimizer.step()
+    before = params[0].detach().clone()
+    optimizer.param_groups[0][option] = value
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert_same_bits(params[0], before)
+
+
 @pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay", "dampening"])
 @pytest.mark.parametrize("steps", [0, 1], ids="after {} steps".format)
 def test_a_number_beyond_fp32_in_a_group_is_refused_by_the_step(backend, device, option, steps):
