@@ -348,3 +348,22 @@ def test_a_thousand_parameters_in_many_groups_equal_torch(backend, device):
     run(FusedSGD(groups(params), momentum=0.9, bias_decay=True, backend=backend), params, stream, 3)
     run(torch.optim.SGD(groups(expected), momentum=0.9, foreach=False), expected, stream, 3)
     assert_all_same_bits(params, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("momentum", [0, 0.5])
+def test_the_signs_of_zeros_are_torchs(backend, device, dtype, maximize, momentum):
+    zeros = torch.tensor([0.0, -0.0], dtype=dtype)
+    weights, grads = (each.flatten() for each in torch.meshgrid(zeros, zeros, indexing="ij"))
+    param, expected = (Parameter(weights.clone().to(place)) for place in (device, "cpu"))
+    options = {"lr": 0.0, "momentum": momentum, "maximize": maximize, "weight_decay": 0.1}
+    ours = FusedSGD([param], bias_decay=True, backend=backend, **options)
+    reference = torch.optim.SGD([expected], foreach=False, **options)
+    for sign in (1.0, 1.0, -1.0, -1.0):
+        param.grad, expected.grad = (grads * sign).to(device), grads * sign
+        ours.step()
+        reference.step()
+        assert_all_same_bits([param], [expected])
+        if momentum:
+            assert_all_same_bits(momentum_buffers(ours, [param]), momentum_buffers(reference, [expected]))

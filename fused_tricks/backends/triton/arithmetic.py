@@ -20,7 +20,8 @@ def fma_with_two_roundings_undone(a, b, c):
     low_sum, low_error = two_sum(c, error)
     high_sum, high_error = two_sum(product, low_sum)
     exact = high_sum + rounded_to_odd(high_error, low_error)
-    # Infinities and NaN have no error terms.
+    # The error terms lose the sign of zero, and infinities and NaN have none.
+    exact = tl.where(exact != 0, exact, product + c)
     return tl.where(tl.abs(exact) < float("inf"), exact, product + c)
 
 
