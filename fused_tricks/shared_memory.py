@@ -77,7 +77,7 @@ def address_of(tensor: Tensor) -> int:
 def missing_bytes(tensor: Tensor) -> int:
     """Returns how many bytes a tensor's storage lacks for its elements, as after ``untyped_storage().resize_(0)``."""
     local = local_part(tensor)
-    if not is_addressable(local) or local._is_zerotensor():
+    if not is_addressable(local) or local._is_zerotensor() or local.numel() == 0:
         return 0
     size = local.element_size()
     return max(0, int(local.storage_offset()) * size + _extent(local) - local.untyped_storage().nbytes())

@@ -72,6 +72,22 @@ def test_decoupled_weight_decay_changed_between_steps_takes_effect(backend, devi
         )
 
 
+def test_memory_replaced_while_another_gradient_goes_is_what_is_updated(backend, device):
+    params, same = (parameters([(3,), (2,)], torch.bfloat16, device) for _ in range(2))
+    for each in (params, same):
+        optimizer = FusedSGD([{"params": each[:1]}, {"params": each[1:]}], lr=0.5, backend=backend)
+        for step in range(3):
+            if step == 2:
+                values = each[0].detach().clone()
+                each[0].data = values if each is params else each[0].data
+                each[1].grad = None
+            each[0].grad = torch.ones_like(each[0])
+            if step < 2:
+                each[1].grad = torch.ones_like(each[1])
+            optimizer.step()
+    assert_all_same_bits(params, [param.detach() for param in same])
+
+
 def test_a_parameter_that_gets_gradients_late_is_first_then(backend, device):
     def withhold(index: int, _: torch.optim.Optimizer, params: list[Parameter]) -> None:
         if index < 2 or index == 4:

@@ -287,6 +287,17 @@ def test_full_precision_is_not_exported_or_loaded_where_memory_was_freed(backend
     assert_same_bits(model.bias, bias)
 
 
+def test_parameters_without_elements_need_no_memory(backend, device):
+    columns = torch.zeros(0, 2, device=device)
+    params = [Parameter(columns[:, 0]), Parameter(columns[:, 1]), Parameter(torch.ones(2, device=device))]
+    optimizer = FusedSGD(params, **OPTIONS, backend=backend)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert optimizer.stats().applied_steps == 2
+
+
 def test_torch_estimates_the_memory_of_a_step():
     tracker_module = pytest.importorskip("torch.distributed._tools.mem_tracker")
     with FakeTensorMode():

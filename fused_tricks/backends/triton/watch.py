@@ -40,6 +40,28 @@ class _State(NamedTuple):
     addresses: list[int]
 
 
+class _Layout(NamedTuple):
+    """The arrangement of an entry's source when the plan was made."""
+
+    address: int
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    shape: torch.Size
+    device: int
+    elements: int
+
+    @classmethod
+    def of(cls, source: Tensor) -> _Layout:
+        return cls(
+            source.data_ptr(),
+            source.stride(),
+            source.dtype,
+            source.shape,
+            source.get_device(),
+            source.numel(),
+        )
+
+
 class PlanWatch:
     """Compares groups, parameters, gradients and state with what they were when a plan was made."""
 
@@ -51,6 +73,7 @@ class PlanWatch:
             self._groups += [[] for _ in range(entry.group + 1 - len(self._groups))]
             self._groups[entry.group].append(entry.param)
         self._sources = [entry.source for entry in entries]
+        self._layouts = {index: _Layout.of(e.source) for index, e in enumerate(entries) if e.live}
         self._without_buffer = {entry.group for entry in entries if entry.live and entry.buffer is None}
         self._state: _State | None = None
         self._grads: list[Tensor] = []
@@ -136,19 +159,21 @@ class PlanWatch:
     def _expect(self, has_grad: list[bool]) -> None:
         """What must hold of the entries that have a gradient."""
         present = list(compress(self._entries, has_grad))
+        # As they were when the plan was made: a parameter may have changed together with what has a gradient.
+        layouts = [self._layouts[index] for index in compress(range(len(has_grad)), has_grad)]
         self._has_grad = has_grad
         self._all_have = len(present) == len(self._entries)
         self._present = present
         self._updated_groups = sorted({entry.group for entry in present})
         self._present_sources = [entry.source for entry in present]
-        self._source_addresses = list(map(Tensor.data_ptr, self._present_sources)) if present else []
-        self._source_strides = list(map(Tensor.stride, self._present_sources))
-        self._source_dtypes = list(map(_dtype, self._present_sources))
-        self._shapes = list(map(_shape, self._present_sources))
-        self._devices = list(map(Tensor.get_device, self._present_sources))
+        self._source_addresses = [layout.address for layout in layouts]
+        self._source_strides = [layout.strides for layout in layouts]
+        self._source_dtypes = [layout.dtype for layout in layouts]
+        self._shapes = [layout.shape for layout in layouts]
+        self._devices = [layout.device for layout in layouts]
         self._updated = [entry.param for entry in present if not entry.is_staged]
-        self._empty = [index for index, entry in enumerate(present) if entry.source.numel() == 0]
-        self._in_double = any(e.source.dtype == torch.float64 and e.source.numel() for e in present)
+        self._empty = [index for index, layout in enumerate(layouts) if layout.elements == 0]
+        self._in_double = any(layout.dtype == torch.float64 and layout.elements for layout in layouts)
         self._grad_addresses: list[int] = []
         self._grad_strides: list[Any] = []
         self._grad_dtypes = [entry.grad_dtype for entry in present]
