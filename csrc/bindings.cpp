@@ -103,8 +103,6 @@ py::object gradient_addresses(Plan& plan, const py::list& groups, const py::dict
   return py::make_tuple(addresses, plan.in_double);
 }
 
-bool had_gradient(const Plan& plan, size_t index) { return plan.entries.at(index).has_grad; }
-
 int cpu_step(const cpu::Step& step, Plan& plan, const py::list& groups, const py::dict& state,
              const py::tuple& fields) {
   StepRequest request = request_of(fields);
@@ -174,7 +172,6 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
            py::arg("step_state"), py::arg("reads_lr"), py::arg("rates"), py::arg("agreement"))
       .def("gradient_addresses", &gradient_addresses, py::arg("groups"), py::arg("state"))
       .def("release_gradients", &Plan::release_gradients)
-      .def("had_gradient", &had_gradient, py::arg("index"))
       .def("mark_updated", &Plan::mark_updated);
   py::class_<cpu::Step>(module, "CpuStep", py::module_local())
       .def(py::init<const Plan&>(), py::arg("plan"))

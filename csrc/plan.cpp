@@ -139,9 +139,8 @@ Entry entry_of(const py::handle& item) {
   entry.buffer = data_of(buffer);
   entry.own_master = master.ptr();
   entry.own_buffer = buffer.ptr();
-  entry.first = item.attr("first").cast<bool>();
   entry.watches_version = item.attr("watches_version").cast<bool>();
-  entry.first_step = static_cast<int64_t*>(data_of(item.attr("first_step")));
+  entry.first_update = static_cast<int64_t*>(data_of(item.attr("first_update")));
   entry.part = item.attr("part").cast<int32_t>();
   if (entry.watches_version) entry.version = version_of(entry.object);
   return entry;
@@ -233,8 +232,7 @@ bool Plan::state_is_unchanged(const py::dict& optimizer_state) const {
 
 bool Plan::refresh_entry(Entry& entry) {
   PyObject* grad = grad_of(entry.source);
-  entry.has_grad = grad != Py_None;
-  if (!entry.has_grad) {
+  if (grad == Py_None) {
     Py_DECREF(grad);
     entry.grad = nullptr;
     return true;

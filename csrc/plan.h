@@ -53,8 +53,7 @@ struct Entry {
   bool has_buffer = false;
   void* master = nullptr;
   void* buffer = nullptr;
-  bool first = false;             // the buffer was never written
-  int64_t* first_step = nullptr;  // on a GPU: where that is noted, so that the host need not know
+  int64_t* first_update = nullptr;  // number of the update that first wrote the buffer; -1: none yet
   bool watches_version = false;   // a master must notice that user code wrote to its parameter
   int64_t version = 0;
   int64_t version_step = 1;   // views of one tensor share its counter, which then grows by more than one in an update
@@ -64,7 +63,6 @@ struct Entry {
   PyObject* own_buffer = nullptr;  // what the plan works on: the same, or this process's part of it
   PyObject* own_master = nullptr;
 
-  bool has_grad = false;             // in this step; an empty one as well
   const void* grad = nullptr;        // of this step; null: no gradient, no update
   int32_t part = 0;                  // which of the verdict's sums of squares the gradient belongs to
   const void* known_grad = nullptr;  // the last gradient whose storage was seen to be large enough

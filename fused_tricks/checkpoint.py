@@ -91,45 +91,48 @@ def restore_progress(
 
 
 def finish_state_dict(
-    packed: dict[str, Any], groups: list[dict[str, Any]], step_state: StepState, progress: dict[str, float]
+    packed: dict[str, Any],
+    groups: list[dict[str, Any]],
+    unwritten: list[Tensor],
+    progress: dict[str, float],
 ) -> None:
     """Puts numbers and tensors that are true for the saved moment into what ``Optimizer.state_dict`` returns.
 
     Groups get ``progress``, and the rate of the next update where theirs follows the updates applied. State that means
-    nothing is left out: a master beside a parameter that no longer has low precision, and a buffer that no update
-    has written. Only ``torch.distributed.checkpoint``, which demands the same keys at all times, gets the latter.
+    nothing is left out: a master beside a parameter that no longer has low precision, and masters and buffers that no
+    update has written. Only ``torch.distributed.checkpoint``, which demands the same keys at all times, gets those.
     """
     for group in packed["param_groups"]:
         rate = applied_rate_of(group["lr"])
         if rate is not None:
             group["lr"] = rate.after(int(progress["applied_steps"]))
         group.update(progress)
-    keeps_unwritten = not step_state.unwritten or _is_called_by_distributed_checkpoint()
+    left_out = set() if _is_called_by_distributed_checkpoint() else {id(tensor) for tensor in unwritten}
     params = [param for group in groups for param in group["params"]]
     for index, param in enumerate(params):
         own = packed["state"].get(index)
         if not isinstance(own, dict):
             continue
-        stale = {MASTER_PARAM} if param.dtype not in LOW_PRECISION else set()
-        if not keeps_unwritten and own.get(MOMENTUM_BUFFER) in step_state.unwritten:
-            stale.add(MOMENTUM_BUFFER)
-        if not stale.isdisjoint(own):
-            packed["state"][index] = {key: value for key, value in own.items() if key not in stale}
+        kept = {
+            key: value
+            for key, value in own.items()
+            if id(value) not in left_out and (key != MASTER_PARAM or param.dtype in LOW_PRECISION)
+        }
+        if kept or not own:
+            packed["state"][index] = kept
+        else:
+            del packed["state"][index]
 
 
-def note_unwritten(
-    state: dict[Tensor, dict[str, Any]], step_state: StepState, progress: dict[str, Any]
-) -> None:
-    """Marks the buffers of a loaded state that were created for ``torch.distributed.checkpoint`` and never updated.
+def never_updated_buffers(state: dict[Tensor, dict[str, Any]], progress: dict[str, Any]) -> list[Tensor]:
+    """Returns the buffers of a loaded state that no update has written.
 
-    Its files have such buffers, as zeros; :func:`finish_state_dict` leaves them out of all others.
+    Only files of ``torch.distributed.checkpoint`` have such buffers, as zeros.
     """
     if progress.get("applied_steps") != 0 or not _is_called_by_distributed_checkpoint():
-        return
-    for own in state.values():
-        buffer = own.get(MOMENTUM_BUFFER) if isinstance(own, dict) else None
-        if isinstance(buffer, Tensor) and not local_part(buffer).any():
-            step_state.unwritten[buffer] = True
+        return []
+    buffers = [own.get(MOMENTUM_BUFFER) for own in state.values() if isinstance(own, dict)]
+    return [buffer for buffer in buffers if isinstance(buffer, Tensor) and not local_part(buffer).any()]
 
 
 def import_groups(

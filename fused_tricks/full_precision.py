@@ -83,7 +83,7 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
     ):
         model.load_state_dict(state)
     optimizer_state = optimizer.state
-    masters = masters_in_use(optimizer.param_groups, optimizer_state, optimizer._plan)
+    masters = masters_in_use(optimizer.param_groups, optimizer_state)
     with torch.no_grad():
         for tensor, value in copies.items():
             # A buffer that is not in the checkpoint, which may be of memory that cannot be written.
@@ -93,6 +93,7 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
                 master = masters[tensor]
                 if master is None or (master.shape, master.dtype) != (value.shape, value.dtype):
                     master = value
+                optimizer._new_state.forget(master)
                 optimizer_state.setdefault(tensor, {})[MASTER_PARAM] = master.copy_(value)
             if tensor.shape == value.shape:
                 tensor.copy_(value)
@@ -108,7 +109,7 @@ def _check_types(model: nn.Module, optimizer: FusedSGD) -> None:
         raise TypeError(
             f"optimizer must be a FusedSGD, got {type(optimizer).__name__}: others have no masters"
         )
-    masters = masters_in_use(optimizer.param_groups, optimizer.state, optimizer._plan)
+    masters = masters_in_use(optimizer.param_groups, optimizer.state)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             continue

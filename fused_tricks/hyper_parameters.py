@@ -13,8 +13,9 @@ from torch.nn.parameter import is_lazy
 
 from .arguments import as_double, shown
 from .options import FLAGS, NUMBERS
+from .ordinary_tensors import outside_all_modes
 from .sharding import is_flattened, is_partitioning
-from .shared_memory import missing_bytes
+from .shared_memory import has_memory, missing_bytes
 from .step_state import to_float32
 
 
@@ -138,6 +139,16 @@ def as_float(value: Any) -> float:
     if isinstance(value, str | bytes | bytearray):
         raise TypeError(f"a number is needed, got {type(value).__name__}")
     return float(value)
+
+
+def is_zero(value: Any) -> bool:
+    """True if an option is known to be 0: a number, or a tensor on the CPU, where reading it waits for nothing."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu" or not has_memory(value) or value.numel() != 1:
+            return False
+        with outside_all_modes():
+            return float(value) == 0
+    return isinstance(value, Real) and value == 0
 
 
 def check_max_grad_norm(max_grad_norm: Any) -> None:

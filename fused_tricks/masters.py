@@ -8,24 +8,17 @@ import torch
 from torch import Tensor
 
 from .parameters import LOW_PRECISION, MASTER_PARAM
-from .plan import Plan, adopt_foreign_values
+from .plan import adopt_foreign_values
 from .sharding import local_part
 from .shared_memory import missing_bytes
 
 
 def masters_in_use(
-    groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]], plan: Plan | None
+    groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
 ) -> dict[Tensor, Tensor | None]:
-    """Returns for each parameter the master whose memory a step works on, and a captured graph goes on to; or None.
-
-    Args:
-        groups: The optimizer's groups.
-        state: The optimizer's state.
-        plan: The plan of its last step. Masters that a GPU may not have written yet are in it alone.
-    """
-    unpublished = {entry.param: entry.own_state().get(MASTER_PARAM) for entry in plan.new} if plan else {}
+    """Returns for each parameter the master in the optimizer's state, or None."""
     params = [param for group in groups for param in group["params"]]
-    return {param: state.get(param, {}).get(MASTER_PARAM, unpublished.get(param)) for param in params}
+    return {param: state.get(param, {}).get(MASTER_PARAM) for param in params}
 
 
 @torch.no_grad()

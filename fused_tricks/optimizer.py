@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from .agreement import SharedGroup, find_agreement
-from .backends import BACKENDS, Stepper, check_backend, stepper_class
+from .backends import BACKENDS, check_backend, stepper_class
 from .backends.request import Outcome, StepRequest, step_request
 from .checkpoint import SCALE_KEYS, is_asked_for_state
 from .diagnostics import StepDiagnostics
@@ -23,13 +23,15 @@ from .hyper_parameters import (
     check_params,
     check_range,
     check_readable,
+    is_zero,
     lists_biases_to_decay,
 )
 from .loss_scale import DynamicLossScale, parse_loss_scale
 from .masters import masters_in_use, refresh_masters
-from .parameters import MOMENTUM_BUFFER, named_parameters
-from .plan import Plan, build_plan
-from .saved_state import SavedState
+from .new_state import NewState
+from .parameters import named_parameters
+from .plan import build_plan
+from .saved_state import Prepared, SavedState
 from .sharding import check_flattened
 from .shared_memory import device_of, has_memory
 from .step_hooks import is_observed, runs_hooks, with_hooks
@@ -158,8 +160,8 @@ class FusedSGD(SavedState):
         self._partition = SharedGroup(partition_group)
         self._backend = backend
         self._backend_in_use: str | None = None
-        self._stepper: Stepper | None = None
-        self._plan: Plan | None = None
+        self._prepared: Prepared | None = None
+        self._new_state = NewState()
         self._lock = StepLock()
         super().__init__(
             params,
@@ -287,10 +289,14 @@ class FusedSGD(SavedState):
 
     def _fill_or_update(self, request: StepRequest) -> None:
         with self._lock:
-            if not self.__dict__["state"] and is_asked_for_state():
+            if not self._state and self._has_no_rate() and is_asked_for_state():
                 self._fill_state()
             else:
                 self._update(request)
+
+    def _has_no_rate(self) -> bool:
+        """True if every learning rate is known to be 0, as ``torch.distributed.checkpoint`` sets it to get state."""
+        return all(is_zero(group["lr"]) for group in self.param_groups)
 
     def _evaluate(self, closure: Callable[[], Any], request: StepRequest) -> Any:
         if request.unscales or "found_inf" in self.__dict__:
@@ -306,11 +312,8 @@ class FusedSGD(SavedState):
             redistributed: dict[Tensor, Tensor] = {}
             outcome = self._run(request, redistributed)
             if outcome == Outcome.STALE:
-                self._stepper, self._plan = self._prepare()
-                self._diagnostics.before_update(
-                    self._plan, "found_inf" in self.__dict__, self._partition.group is not None
-                )
-                outcome = self._run(request, redistributed)
+                self._prepared = self._prepare()
+                outcome = self._run_first(self._prepared, request, redistributed)
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
             # A backend fails on an option that is no number, and knows neither its name nor what is allowed.
             for index, group in enumerate(self.param_groups):
@@ -318,66 +321,77 @@ class FusedSGD(SavedState):
                 check_numbers(group)
                 check_range(group)
             raise
-        if outcome == Outcome.STALE:
-            raise RuntimeError(
-                "parameters, gradients or state changed while the step was being prepared; leave them alone in other "
-                "threads, and in what the step calls"
-            )
-        stepper, plan = self._stepper, self._plan
-        assert stepper is not None and plan is not None
         if outcome == Outcome.SKIPPED:
             self._diagnostics.after_skip()
-        elif stepper.answers_late:
+        elif self._prepared is not None and self._prepared.stepper.is_async:
             self._diagnostics.after_launch()
-        elif plan.new:
-            self._publish()
+
+    def _run_first(
+        self, prepared: Prepared, request: StepRequest, redistributed: dict[Tensor, Tensor]
+    ) -> int:
+        """Runs the first step over a new plan, whose new state is withdrawn if the step is refused."""
+        applied_steps = self._step_state.read().applied_steps if prepared.plan.placed else 0
+        try:
+            self._diagnostics.before_update(
+                prepared.plan, "found_inf" in self.__dict__, self._partition.group is not None
+            )
+            outcome = self._run(request, redistributed)
+            if outcome == Outcome.STALE:
+                raise RuntimeError(
+                    "parameters, gradients or state changed while the step was being prepared; leave them alone in "
+                    "other threads, and in what the step calls"
+                )
+        except BaseException:
+            if prepared.plan.placed and self._step_state.read().applied_steps == applied_steps:
+                prepared.plan.withdraw_state(self._state)
+                self._prepared = None
+            raise
+        return outcome
 
     def _fill_state(self) -> None:
-        """Gives the state of every parameter that has a gradient, as it is before the first update."""
-        _, plan = self._prepare()
+        """Creates the state of every parameter that has a gradient, as it is before the first update."""
+        plan = self._prepare().plan
         for entry in plan.entries:
             if entry.live:
-                self.__dict__["state"][entry.param] = entry.own_state()
-                if entry.buffer is not None:
-                    self._step_state.unwritten[entry.own_state()[MOMENTUM_BUFFER]] = True
-        self._stepper = self._plan = None
+                self._state.setdefault(entry.param, {})
         self._note_progress()
 
-    def _prepare(self) -> tuple[Stepper, Plan]:
+    def _prepare(self) -> Prepared:
         listed = [(name, param) for name, param, _ in named_parameters(self.param_groups)]
         # Those without a gradient do not matter, unless there are no others.
         named = [(name, param) for name, param in listed if param.grad is not None] or listed
         stepper = stepper_class(self._backend, named)
         device = device_of([param for _, param in named], self._step_state.block.device)
         agreement = find_agreement([param for _, param in listed], self._partition.group, device)
-        arguments = (self.param_groups, self.__dict__["state"], self._step_state)
-        plan = build_plan(*arguments, self._plan, agreement)
-        reference = BACKENDS["reference"].stepper
-        if plan.is_in_order:
-            stepper = reference
-        if stepper is reference and self._stepper is not None and self._stepper.answers_late:
-            # A device that answers late may have written what the host takes for new.
-            self._publish()
-            plan = build_plan(*arguments, self._plan, agreement)
-        self._step_state.move_to(device)
-        made = stepper(plan, self._step_state)
+        former = None if self._prepared is None else self._prepared.plan
+        plan = build_plan(
+            self.param_groups, self._state, self._step_state, self._new_state, device, former, agreement
+        )
+        try:
+            if plan.is_in_order:
+                stepper = BACKENDS["reference"].stepper
+            self._step_state.move_to(device)
+            made = stepper(plan, self._step_state)
+        except BaseException:
+            plan.withdraw_state(self._state)
+            raise
         # Another thread may have given a parameter other memory, which the plan would not keep.
         plan.is_outdated = not plan.keeps_its_memory()
         self._backend_in_use = next(name for name, backend in BACKENDS.items() if backend.stepper is stepper)
-        return made, plan
+        return Prepared(plan, made)
 
     _observed_step = Optimizer.profile_hook_step(_step)
 
     def _run(self, request: StepRequest, redistributed: dict[Tensor, Tensor]) -> int:
-        stepper, plan = self._stepper, self._plan
-        if stepper is None or plan is None or plan.is_outdated:
+        if self._prepared is None or self._prepared.plan.is_outdated:
             return Outcome.STALE
+        plan, stepper = self._prepared
         if not plan.stand_ins:
-            return stepper.step(self.param_groups, self.__dict__["state"], request)
+            return stepper.step(self.param_groups, self._state, request)
         with torch.no_grad(), plan.stand_ins.filled(redistributed) as are_filled:
             if not are_filled:
                 return Outcome.STALE
-            outcome = stepper.step(self.param_groups, self.__dict__["state"], request)
+            outcome = stepper.step(self.param_groups, self._state, request)
             if outcome == Outcome.APPLIED:
                 plan.stand_ins.write_back()
             return outcome
@@ -395,8 +409,8 @@ class FusedSGD(SavedState):
 
     def _replan(self) -> None:
         """Makes the next step begin with a new plan."""
-        if self._plan is not None:
-            self._plan.is_outdated = True
+        if self._prepared is not None:
+            self._prepared.plan.is_outdated = True
 
     @one_at_a_time
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -421,9 +435,7 @@ class FusedSGD(SavedState):
         except ValueError:
             self.param_groups.pop()
             raise
-        if self._stepper is not None and self._stepper.answers_late:
-            self._publish()
-        self._stepper = self._plan = None
+        self._prepared = None
 
     def _check_flattened(self, index: int) -> None:
         listed = named_parameters(self.param_groups)
@@ -446,4 +458,4 @@ class FusedSGD(SavedState):
             model.conv.weight.data.mul_(0.5)
             optimizer.refresh_masters()
         """
-        refresh_masters(masters_in_use(self.param_groups, self.state, self._plan))
+        refresh_masters(masters_in_use(self.param_groups, self._state))

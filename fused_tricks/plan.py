@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .agreement import Agreement
+from .new_state import NewState
 from .parameters import (
     LOW_PRECISION,
     MASTER_PARAM,
@@ -55,8 +56,7 @@ class Entry:
         buffer: Momentum in the type of the arithmetic, with the strides of ``source``.
         distributed: ``DTensor``s of which ``master`` and ``buffer`` are the parts that are here, where the parameter is
             one, by their keys in the optimizer's state.
-        first: ``buffer`` is not in the optimizer's state yet: no update is known to have written it.
-        is_new: ``master`` or ``buffer`` is not in the optimizer's state yet.
+        first_update: 0-dim INT64, the number of the update that first wrote ``buffer``; -1 before. Backends note it.
         identity: The parameter's address and version counters when ``master`` was last known to agree with it.
         storage: Keeps that address from being given to other data.
     """
@@ -71,8 +71,7 @@ class Entry:
     master: Tensor | None = None
     buffer: Tensor | None = None
     distributed: dict[str, Tensor] = field(default_factory=dict)
-    first: bool = False
-    is_new: bool = False
+    first_update: Tensor | None = None
     identity: tuple[int, ...] = ()
     storage: Tensor | None = None
 
@@ -93,7 +92,7 @@ class Plan:
     Attributes:
         entries: All of them.
         stand_ins: The stand-ins among the entries' sources.
-        new: Those whose masters or buffers are not in the optimizer's state yet.
+        placed: The keys of masters and buffers that the plan has put into the optimizer's state, by parameter.
         lrs: The groups' learning rates as they were, tensors that follow the updates applied among them.
         agreement: How to decide with other processes; None where this one decides alone.
         is_in_order: Parameters have to be updated one after the other, because some share memory.
@@ -104,13 +103,12 @@ class Plan:
     lrs: list[Any]
     agreement: Agreement | None = None
     is_in_order: bool = False
+    placed: dict[Tensor, list[str]] = field(default_factory=dict)
     stand_ins: StandIns = field(init=False)
-    new: list[Entry] = field(init=False)
     is_outdated: bool = False
 
     def __post_init__(self) -> None:
         self.stand_ins = StandIns(self.entries)
-        self.new = [entry for entry in self.entries if entry.is_new]
 
     def keeps_its_memory(self) -> bool:
         """True if each parameter still is where it was when the plan began to keep its memory."""
@@ -119,70 +117,52 @@ class Plan:
             for entry in self.entries
         )
 
-    def publish(
-        self,
-        groups: list[dict[str, Any]],
-        state: dict[Tensor, dict[str, Tensor]],
-        step_state: StepState,
-        written_state: Callable[[Entry, bool], tuple[dict[str, Tensor], bool]],
-    ) -> None:
-        """Moves the new masters and buffers that an update has written into the optimizer's state.
+    def place_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Puts the masters and buffers that are not in the optimizer's state there."""
+        owned = {entry.param: entry.own_state() for entry in self.entries if entry.live}
+        if not any(owned.values()):
+            return
+        # Those that need none as well, where others have: torch.distributed.checkpoint misses them otherwise.
+        for param, own in owned.items():
+            held = state.get(param, {})
+            new = {key: tensor for key, tensor in own.items() if held.get(key) is not tensor}
+            if new or param not in state:
+                self.placed[param] = list(new)
+                state.setdefault(param, {}).update(new)
 
-        Args:
-            groups: The optimizer's groups.
-            state: The optimizer's state.
-            step_state: The optimizer's state on the device.
-            written_state: For an entry, and whether its group has momentum: what an update has written of its state,
-                and whether the rest may still be.
-        """
-        unfinished = []
-        for entry in self.new:
-            written, may_follow = written_state(entry, groups[entry.group]["momentum"] != 0)
-            held = state.get(entry.param, {})
-            if not may_follow or any(held.get(key) is not tensor for key, tensor in written.items()):
-                state.setdefault(entry.param, {}).update(written)
-                self.is_outdated = True
-            for tensor in written.values():
-                step_state.unwritten.pop(tensor, None)
-            if may_follow:
-                unfinished.append(entry)
-        self.new = unfinished
-        if self.is_outdated:
-            # Those that need none as well, where others have: torch.distributed.checkpoint misses them otherwise.
-            for entry in self.entries:
-                if entry.live and not entry.own_state():
-                    state.setdefault(entry.param, {})
-
-
-def applied_state(entry: Entry, has_momentum: bool, had_grad: bool) -> tuple[dict[str, Tensor], bool]:
-    """What a step that was applied has written of a new entry's state, and whether the rest may still be."""
-    if not had_grad:
-        return {}, True
-    written = entry.own_state()
-    if entry.first and not has_momentum:
-        # Momentum was switched off before any update was applied.
-        written.pop(MOMENTUM_BUFFER, None)
-    return written, False
+    def withdraw_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Undoes :meth:`place_state`."""
+        for param, keys in self.placed.items():
+            held = state.get(param, {})
+            for key in keys:
+                held.pop(key, None)
+            if not held:
+                state.pop(param, None)
+        self.placed.clear()
 
 
 def build_plan(
     groups: list[dict[str, Any]],
     state: dict[Tensor, dict[str, Any]],
     step_state: StepState,
+    new_state: NewState,
+    device: torch.device,
     former: Plan | None = None,
     agreement: Agreement | None = None,
 ) -> Plan:
     """Makes a plan from an optimizer's groups, gradients and state.
 
-    Nothing is changed but this: a master takes over its parameter's values where the parameter is no longer the
-    master's rounding, because somebody else wrote to it; and a state tensor of another dtype, device or layout is
-    replaced by one that fits.
+    Masters and buffers that an update needs and the state lacks are made and put there. Beside that, a master takes
+    over its parameter's values where the parameter is no longer the master's rounding, because user code wrote to it;
+    and a state tensor of another dtype, device or layout is replaced by one that fits.
 
     Args:
         groups: The optimizer's groups.
         state: The optimizer's state.
         step_state: The optimizer's state on the device.
-        former: The plan before, whose new masters and buffers may be written although the host has not heard of it.
+        new_state: The record of what no update has written, to which new masters and buffers are added.
+        device: The device on which a backend notes their first updates.
+        former: The plan before; parameters that it can update stay so while they have no gradient.
         agreement: How to decide with other processes, if that is needed.
 
     Raises:
@@ -190,73 +170,187 @@ def build_plan(
         TypeError: The state has something else than tensors for a parameter.
     """
     with torch.no_grad():
-        return _build_plan(groups, state, step_state, former, agreement)
+        plan = _Builder(groups, state, step_state, new_state, device).build(former)
+    if agreement is not None:
+        for entry, part in zip(plan.entries, agreement.part_of, strict=True):
+            entry.part = part
+        plan.agreement = agreement
+    plan.place_state(state)
+    return plan
 
 
-def _build_plan(
-    groups: list[dict[str, Any]],
-    state: dict[Tensor, dict[str, Any]],
-    step_state: StepState,
-    former: Plan | None,
-    agreement: Agreement | None,
-) -> Plan:
-    listed = named_parameters(groups)
-    for name, param, _ in listed:
-        check_state(name, state.get(param, {}))
-    # Read once: another thread may set them.
-    grads = [param.grad for _, param, _ in listed]
-    pending = {} if former is None else {entry.param: entry.own_state() for entry in former.new}
-    used = [_used_state(p, groups[g], [state.get(p, {}), pending.get(p, {})]) for _, p, g in listed]
-    seen: dict[Tensor, str] = {}
-    for (name, param, _), grad, own in zip(listed, grads, used, strict=True):
-        if grad is not None:
-            check_update(name, param, grad, state.get(param, {}), own)
+class _Listed(NamedTuple):
+    """A parameter of a group, its gradient, and what an update needs of its state, as far as there is any."""
+
+    name: str
+    param: Tensor
+    group: int
+    grad: Tensor | None
+    state: dict[str, Any]
+    used: dict[str, Tensor | None]
+
+
+class _Builder:
+    """Builds one plan. The arguments are those of :func:`build_plan`."""
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        step_state: StepState,
+        new_state: NewState,
+        device: torch.device,
+    ) -> None:
+        self._groups = groups
+        self._state = state
+        self._step_state = step_state
+        self._new_state = new_state
+        self._device = device
+        self._is_in_order = False
+        self._masters: list[Tensor] = []
+        self._buffers: list[Tensor] = []
+
+    def build(self, former: Plan | None) -> Plan:
+        listed = [self._listed(*parameter) for parameter in named_parameters(self._groups)]
+        updated = self._check_updates(listed)
+        devices = {param.device for param in updated}
+        before = {} if former is None else {entry.param: entry for entry in former.entries if entry.live}
+        live = [
+            item.grad is not None
+            or (item.param.device in devices and _is_ready(before.get(item.param), item.param, item.used))
+            for item in listed
+        ]
+        pieces = [
+            piece for item, is_live in zip(listed, live, strict=True) if is_live for piece in _pieces(item)
+        ]
+        self._is_in_order = must_be_in_order(pieces)
+        entries = [
+            self._entry(item, before.get(item.param))
+            if is_live
+            else Entry(item.group, item.param, live=False, source=item.param)
+            for item, is_live in zip(listed, live, strict=True)
+        ]
+        self._new_state.add(self._masters, self._buffers, self._step_state, self._device)
+        for entry in entries:
+            if entry.buffer is not None:
+                buffer = entry.distributed.get(MOMENTUM_BUFFER, entry.buffer)
+                entry.first_update = self._new_state.first_update_of(buffer, self._device)
+        return Plan(entries, [group["lr"] for group in self._groups], is_in_order=self._is_in_order)
+
+    def _listed(self, name: str, param: Tensor, group: int) -> _Listed:
+        held = self._state.get(param, {})
+        check_state(name, held)
+        # State that no update has written means nothing beside a parameter that has another shape by now.
+        state = {
+            key: value
+            for key, value in held.items()
+            if not (
+                isinstance(value, Tensor)
+                and value.shape != param.shape
+                and self._new_state.is_unwritten(value, self._step_state)
+            )
+        }
+        # Read once: another thread may set it.
+        return _Listed(name, param, group, param.grad, state, _used_state(param, self._groups[group], state))
+
+    def _check_updates(self, listed: list[_Listed]) -> dict[Tensor, str]:
+        """Returns the parameters that have a gradient, with their names."""
+        seen: dict[Tensor, str] = {}
+        for name, param, _, grad, state, used in listed:
+            if grad is None:
+                continue
+            check_update(name, param, grad, state, used)
             if param in seen:
                 raise RuntimeError(f"{name} is also {seen[param]}, and would be updated twice; list it once")
             seen[param] = name
-    devices = {param.device for param in seen}
-    before = {} if former is None else {entry.param: entry for entry in former.entries if entry.live}
-    is_live = [
-        grad is not None or (param.device in devices and _is_ready(before.get(param), param, own))
-        for (_, param, _), grad, own in zip(listed, grads, used, strict=True)
-    ]
-    pieces = [
-        piece
-        for (name, param, _), grad, own, live in zip(listed, grads, used, is_live, strict=True)
-        if live
-        for piece in _pieces(name, param, grad, own)
-    ]
-    is_in_order = must_be_in_order(pieces)
-    entries = []
-    for (_, param, group), grad, live in zip(listed, grads, is_live, strict=True):
-        if not live:
-            entries.append(Entry(group, param, live=False, source=param))
-            continue
-        if is_in_order:
-            is_dense = True
-        elif grad is None:
-            is_dense = not before[param].is_copy
+        return seen
+
+    def _entry(self, item: _Listed, former: Entry | None) -> Entry:
+        param, grad = item.param, item.grad
+        local = local_part(param)
+        if grad is None:
+            assert former is not None
+            is_dense, grad_dtype = not former.is_copy, former.grad_dtype
         else:
-            local = local_part(param)
-            is_dense = _fits(grad if local is param else local, local)
-        has_momentum = groups[group]["momentum"] != 0
-        states = [state.get(param, {}), pending.get(param, {})]
-        entry = _entry(param, group, is_dense, has_momentum, states, step_state, is_in_order)
-        entry.grad_dtype = before[param].grad_dtype if grad is None else grad.dtype
-        entries.append(entry)
-    if agreement is not None:
-        for entry, part in zip(entries, agreement.part_of, strict=True):
-            entry.part = part
-    return Plan(entries, [group["lr"] for group in groups], agreement, is_in_order)
+            is_dense, grad_dtype = _fits(grad if local is param else local, local), grad.dtype
+        is_dense = is_dense or self._is_in_order
+        source = param
+        if not is_dense:
+            source = local.detach().clone(memory_format=torch.contiguous_format)
+        elif local is not param:
+            source = local.detach()
+        entry = Entry(
+            group=item.group,
+            param=param,
+            live=True,
+            source=source,
+            grad_dtype=grad_dtype,
+            is_copy=not is_dense,
+            storage=local.detach(),
+        )
+        entry.identity = identity_of(param, local)
+        held = self._state.get(param, {})
+        for key in held.keys() - item.state.keys():
+            del held[key]
+        if param.dtype in LOW_PRECISION:
+            entry.master = self._take_state(entry, item.state, MASTER_PARAM)
+            if entry.master is None:
+                entry.master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
+                self._masters.append(_placed(entry, MASTER_PARAM, entry.master))
+            else:
+                adopt_foreign_values(entry.master, local)
+        else:
+            # A master from before the parameter was converted would be stale when the parameter is converted back.
+            held.pop(MASTER_PARAM, None)
+        if self._groups[item.group]["momentum"] != 0:
+            entry.buffer = self._take_state(entry, item.state, MOMENTUM_BUFFER)
+            if entry.buffer is None:
+                entry.buffer = torch.zeros_like(source, dtype=state_dtype(param), requires_grad=False)
+                self._buffers.append(_placed(entry, MOMENTUM_BUFFER, entry.buffer))
+        return entry
+
+    def _take_state(self, entry: Entry, state: dict[str, Any], key: str) -> Tensor | None:
+        """Returns this process's part of a state tensor, after it was made to fit; None where there is none."""
+        # torch.optim.SGD takes None for "not there yet".
+        value: Tensor | None = state.get(key)
+        if value is None:
+            return None
+        value = self._fitting_state(entry, key, value)
+        if is_distributed(value):
+            entry.distributed[key] = value
+        return local_part(value)
+
+    def _fitting_state(self, entry: Entry, key: str, value: Tensor) -> Tensor:
+        source = entry.source
+        dtype = state_dtype(source)
+        placed = placed_like(value, entry.param)
+        local = local_part(placed)
+        if (
+            placed is value
+            and value.dtype == dtype
+            and local.device == source.device
+            and (self._is_in_order or (same_strides(local, source) and not local.is_neg()))
+        ):
+            return value
+        fitting = torch.empty_like(source, dtype=dtype, requires_grad=False).copy_(local)
+        fitting = distributed_like(fitting, entry.param)
+        self._new_state.replace(value, fitting, self._step_state, self._device)
+        self._state[entry.param][key] = fitting
+        return fitting
 
 
-def _used_state(
-    param: Tensor, group: dict[str, Any], states: list[dict[str, Any]]
-) -> dict[str, Tensor | None]:
-    """What an update of a parameter needs of its state, from the first dict that has it."""
+def _placed(entry: Entry, key: str, tensor: Tensor) -> Tensor:
+    """Returns a new tensor as the optimizer's state has it: as a ``DTensor`` where the parameter is one."""
+    if is_distributed(entry.param):
+        tensor = entry.distributed[key] = distributed_like(tensor, entry.param)
+    return tensor
+
+
+def _used_state(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor | None]:
+    """What an update of a parameter needs of its state."""
     keys = [MASTER_PARAM] if param.dtype in LOW_PRECISION else []
     keys += [MOMENTUM_BUFFER] if group["momentum"] != 0 else []
-    return {key: next((s[key] for s in states if s.get(key) is not None), None) for key in keys}
+    return {key: state.get(key) for key in keys}
 
 
 def _is_ready(former: Entry | None, param: Tensor, used: dict[str, Tensor | None]) -> bool:
@@ -273,66 +367,12 @@ def _is_ready(former: Entry | None, param: Tensor, used: dict[str, Tensor | None
     )
 
 
-def _pieces(name: str, param: Tensor, grad: Tensor | None, used: dict[str, Tensor | None]) -> Iterator[Piece]:
+def _pieces(item: _Listed) -> Iterator[Piece]:
     """What an update of a parameter reads and writes."""
-    tensors = {PARAMETER: param, **used, GRADIENT: grad}
+    tensors = {PARAMETER: item.param, **item.used, GRADIENT: item.grad}
     for key, tensor in tensors.items():
         if tensor is not None:
-            yield Piece(local_part(tensor), key, name, MASTER_PARAM in used)
-
-
-def _entry(
-    param: Tensor,
-    group: int,
-    is_dense: bool,
-    has_momentum: bool,
-    states: list[dict[str, Any]],
-    step_state: StepState,
-    is_in_order: bool,
-) -> Entry:
-    local = local_part(param)
-    source = param
-    if not is_dense:
-        source = local.detach().clone(memory_format=torch.contiguous_format)
-    elif local is not param:
-        source = local.detach()
-    entry = Entry(group, param, live=True, source=source, is_copy=not is_dense, storage=local.detach())
-    entry.identity = identity_of(param, local)
-    if param.dtype in LOW_PRECISION:
-        entry.master, entry.is_new = _find_state(entry, states, MASTER_PARAM, step_state, is_in_order)
-        if entry.master is None:
-            entry.master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
-        else:
-            adopt_foreign_values(entry.master, local)
-    else:
-        # A master from before the parameter was converted would be stale when the parameter is converted back.
-        states[0].pop(MASTER_PARAM, None)
-    if has_momentum:
-        entry.buffer, entry.first = _find_state(entry, states, MOMENTUM_BUFFER, step_state, is_in_order)
-        if entry.buffer is None:
-            entry.buffer = torch.zeros_like(source, dtype=state_dtype(param), requires_grad=False)
-        entry.is_new = entry.is_new or entry.first
-    if is_distributed(param):
-        for key, tensor in ((MASTER_PARAM, entry.master), (MOMENTUM_BUFFER, entry.buffer)):
-            if tensor is not None and key not in entry.distributed:
-                entry.distributed[key] = distributed_like(tensor, param)
-    return entry
-
-
-def _find_state(
-    entry: Entry, states: list[dict[str, Any]], key: str, step_state: StepState, is_in_order: bool
-) -> tuple[Tensor | None, bool]:
-    """The tensor of that name in the first dict that has it, and whether no update is known to have written it."""
-    for index, state in enumerate(states):
-        value: Tensor | None = state.get(key)
-        if value is None:
-            state.pop(key, None)  # torch.optim.SGD takes None for "not there yet"
-        else:
-            value = _fitting_state(entry, state, key, value, step_state, is_in_order)
-            if is_distributed(value):
-                entry.distributed[key] = value
-            return local_part(value), index > 0 or value in step_state.unwritten
-    return None, True
+            yield Piece(local_part(tensor), key, item.name, MASTER_PARAM in item.used)
 
 
 def _fits(grad: Tensor, param: Tensor) -> bool:
@@ -341,32 +381,6 @@ def _fits(grad: Tensor, param: Tensor) -> bool:
     if not (same_strides(param, dense) and same_strides(param, grad)):
         return False
     return not (grad.is_neg() or param.is_neg() or grad._is_zerotensor())
-
-
-def _fitting_state(
-    entry: Entry, state: dict[str, Any], key: str, value: Tensor, step_state: StepState, is_in_order: bool
-) -> Tensor:
-    source = entry.source
-    dtype = state_dtype(source)
-    placed = placed_like(value, entry.param)
-    local = local_part(placed)
-    if (
-        placed is value
-        and value.dtype == dtype
-        and local.device == source.device
-        and (is_in_order or (same_strides(local, source) and not local.is_neg()))
-    ):
-        return value
-    fitting = torch.empty_like(source, dtype=dtype, requires_grad=False).copy_(local)
-    fitting = distributed_like(fitting, entry.param)
-    if value in step_state.first_steps:
-        step_state.first_steps[fitting] = step_state.first_steps.pop(value).to(fitting.device)
-    if value in step_state.applied_before:
-        step_state.applied_before[fitting] = step_state.applied_before.pop(value)
-    if value in step_state.unwritten:
-        step_state.unwritten[fitting] = step_state.unwritten.pop(value)
-    state[key] = fitting
-    return fitting
 
 
 def adopt_foreign_values(master: Tensor, param: Tensor) -> None:

@@ -6,7 +6,7 @@ from collections import OrderedDict, defaultdict
 from contextlib import AbstractContextManager
 from copy import copy
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -19,13 +19,14 @@ from .checkpoint import (
     import_groups,
     import_state,
     is_asked_for_state,
-    note_unwritten,
+    never_updated_buffers,
     progress_of,
     restore_progress,
 )
 from .diagnostics import StepDiagnostics
 from .group_source import register_source
 from .loss_scale import DynamicLossScale
+from .new_state import NewState
 from .options import FLAGS
 from .ordinary_tensors import outside_all_modes, outside_inference_mode
 from .plan import Plan
@@ -34,9 +35,17 @@ from .step_lock import StepLock, one_at_a_time
 from .step_state import StepState
 
 
+class Prepared(NamedTuple):
+    """A plan, and the stepper that runs steps over it."""
+
+    plan: Plan
+    stepper: Stepper
+
+
 class SavedState(Optimizer):
     """State, state dicts, copies and pickles of :class:`~fused_tricks.FusedSGD`, which sets the attributes."""
 
+    _state: defaultdict[Any, Any]
     _loss_scale: float | DynamicLossScale | None
     _max_grad_norm: float | None
     _partition: SharedGroup
@@ -44,46 +53,38 @@ class SavedState(Optimizer):
     _diagnostics: StepDiagnostics
     _backend: str
     _backend_in_use: str | None
-    _stepper: Stepper | None
-    _plan: Plan | None
+    _prepared: Prepared | None
+    _new_state: NewState
     _lock: StepLock
 
     @property
     def state(self) -> defaultdict[Any, Any]:
-        """What ``torch.optim.Optimizer.state`` is.
+        """``torch.optim.Optimizer.state``: ``momentum_buffer`` and ``master_param`` of each parameter.
 
-        Synchronises where a GPU has yet to tell whether the first steps were skipped.
+        A parameter's state is there from its first step on. A momentum buffer is zero until an update is applied, and
+        values that user code writes into it before that are ignored; :meth:`state_dict` leaves it out.
         """
         if is_asked_for_state():
             # torch.distributed.checkpoint loads no option that a group does not have.
             self._note_progress()
-        if self._stepper is not None and self._stepper.answers_late:
-            with self._lock:
-                self._publish()
-        state: defaultdict[Any, Any] = self.__dict__["state"]
-        return state
+        return self._state
 
     @state.setter
-    def state(self, state: dict[Any, Any]) -> None:
+    def state(self, state: defaultdict[Any, Any]) -> None:
         if not isinstance(state, dict):
             raise TypeError(f"optimizer.state must be a dict, got {type(state).__name__}")
         with self._lock:
-            self.__dict__["state"] = state
-            # The plan may hold masters and buffers that belong into the former state.
-            self._stepper = self._plan = None
-
-    def _publish(self) -> None:
-        """Puts new masters and buffers into the state, once they are known to be written."""
-        plan, stepper = self._plan, self._stepper
-        if plan is not None and plan.new and stepper is not None:
-            plan.publish(self.param_groups, self.__dict__["state"], self._step_state, stepper.written_state)
+            self._state = state
+            # The plan holds the masters and buffers of the former state.
+            self._prepared = None
 
     @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
         """The state in the format of ``torch.optim.SGD``, which can load it.
 
         ``state`` has ``momentum_buffer`` where there is momentum and ``master_param`` beside FP16 and BF16
-        parameters, both FP32 (FP64 beside FP64 parameters), once the parameter was updated. Each group also carries
+        parameters, both FP32 (FP64 beside FP64 parameters). State that no update has written yet, as after a skipped
+        first step, is left out, so that ``optimizer.state`` may have more. Each group also carries
         ``applied_steps``, ``skipped_steps`` and, with a loss scale, ``loss_scale``, ``growth_tracker`` and
         ``hysteresis_tracker``: there they survive tools that keep only ``state`` and ``param_groups``.
         ``optimizer.param_groups`` does not have them. Synchronises.
@@ -92,7 +93,8 @@ class SavedState(Optimizer):
         progress = progress_of(self._step_state, with_scale=self._loss_scale is not None)
 
         def finish(optimizer: Optimizer, packed: dict[str, Any]) -> None:
-            finish_state_dict(packed, self.param_groups, self._step_state, progress)
+            unwritten = self._new_state.unwritten(self._step_state)
+            finish_state_dict(packed, self.param_groups, unwritten, progress)
 
         hooks = self._optimizer_state_dict_post_hooks
         # Before those of others, which may put anything in its place.
@@ -136,7 +138,8 @@ class SavedState(Optimizer):
             state = import_state(state_dict["state"], state_dict["param_groups"], self.param_groups)
             restore_progress(progress, self._step_state, self._loss_scale)
         self.__setstate__({"state": state, "param_groups": groups})
-        note_unwritten(state, self._step_state, progress)
+        unwritten = never_updated_buffers(state, progress)
+        self._new_state.add([], unwritten, self._step_state, self._step_state.block.device)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -156,19 +159,22 @@ class SavedState(Optimizer):
             "_partition": self._partition,
             "_loss_scale": self._loss_scale,
             "_step_state": self._step_state,
+            "_new_state": self._new_state,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("_lock", StepLock())
-        super().__setstate__(state)
+        # The base class writes attributes without regard to properties.
+        super().__setstate__({"_state" if key == "state" else key: value for key, value in state.items()})
+        self._prepared = None
         # An optimizer that was pickled before an option was added.
         for options in (self.defaults, *self.param_groups):
             for flag in FLAGS:
                 options.setdefault(flag, False)
-        self._stepper = self._plan = None
         if "_step_state" in state:
             # A shallow copy shares parameters and state with the original, but takes steps of its own.
             self._step_state = copy(self._step_state)
+            self._new_state = copy(self._new_state)
             if isinstance(self._loss_scale, DynamicLossScale) and not self._loss_scale.is_free_for(self):
                 self._loss_scale = copy(self._loss_scale)
         if isinstance(self._loss_scale, DynamicLossScale):

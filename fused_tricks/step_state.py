@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .ordinary_tensors import outside_all_modes
 
@@ -77,12 +76,6 @@ class StepState:
         skip: INT32, 1 when the last step was skipped.
         skipped_in_a_row: INT32, updates skipped since the last one that was applied.
         scale_was_read: True once code outside the step has read the scale, by which it can multiply a loss.
-        first_steps: For each momentum buffer that a GPU may not have written yet, because the host does not wait to
-            hear whether its first step was skipped: a 0-dim INT64 tensor with the number of the update that first
-            wrote it, -1 before.
-        unwritten: Momentum buffers that are in the optimizer's state although no update has written them, as keys.
-        applied_before: For each master and buffer, ``applied_steps`` as it was when a GPU's plan made it: another one
-            now means that an update may have written it.
     """
 
     def __init__(self, device: torch.device | str = "cpu", scale: float = 1.0, hysteresis: int = 1) -> None:
@@ -93,9 +86,6 @@ class StepState:
 
     def _start(self, block: Tensor) -> None:
         self._view(block)
-        self.first_steps = WeakTensorKeyDictionary()
-        self.unwritten = WeakTensorKeyDictionary()
-        self.applied_before = WeakTensorKeyDictionary()
         self.scale_was_read = False
         self._kept: list[object] = []
 
@@ -125,17 +115,15 @@ class StepState:
         with outside_all_modes():
             return StepReading.of(self.block)
 
-    def __getstate__(self) -> tuple[Tensor, list[Tensor], bool]:
-        return self.block, list(self.unwritten), self.scale_was_read
+    def __getstate__(self) -> tuple[Tensor, bool]:
+        return self.block, self.scale_was_read
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        # States pickled before scale_was_read was added have two items.
-        block, unwritten, *scale_was_read = state
+    def __setstate__(self, state: tuple[Tensor, bool]) -> None:
+        block, scale_was_read = state
         # A copied or unpickled block no longer shares memory with views that were copied beside it.
         with outside_all_modes():
             self._start(block.clone())
-        self.unwritten.update((buffer, True) for buffer in unwritten)
-        self.scale_was_read = any(scale_was_read)
+        self.scale_was_read = scale_was_read
 
 
 def _field(block: Tensor, name: str) -> Tensor:

@@ -160,6 +160,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     dense = [p.grad for p in params if p.grad is not None and p.grad.layout == torch.strided]
     stats = optimizer.stats()
+    saved = optimizer.state_dict()
     return {
         "params": [bits(p).clone() for p in params if not p.is_meta],
         "grads": [
@@ -168,10 +169,11 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         "state": [
             {key: bits(value).clone() for key, value in optimizer.state.get(p, {}).items()} for p in params
         ],
-        "options": [
-            {k: v for k, v in group.items() if k != "params"}
-            for group in optimizer.state_dict()["param_groups"]
+        "saved state": [
+            {key: bits(value).clone() for key, value in saved["state"].get(index, {}).items()}
+            for index in range(len(params))
         ],
+        "options": [{k: v for k, v in group.items() if k != "params"} for group in saved["param_groups"]],
         "counters": (stats.scale, stats.applied_steps, stats.skipped_steps),
     }
 

@@ -32,7 +32,7 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_no_gpu_backend_for_cpu_parameters_without_gradients() -> None:
     optimizer = FusedSGD([Parameter(torch.zeros(3))], lr=0.1)
     optimizer.step()
-    assert type(optimizer._stepper) is stepper_class("auto", [("p", torch.zeros(3))])
+    assert type(optimizer._prepared.stepper) is stepper_class("auto", [("p", torch.zeros(3))])
     assert optimizer.stats().applied_steps == 1
 
 

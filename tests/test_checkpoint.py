@@ -69,9 +69,10 @@ class Run:
 
     def result(self) -> list[Tensor]:
         """Everything that training has changed, as tensors."""
-        state = [self.optimizer.state.get(p, {}) for p in self.params]
+        saved = self.optimizer.state_dict()
+        state = [saved["state"].get(index, {}) for index in range(len(self.params))]
         stats = self.optimizer.stats()
-        groups = self.optimizer.state_dict()["param_groups"]
+        groups = saved["param_groups"]
         keys = ("loss_scale", "growth_tracker", "hysteresis_tracker", "applied_steps", "skipped_steps")
         numbers = [float(group[key]) for group in groups for key in keys]
         numbers += [stats.scale, stats.applied_steps, stats.skipped_steps]

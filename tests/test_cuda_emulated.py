@@ -259,6 +259,7 @@ def run_one_update(param: Tensor, master: Tensor, buffer: Tensor, grad: Tensor, 
     param.grad = grad
     entry = Entry(0, param, live=True, source=param, master=master, buffer=buffer)
     entry.grad_dtype = grad.dtype
+    entry.first_update = torch.ones((), dtype=torch.int64)
     group = {
         "params": [param],
         "lr": 0.5,

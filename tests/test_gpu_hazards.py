@@ -80,8 +80,8 @@ def test_stand_ins_are_recorded_with_the_other_memory_of_their_plan(backend: str
     param.grad = torch.ones(6, 2, device=param.device)
     optimizer = FusedSGD([param], lr=0.1, backend=backend)
     optimizer.step()
-    addresses = {tensor.data_ptr() for tensor in optimizer._stepper._memory}
-    assert {entry.source.data_ptr() for entry in optimizer._plan.entries} <= addresses
+    addresses = {tensor.data_ptr() for tensor in optimizer._prepared.stepper._memory}
+    assert {entry.source.data_ptr() for entry in optimizer._prepared.plan.entries} <= addresses
 
 
 def test_the_counter_is_zero_between_steps(backend: str) -> None:
@@ -105,7 +105,7 @@ def test_memory_that_a_step_on_another_stream_reads_is_recorded_when_its_plan_is
         monkeypatch.setattr(f"{module}.current_stream", lambda device: present[0])
     monkeypatch.setattr(gpu, "record_stream", record)
     params, optimizer = prepared(backend, (10, 20), loss_scale="dynamic")
-    memory = {tensor.data_ptr() for tensor in optimizer._stepper._memory}
+    memory = {tensor.data_ptr() for tensor in optimizer._prepared.stepper._memory}
     present[0] = 2
     optimizer.step()
     assert recorded == []

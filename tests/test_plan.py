@@ -212,7 +212,7 @@ def test_parameters_that_are_views_of_one_tensor_keep_their_plan(backend, device
         for param in params:
             param.grad = torch.ones_like(param)
         optimizer.step()
-        plans.append(optimizer._plan)
+        plans.append(optimizer._prepared.plan)
     if BACKENDS[backend].device_type is not None:
         assert plans[2] is plans[3]
     assert_same_bits(flat, torch.full((40,), -3.0625, dtype=torch.float16))
@@ -260,7 +260,7 @@ def test_a_step_that_raises_leaves_no_gradient_in_a_stand_in(backend, device):
     optimizer.param_groups[0]["momentum"] = "0.9"
     with pytest.raises(TypeError, match="momentum"):
         optimizer.step()
-    (entry,) = optimizer._plan.entries
+    (entry,) = optimizer._prepared.plan.entries
     assert entry.source.grad is None
     param.grad = None
     assert gradient() is None

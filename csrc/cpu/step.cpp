@@ -19,10 +19,13 @@ constexpr int64_t kChunk = 1 << 15;
 // From so many on the parameters written first are out of the caches before anybody reads them.
 constexpr int64_t kLarge = 1 << 22;
 
+bool is_first_update(const Entry& entry, const Group& group) { return group.momentum != 0 && *entry.first_update < 0; }
+
 template <typename T>
 Rule<T> rule_of(const Plan& plan, const Entry& entry, const StepRequest& request) {
   const Group& group = plan.groups[entry.group];
-  return make_rule<T>(group, group.lr, entry.layout.shape.size() > 1, entry.first, *plan.state, request);
+  return make_rule<T>(group, group.lr, entry.layout.shape.size() > 1, is_first_update(entry, group), *plan.state,
+                      request);
 }
 
 const void* at(const void* base, DType type, int64_t index) {
@@ -43,6 +46,15 @@ Span span_of(const Entry& entry, const Chunk& chunk, bool has_momentum, bool str
   span.count = chunk.count;
   span.streams = streams;
   return span;
+}
+
+// After the update, in which every thread reads the notes.
+void note_first_updates(const Plan& plan) {
+  for (const Entry& entry : plan.entries) {
+    if (entry.grad != nullptr && is_first_update(entry, plan.groups[entry.group])) {
+      *entry.first_update = plan.state->applied_steps;
+    }
+  }
 }
 
 void agree(const Agreement& agreement, std::vector<double>& verdict) {
@@ -121,7 +133,10 @@ bool Step::run(Plan& plan, StepRequest request) const {
     request.in_double = verdict[1] != 0;
     const double squares = std::accumulate(verdict.begin() + 2, verdict.end(), 0.0);
     decide_step(*plan.state, verdict[0] != 0, squares, request);
-    if (!plan.state->skip) update(plan, request);
+    if (!plan.state->skip) {
+      update(plan, request);
+      note_first_updates(plan);
+    }
   }
   if (plan.state->skip) return false;
   plan.mark_updated();

@@ -61,7 +61,7 @@ Step::Step(const Plan& plan) {
       record.param = entry.param;
       record.master = entry.master;
       record.buffer = entry.buffer;
-      record.first_step = entry.first_step;
+      record.first_update = entry.first_update;
       record.count = entry.count;
       record.group = static_cast<int32_t>(entry.group);
       record.type = entry.type;

@@ -16,9 +16,9 @@ __device__ inline double learning_rate(const Group& group, int64_t applied) {
 // Whether this update is the first to write the tensor's buffer. The block of the first chunk notes its number; the
 // others read that number or none at all, and either says "first".
 __device__ inline bool is_first(const TensorRecord& tensor, const ChunkRecord& chunk, int64_t number) {
-  const int64_t first_step = load_fresh(tensor.first_step);
-  if (first_step < 0 && chunk.begin == 0) store_fresh(tensor.first_step, number);
-  return first_step < 0 || first_step == number;
+  const int64_t first_update = load_fresh(tensor.first_update);
+  if (first_update < 0 && chunk.begin == 0) store_fresh(tensor.first_update, number);
+  return first_update < 0 || first_update == number;
 }
 
 template <typename Args>

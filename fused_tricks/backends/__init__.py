@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..parameters import is_wrapper
-from ..plan import Entry, Plan
+from ..plan import Plan
 from ..shared_memory import has_memory
 from ..step_state import StepState
 from . import cpu, cuda, reference, triton
@@ -23,17 +23,10 @@ class Stepper(Protocol):
     """Runs steps over one plan.
 
     Attributes:
-        answers_late: ``APPLIED`` only says that the step was launched; the device decides whether to skip it.
+        is_async: True if ``APPLIED`` means that the step was launched; the device then decides whether to skip it.
     """
 
-    answers_late: bool
-
-    def written_state(self, entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
-        """What an update has written of a new entry's state, and whether the rest may still be.
-
-        Synchronises where it answers late.
-        """
-        ...
+    is_async: bool
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
         """Scans, decides and updates, and returns an :class:`Outcome`; does nothing where that is ``STALE``."""

@@ -22,7 +22,7 @@ class CompiledEntry(NamedTuple):
     Attributes:
         alias: A tensor that shares the parameter's version counter; None where the caller writes the parameter.
         watches_version: True where a new version of the parameter means that user code wrote to it.
-        first_step: Where the kernels note the number of the update that first writes ``buffer``, if they do.
+        first_update: Where the kernels note the number of the update that first writes ``buffer``.
     """
 
     group: int
@@ -33,9 +33,8 @@ class CompiledEntry(NamedTuple):
     grad_dtype: torch.dtype | None
     master: Tensor | None
     buffer: Tensor | None
-    first: bool
     watches_version: bool
-    first_step: Tensor | None
+    first_update: Tensor | None
     part: int
 
 
@@ -55,7 +54,7 @@ class CompiledPlan:
         extension: The extension module.
         plan: The plan.
         step_state: The optimizer's state on the device.
-        first_steps: For each entry where the kernels note the first update of its buffer, if they do.
+        reads_lr: True if the kernels read a learning rate that is a tensor, so that the host need not wait for it.
     """
 
     def __init__(
@@ -63,7 +62,8 @@ class CompiledPlan:
         extension: ModuleType,
         plan: Plan,
         step_state: StepState,
-        first_steps: list[Tensor | None] | None = None,
+        *,
+        reads_lr: bool,
     ) -> None:
         aliases = [
             entry.param.detach() if entry.live and not entry.is_staged else None for entry in plan.entries
@@ -85,20 +85,17 @@ class CompiledPlan:
                 grad_dtype=entry.grad_dtype,
                 master=entry.master,
                 buffer=entry.buffer,
-                first=entry.first,
                 watches_version=entry.master is not None and not entry.is_staged,
-                first_step=first_step,
+                first_update=entry.first_update,
                 part=entry.part,
             )
-            for entry, alias, first_step in zip(
-                plan.entries, aliases, first_steps or [None] * len(plan.entries), strict=True
-            )
+            for entry, alias in zip(plan.entries, aliases, strict=True)
         ]
         self._rates = [_compiled_rate(lr, step_state.block.device) for lr in plan.lrs]
         self.handle: _extension.Plan = extension.Plan(
             self._specified,
             step_state.block,
-            reads_lr=first_steps is not None,
+            reads_lr=reads_lr,
             rates=self._rates,
             agreement=plan.agreement,
         )

@@ -58,7 +58,7 @@ class CudaStepper(GpuStepper):
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         super().__init__(plan, step_state)
         extension = self.extension()
-        self._plan = CompiledPlan(extension, plan, step_state, self._first_steps)
+        self._plan = CompiledPlan(extension, plan, step_state, reads_lr=True)
         self._step: _extension.CudaStep = extension.CudaStep(self._plan.handle)
         self._tables = self._empty(self._step.table_size(), torch.uint8)
         self._scratch = self._empty(self._step.scratch_size(), torch.uint8)

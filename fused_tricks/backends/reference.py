@@ -14,7 +14,7 @@ from ..hyper_parameters import as_float
 from ..options import FLAGS, NUMBERS
 from ..ordinary_tensors import outside_all_modes
 from ..parameters import state_dtype
-from ..plan import Entry, Plan, applied_state
+from ..plan import Entry, Plan
 from ..shared_memory import has_memory
 from ..step_state import StepState, to_float32
 from .request import Outcome, StepRequest
@@ -23,16 +23,12 @@ from .request import Outcome, StepRequest
 class ReferenceStepper:
     """Runs one step over a plan. It never trusts an old plan: a second step is ``STALE``."""
 
-    answers_late = False
+    is_async = False
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         self._plan = plan
         self._step_state = step_state
         self._is_used = False
-        self._updated: set[int] = set()
-
-    def written_state(self, entry: Entry, has_momentum: bool) -> tuple[dict[str, Tensor], bool]:
-        return applied_state(entry, has_momentum, id(entry) in self._updated)
 
     @torch.no_grad()
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
@@ -53,9 +49,18 @@ class ReferenceStepper:
         if found:
             return Outcome.SKIPPED
         for entry, grad, group in active:
-            _update(entry, grad, group, inverse_scale if request.unscales else None, clip)
-        self._updated = {id(entry) for entry, _, _ in active}
+            is_first_update = group["momentum"] != 0 and self._note_update(entry)
+            _update(entry, grad, group, inverse_scale if request.unscales else None, clip, is_first_update)
         return Outcome.APPLIED
+
+    def _note_update(self, entry: Entry) -> bool:
+        """Notes an update of an entry's buffer, and returns True if it is the first."""
+        assert entry.first_update is not None
+        with outside_all_modes():
+            is_first_update = int(entry.first_update) < 0
+            if is_first_update:
+                entry.first_update.copy_(self._step_state.applied_steps)
+        return is_first_update
 
     def _active(self, groups: list[dict[str, Any]]) -> Iterator[tuple[Entry, Tensor, dict[str, Any]]]:
         applied = self._step_state.read().applied_steps
@@ -161,7 +166,12 @@ def _overflows_float32(numbers: dict[str, Any]) -> bool:
 
 
 def _update(
-    entry: Entry, grad: Tensor, group: dict[str, Any], inverse_scale: float | None, clip: float | None
+    entry: Entry,
+    grad: Tensor,
+    group: dict[str, Any],
+    inverse_scale: float | None,
+    clip: float | None,
+    is_first_update: bool,
 ) -> None:
     weight = entry.source if entry.master is None else entry.master
     grad = grad.to(state_dtype(entry.source))
@@ -179,7 +189,7 @@ def _update(
     direction = grad
     if group["momentum"] != 0:
         assert entry.buffer is not None
-        if entry.first:
+        if is_first_update:
             entry.buffer.copy_(grad)
         else:
             entry.buffer.mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])

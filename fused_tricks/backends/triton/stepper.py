@@ -26,7 +26,7 @@ class TritonStepper(GpuStepper):
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         super().__init__(plan, step_state)
         self._watch = self._make_watch(plan)
-        self._tables = PlanTables(plan, self._first_steps, self._device)
+        self._tables = PlanTables(plan, self._device)
         self._grads = StepTable(len(plan.entries), self._device)
         self._groups: StepTable | None = None
         tables = self._tables
@@ -36,7 +36,7 @@ class TritonStepper(GpuStepper):
     def _make_watch(self, plan: Plan) -> PlanWatch | CompiledWatch:
         """In C++ where the extension was built, which is several times faster."""
         if missing_because() is None:
-            return CompiledWatch(load_extension(), plan, self._step_state, self._first_steps)
+            return CompiledWatch(load_extension(), plan, self._step_state, reads_lr=True)
         return PlanWatch(plan)
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:

@@ -38,8 +38,8 @@ class PlanTables:
         partial_squares: FP64 of (chunks,), written by the scan.
     """
 
-    def __init__(self, plan: Plan, first_steps: Sequence[Tensor | None], device: torch.device) -> None:
-        made = [_record(entry, first) for entry, first in zip(plan.entries, first_steps, strict=True)]
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        made = [_record(entry) for entry in plan.entries]
         chunks = [
             index << 32 | chunk
             for index, record in enumerate(made)
@@ -63,7 +63,7 @@ class PlanTables:
 _EMPTY = [0] * records.RECORD_WORDS.value
 
 
-def _record(entry: Entry, first_step: Tensor | None) -> list[int]:
+def _record(entry: Entry) -> list[int]:
     if not entry.live:
         return _EMPTY
     assert entry.grad_dtype is not None
@@ -71,7 +71,7 @@ def _record(entry: Entry, first_step: Tensor | None) -> list[int]:
         records.PARAM: _address(entry.source),
         records.MASTER: _address(entry.master),
         records.BUFFER: _address(entry.buffer),
-        records.FIRST_STEP: _address(first_step),
+        records.FIRST_UPDATE: _address(entry.first_update),
         records.COUNT: entry.source.numel(),
         records.KIND: _KINDS[entry.source.dtype],
         records.GRAD_KIND: _KINDS[entry.grad_dtype],

@@ -22,7 +22,7 @@ from .decision import (
 from .elements import high_half, low_half, rounded_bits
 from .records import (
     BUFFER,
-    FIRST_STEP,
+    FIRST_UPDATE,
     FLOAT32,
     FLOAT64,
     GRAD_KIND,
@@ -69,7 +69,7 @@ def is_first_update(record, begin, number):
 
     The program of the first chunk notes the number; the others read that or none at all, and either says "first".
     """
-    noted_at = pointer_to(table_item(record, FIRST_STEP), tl.int64)
+    noted_at = pointer_to(table_item(record, FIRST_UPDATE), tl.int64)
     noted = tl.load(noted_at, volatile=True)
     if (noted < 0) & (begin == 0):
         tl.atomic_xchg(noted_at, number, sem="relaxed")

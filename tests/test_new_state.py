@@ -1,0 +1,168 @@
+"""Masters and momentum buffers between the step that makes them and the first update that writes them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch.nn import Linear, Parameter
+
+from comparison import assert_all_same_bits, assert_same_bits
+from fused_tricks import FusedSGD, fp32_state_dict, load_fp32_state_dict
+from fused_tricks.backends import BACKENDS
+
+DAMPED = {"lr": 0.5, "momentum": 0.5, "dampening": 0.5}
+
+
+def skipped_first_step(backend, device, dtype=torch.float16, **options):
+    """An optimizer whose only step was skipped, and its parameter of ones."""
+    param = Parameter(torch.ones(3, device=device, dtype=dtype))
+    optimizer = FusedSGD([param], backend=backend, loss_scale=1.0, **{**DAMPED, **options})
+    param.grad = torch.full_like(param, float("inf"))
+    optimizer.step()
+    return optimizer, param
+
+
+def step(optimizer, param, value=1.0):
+    param.grad = torch.full_like(param, value)
+    optimizer.step()
+
+
+def test_after_a_skipped_first_step_the_state_has_a_buffer_of_zeros_and_the_parameters_values(
+    backend, device
+):
+    optimizer, param = skipped_first_step(backend, device)
+    state = optimizer.state[param]
+    assert list(state) == ["master_param", "momentum_buffer"]
+    assert state["master_param"].tolist() == [1.0] * 3
+    assert state["momentum_buffer"].tolist() == [0.0] * 3
+
+
+def test_a_state_dict_has_no_state_before_the_first_update(backend, device):
+    optimizer, param = skipped_first_step(backend, device)
+    assert optimizer.state_dict()["state"] == {}
+    step(optimizer, param)
+    assert list(optimizer.state_dict()["state"][0]) == ["master_param", "momentum_buffer"]
+
+
+def test_a_state_dict_has_the_state_of_parameters_without_elements_once_an_update_was_applied(
+    backend, device
+):
+    params = [Parameter(torch.zeros(size, device=device)) for size in (0, 3)]
+    optimizer = FusedSGD(params, backend=backend, **DAMPED)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert [list(own) for own in optimizer.state_dict()["state"].values()] == [["momentum_buffer"]] * 2
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda pair: pair,
+        copy.deepcopy,
+        lambda pair: pickle.loads(pickle.dumps(pair)),
+        lambda pair: (copy.copy(pair[0]), pair[1]),
+    ],
+    ids=["itself", "deepcopy", "pickle", "copy"],
+)
+def test_the_first_update_after_skipped_steps_is_not_dampened(backend, device, copied):
+    optimizer, param = copied(skipped_first_step(backend, device))
+    step(optimizer, param, float("nan"))
+    step(optimizer, param)
+    assert optimizer.state[param]["momentum_buffer"].tolist() == [1.0] * 3
+    step(optimizer, param)
+    assert optimizer.state[param]["momentum_buffer"].tolist() == [1.0] * 3
+    assert param.tolist() == [0.0] * 3
+
+
+def test_a_buffer_that_changes_its_dtype_with_the_parameter_is_still_unwritten(backend, device):
+    optimizer, param = skipped_first_step(backend, device, torch.float32)
+    param.grad = None
+    param.data = param.data.double()
+    step(optimizer, param)
+    assert optimizer.state[param]["momentum_buffer"].dtype == torch.float64
+    assert optimizer.state[param]["momentum_buffer"].tolist() == [1.0] * 3
+
+
+def test_a_buffer_that_follows_its_parameter_to_another_device_is_still_unwritten():
+    optimizer, param = skipped_first_step("reference", torch.device("cpu"), torch.float32)
+    param.grad = None
+    param.data = torch.zeros(3, device="meta")
+    step(optimizer, param)
+    assert optimizer.state[param]["momentum_buffer"].is_meta
+    assert len(optimizer.state_dict()["state"]) == 1
+
+
+def test_a_state_assigned_by_user_code_is_used_in_the_first_update(backend, device):
+    optimizer, param = skipped_first_step(backend, device)
+    optimizer.state[param]["momentum_buffer"] = torch.full((3,), 4.0, device=device)
+    step(optimizer, param)
+    assert optimizer.state[param]["momentum_buffer"].tolist() == [2.5] * 3
+
+
+def test_masters_that_were_loaded_after_a_skipped_first_step_are_saved(backend, device):
+    torch.manual_seed(0)
+    model = Linear(3, 2, device=device, dtype=torch.float16)
+    optimizer = FusedSGD(model.parameters(), backend=backend, loss_scale=1.0, **DAMPED)
+    model(torch.ones(1, 3, device=device, dtype=torch.float16) / 0).sum().backward()
+    optimizer.step()
+    weights = {key: torch.rand_like(value) for key, value in fp32_state_dict(model, optimizer).items()}
+    load_fp32_state_dict(model, optimizer, weights)
+    saved = optimizer.state_dict()["state"].values()
+    assert_all_same_bits([own["master_param"] for own in saved], weights.values(), "master")
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": 1e300}, {"momentum": "0.9"}, {"nesterov": torch.ones(2)}], ids=str
+)
+def test_a_refused_first_step_leaves_no_state(backend, device, options):
+    param = Parameter(torch.ones(3, device=device, dtype=torch.float16))
+    other = Parameter(torch.ones(3, device=device))
+    optimizer = FusedSGD([param, other], backend=backend, **DAMPED)
+    optimizer.param_groups[0].update(options)
+    param.grad = torch.ones_like(param)
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.param_groups[0].update(DAMPED, nesterov=False)
+    step(optimizer, param)
+    assert optimizer.state[param]["momentum_buffer"].tolist() == [1.0] * 3
+
+
+def test_a_refused_step_keeps_the_state_of_the_steps_before(backend, device):
+    params = [Parameter(torch.ones(3, device=device)) for _ in range(2)]
+    optimizer = FusedSGD(params, backend=backend, **DAMPED)
+    step(optimizer, params[0])
+    params[1].grad = torch.ones_like(params[1])
+    optimizer.param_groups[0]["momentum"] = "0.5"
+    with pytest.raises(TypeError, match="momentum"):
+        optimizer.step()
+    assert list(optimizer.state) == params[:1]
+    assert_same_bits(optimizer.state[params[0]]["momentum_buffer"], torch.ones(3))
+
+
+def test_a_second_step_needs_no_new_plan(backend, device, monkeypatch):
+    if BACKENDS[backend].device_type is None:
+        pytest.skip("the reference makes a plan for every step")
+    optimizer, param = skipped_first_step(backend, device)
+    monkeypatch.setattr(optimizer, "_prepare", lambda: pytest.fail("a new plan was made"))
+    for _ in range(3):
+        step(optimizer, param)
+    optimizer.state_dict()
+    step(optimizer, param)
+
+
+def test_a_whole_optimizer_is_saved_between_a_skipped_first_step_and_its_first_update(backend, device):
+    optimizer, param = skipped_first_step(backend, device)
+    file = io.BytesIO()
+    torch.save((optimizer, param), file)
+    file.seek(0)
+    loaded, loaded_param = torch.load(file, weights_only=False)
+    for _ in range(2):
+        step(optimizer, param)
+        step(loaded, loaded_param)
+    assert_same_bits(loaded_param, param)
