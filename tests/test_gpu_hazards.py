@@ -104,12 +104,12 @@ def test_memory_that_a_step_on_another_stream_reads_is_recorded_when_its_plan_is
     for module in MODULES:
         monkeypatch.setattr(f"{module}.current_stream", lambda device: present[0])
     monkeypatch.setattr(gpu, "record_stream", record)
-    params, optimizer = prepared(backend, (10, 20), loss_scale="dynamic")
+    params, optimizer = prepared(backend, (10, 20), loss_scale="dynamic", momentum=0.9)
     memory = {tensor.data_ptr() for tensor in optimizer._prepared.stepper._memory}
     present[0] = 2
     optimizer.step()
     assert recorded == []
-    params[0].data = torch.zeros(10, 1, device=params[0].device)
+    params[0].data = params[0].data.clone()
     params[0].grad = torch.ones_like(params[0])
     optimizer.step()
     assert len(memory) >= 3

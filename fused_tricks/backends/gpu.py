@@ -54,7 +54,8 @@ class GpuStepper:
         # Launches of another plan that overlapped by mistake may have left it wrong.
         step_state.block[OFFSETS["arrivals"] :][:4].zero_()
         stand_ins = [entry.source for entry in plan.entries if entry.is_copy]
-        self._memory: list[Tensor] = [*stand_ins]
+        notes = [entry.first_update for entry in plan.entries if entry.first_update is not None]
+        self._memory: list[Tensor] = [*notes, *stand_ins]
         if plan.agreement is not None:
             self._memory.append(plan.agreement.verdict)
         self._streams = {current_stream(self._device)}
