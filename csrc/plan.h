@@ -54,7 +54,7 @@ struct Entry {
   void* master = nullptr;
   void* buffer = nullptr;
   int64_t* first_update = nullptr;  // number of the update that first wrote the buffer; -1: none yet
-  bool watches_version = false;   // a master must notice that user code wrote to its parameter
+  bool watches_version = false;     // a master must notice that user code wrote to its parameter
   int64_t version = 0;
   int64_t version_step = 1;   // views of one tensor share its counter, which then grows by more than one in an update
   PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and what it must still hold

@@ -17,8 +17,8 @@ constexpr int kChunk = 8192;
 
 struct TensorRecord {
   void* param;
-  void* master;         // null where the weight is the parameter itself
-  void* buffer;         // null where there is no momentum
+  void* master;           // null where the weight is the parameter itself
+  void* buffer;           // null where there is no momentum
   int64_t* first_update;  // number of the update that first wrote the buffer; -1: none yet
   int64_t count;
   int32_t group;
