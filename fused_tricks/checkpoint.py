@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from copy import deepcopy
 from itertools import chain
 from numbers import Real
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._torch import is_called_by_distributed_checkpoint
 from .applied_rate import applied_rate_of
 from .hyper_parameters import check_numbers, check_range, check_readable
 from .loss_scale import DynamicLossScale, check_count
@@ -26,31 +25,6 @@ COUNTERS = ("applied_steps", "skipped_steps")
 SCALE_KEYS = (*COUNTERS, "loss_scale", "growth_tracker", "hysteresis_tracker")
 MOST_STEPS = 2**62
 """The largest count that a loaded optimizer continues from; a larger one in a saved state continues here as well."""
-_DISTRIBUTED = "torch.distributed.checkpoint.state_dict"
-
-
-def is_asked_for_state() -> bool:
-    """True while ``torch.distributed.checkpoint`` looks for an optimizer's state, or has a step create it.
-
-    That step has gradients of zero and ``lr=0``. Only its caller sets it apart: a first step of training may look the
-    same, and on one process of several alone.
-    """
-    init_optim_state = getattr(sys.modules.get(_DISTRIBUTED), "_init_optim_state", None)
-    return init_optim_state is not None and _is_called_from(init_optim_state.__code__)
-
-
-def _is_called_by_distributed_checkpoint() -> bool:
-    return _DISTRIBUTED in sys.modules and _is_called_from(None)
-
-
-def _is_called_from(code: CodeType | None) -> bool:
-    """True if a caller is that function of ``torch.distributed.checkpoint``, or with None any function of it."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is code or (code is None and frame.f_globals.get("__name__") == _DISTRIBUTED):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def progress_of(step_state: StepState, *, with_scale: bool) -> dict[str, float]:
@@ -107,7 +81,7 @@ def finish_state_dict(
         if rate is not None:
             group["lr"] = rate.after(int(progress["applied_steps"]))
         group.update(progress)
-    left_out = set() if _is_called_by_distributed_checkpoint() else {id(tensor) for tensor in unwritten}
+    left_out = set() if is_called_by_distributed_checkpoint() else {id(tensor) for tensor in unwritten}
     params = [param for group in groups for param in group["params"]]
     for index, param in enumerate(params):
         own = packed["state"].get(index)
@@ -129,7 +103,7 @@ def never_updated_buffers(state: dict[Tensor, dict[str, Any]], progress: dict[st
 
     Only files of ``torch.distributed.checkpoint`` have such buffers, as zeros.
     """
-    if progress.get("applied_steps") != 0 or not _is_called_by_distributed_checkpoint():
+    if progress.get("applied_steps") != 0 or not is_called_by_distributed_checkpoint():
         return []
     buffers = [own.get(MOMENTUM_BUFFER) for own in state.values() if isinstance(own, dict)]
     return [buffer for buffer in buffers if isinstance(buffer, Tensor) and not local_part(buffer).any()]

@@ -15,6 +15,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from ._torch import ConvBase, NormBase, clear_backward_hooks
 from .autograd_graph import leaf_tensor
 
 # By the number of dimensions. The first is the usual one; the others are for networks that take a single size.
@@ -82,7 +83,7 @@ def dry_run(model: nn.Module, example_inputs: Any) -> DryRun:
 def _default_inputs(model: nn.Module) -> list[Tensor]:
     """Batches of two of what models with this first layer usually take, the likeliest first."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    conv = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
+    conv = next((m for m in model.modules() if isinstance(m, ConvBase)), None)
     linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
     shapes: list[tuple[int, ...]] = []
     if conv is not None:
@@ -123,10 +124,9 @@ def _run_copy(
             copied = _copy_module(model, {id(param): twin for param, twin in twins.items()})
         for module in copied.modules():
             # Not by train(), which models override; norms with statistics of a batch refuse a batch of one.
-            module.training = training and not isinstance(module, nn.modules.batchnorm._NormBase)
+            module.training = training and not isinstance(module, NormBase)
             # These would put nodes of their own into the graph.
-            module._backward_hooks.clear()
-            module._backward_pre_hooks.clear()
+            clear_backward_hooks(module)
         with _Duplicating(duplicate_input):
             arguments = copy.deepcopy(example_inputs)
         inputs = _nodes(entries)

@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from ._torch import library_path, negative_view
+
 _REINSTALL = "reinstall fused_tricks"
 
 # As csrc/dtype.h numbers them.
@@ -72,7 +74,7 @@ def connect(module: ModuleType) -> None:
         torch.autograd.graph.increment_version,
         _stable_functions(),
         [torch.empty(1, dtype=dtype, device="cpu") for dtype in _DTYPES],
-        torch._neg_view(torch.empty(1, device="cpu")),
+        negative_view(torch.empty(1, device="cpu")),
     )
 
 
@@ -95,9 +97,8 @@ def missing_because() -> str | None:
 
 def _stable_functions() -> dict[str, int]:
     """The addresses of those functions that this torch has: of its stable C interface, and one more."""
-    assert torch._C.__file__ is not None
     try:
-        library = ctypes.CDLL(torch._C.__file__)
+        library = ctypes.CDLL(library_path())
     except OSError:
         return {}
     return {

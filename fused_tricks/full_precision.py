@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
+from ._torch import run_load_state_dict_hooks
 from .masters import masters_in_use
 from .optimizer import FusedSGD
 from .ordinary_tensors import outside_inference_mode
@@ -194,8 +194,7 @@ def _shards_found_again(model: nn.Module) -> Iterator[None]:
     finally:
         for module in model.modules():
             if any(param is not None and is_distributed(param) for param in module._parameters.values()):
-                for hook in module._load_state_dict_post_hooks.values():
-                    hook(module, _IncompatibleKeys([], []))
+                run_load_state_dict_hooks(module)
 
 
 def _parameters(optimizer: FusedSGD) -> list[Tensor]:

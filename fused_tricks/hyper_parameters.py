@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ._torch import is_flattened_by_fsdp1
 from .arguments import as_double, shown
 from .options import FLAGS, NUMBERS
 from .ordinary_tensors import outside_all_modes
-from .sharding import is_flattened, is_partitioning
+from .sharding import is_partitioning
 from .shared_memory import has_memory, missing_bytes
 from .step_state import to_float32
 
@@ -125,7 +126,7 @@ def lists_biases_to_decay(group: dict[str, Any], stated: Collection[str]) -> boo
     return (
         (isinstance(weight_decay, Tensor) or weight_decay > 0)
         and all(not is_lazy(param) and param.dim() <= 1 for param in group["params"])
-        and not any(is_flattened(param) for param in group["params"])
+        and not any(is_flattened_by_fsdp1(param) for param in group["params"])
         and not is_partitioning()
     )
 

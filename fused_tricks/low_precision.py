@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
+from ._torch import BatchNormBase, forward_hooks, leaves_of
 from .nested_cast import cast_nested
 from .working_dtype import Cast, Surroundings, TensorDtype, WorkingDtype, is_norm
 
@@ -18,7 +17,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Keep = type | str | nn.Module
 
 # Their kernels take FP16 or BF16 input with FP32 weights and statistics; autocast relies on the same.
-_MIXED_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_MIXED_FORWARDS = (BatchNormBase.forward, nn.SyncBatchNorm.forward)
 
 # By this name in the pickles of models that an earlier version converted.
 _WorkingDtype = TensorDtype
@@ -310,7 +309,7 @@ def _explain_integers(error: BaseException | None, inputs: Any) -> None:
     if error is None or [type(arg) for arg in error.args] != [str]:
         return
     try:
-        leaves = tree_leaves(inputs)
+        leaves = leaves_of(inputs)
     except RecursionError:  # an input contains itself
         return
     if not any(isinstance(x, Tensor) and x.dtype is torch.uint8 and x.dim() >= 3 for x in leaves):
@@ -346,6 +345,6 @@ def _add_casts(
 
 def _remove_casts(model: nn.Module) -> None:
     for module in model.modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        for hook in forward_hooks(module):
             if isinstance(hook, Cast):
                 hook.handle.remove()

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from ._torch import disable_dynamo, has_modes, has_step_hooks, is_asked_for_state
 from .agreement import SharedGroup, find_agreement
 from .backends import BACKENDS, check_backend, stepper_class
 from .backends.request import Outcome, StepRequest, step_request
-from .checkpoint import SCALE_KEYS, is_asked_for_state
+from .checkpoint import SCALE_KEYS
 from .diagnostics import StepDiagnostics
 from .group_source import check_nothing_is_lost, register_source
 from .hyper_parameters import (
@@ -34,7 +34,7 @@ from .plan import build_plan
 from .saved_state import Prepared, SavedState
 from .sharding import check_flattened
 from .shared_memory import device_of, has_memory
-from .step_hooks import is_observed, runs_hooks, with_hooks
+from .step_hooks import runs_hooks, with_hooks
 from .step_lock import StepLock, one_at_a_time
 from .step_state import StepState
 from .step_stats import StepStats
@@ -242,9 +242,8 @@ class FusedSGD(SavedState):
         # A copy, because the step changes the scale before autograd is through with a retained graph.
         return (loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss) * scale.clone()
 
-    # torch.compile would trace the making of a plan, and guard it by every tensor in it. torch.compiler.disable does
-    # the same, but imports the compiler here and now.
-    @_disable_dynamo
+    # torch.compile would trace the making of a plan, and guard it by every tensor in it.
+    @disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
 
@@ -259,7 +258,7 @@ class FusedSGD(SavedState):
                 or a parameter or gradient that cannot be updated; the message names it. Nothing is changed then.
         """
         try:
-            if is_observed(self) and runs_hooks(FusedSGD._own_step, self):
+            if has_step_hooks(self) and runs_hooks(FusedSGD._own_step, self):
                 return self._observed_step() if closure is None else self._observed_step(closure)
             return self._step(closure)
         except BaseException:
@@ -280,7 +279,7 @@ class FusedSGD(SavedState):
         loss = None
         if closure is not None:
             loss = self._evaluate(closure, request)
-        if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
+        if torch.is_inference_mode_enabled() or has_modes():
             with self._ordinary_tensors():
                 self._fill_or_update(request)
         else:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ._torch import without_modes
 
 
 @contextmanager
@@ -20,5 +21,5 @@ def outside_inference_mode() -> Iterator[None]:
 @contextmanager
 def outside_all_modes() -> Iterator[None]:
     """Makes tensors that have memory even under a ``FakeTensorMode``, and may be written later."""
-    with _disable_current_modes(), outside_inference_mode():
+    with without_modes(), outside_inference_mode():
         yield

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ._torch import is_wrapper_subclass
 from .sharding import is_distributed, local_part
 from .shared_memory import GRADIENT, PARAMETER, has_memory, missing_bytes, overlaps_itself
 
@@ -34,7 +34,7 @@ def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, in
 
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether the elements of a tensor, or of its local part, are in other tensors that only torch operations reach."""
-    return is_traceable_wrapper_subclass(local_part(tensor))
+    return is_wrapper_subclass(local_part(tensor))
 
 
 def state_dtype(param: Tensor) -> torch.dtype:

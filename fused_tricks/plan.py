@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._torch import is_zero_tensor
 from .agreement import Agreement
 from .new_state import NewState
 from .parameters import (
@@ -380,7 +381,7 @@ def _fits(grad: Tensor, param: Tensor) -> bool:
     dense = torch.empty_like(param, device="meta")
     if not (same_strides(param, dense) and same_strides(param, grad)):
         return False
-    return not (grad.is_neg() or param.is_neg() or grad._is_zerotensor())
+    return not (grad.is_neg() or param.is_neg() or is_zero_tensor(grad))
 
 
 def adopt_foreign_values(master: Tensor, param: Tensor) -> None:

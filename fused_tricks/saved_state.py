@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from contextlib import AbstractContextManager
 from copy import copy
 from itertools import chain
@@ -11,6 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
+from ._torch import (
+    first_state_dict_hook,
+    is_asked_for_state,
+    load_state_dict_post_hooks,
+    load_state_dict_pre_hooks,
+)
 from .agreement import SharedGroup
 from .backends import Stepper
 from .checkpoint import (
@@ -18,7 +24,6 @@ from .checkpoint import (
     finish_state_dict,
     import_groups,
     import_state,
-    is_asked_for_state,
     never_updated_buffers,
     progress_of,
     restore_progress,
@@ -96,13 +101,8 @@ class SavedState(Optimizer):
             unwritten = self._new_state.unwritten(self._step_state)
             finish_state_dict(packed, self.param_groups, unwritten, progress)
 
-        hooks = self._optimizer_state_dict_post_hooks
-        # Before those of others, which may put anything in its place.
-        self._optimizer_state_dict_post_hooks = OrderedDict({-1: finish, **hooks})
-        try:
+        with first_state_dict_hook(self, finish):
             return super().state_dict()
-        finally:
-            self._optimizer_state_dict_post_hooks = hooks
 
     def _note_progress(self) -> None:
         progress = progress_of(self._step_state, with_scale=self._loss_scale is not None)
@@ -129,7 +129,7 @@ class SavedState(Optimizer):
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+        for pre_hook in load_state_dict_pre_hooks(self):
             replacement = pre_hook(self, state_dict)
             if replacement is not None:
                 state_dict = replacement
@@ -140,7 +140,7 @@ class SavedState(Optimizer):
         self.__setstate__({"state": state, "param_groups": groups})
         unwritten = never_updated_buffers(state, progress)
         self._new_state.add([], unwritten, self._step_state, self._step_state.block.device)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+        for post_hook in load_state_dict_post_hooks(self):
             post_hook(self)
 
     def _ordinary_tensors(self) -> AbstractContextManager[None]:

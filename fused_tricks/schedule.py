@@ -11,10 +11,10 @@ from typing import Any
 from weakref import ref
 
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ._torch import disable_dynamo
 from .applied_updates import AppliedUpdates
 from .arguments import as_double, integer, shown
 from .call_count import CallCount
@@ -182,7 +182,7 @@ class WarmupCosineLR(LRScheduler):
         return [rate * factor for rate in self.base_lrs]
 
     # torch.compile would guard the number of calls, which is another one each time.
-    @_disable_dynamo
+    @disable_dynamo
     def step(self, epoch: int | None = None) -> None:
         """Sets the learning rates of the next update.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ._torch import ZERO_REDUNDANCY_OPTIMIZER, is_called_by, is_flattened_by_fsdp1, is_wrapper_subclass
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -22,23 +22,13 @@ def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def is_flattened(tensor: Tensor) -> bool:
-    """True if FSDP1 has flattened the parameter."""
-    return getattr(tensor, "_fsdp_flattened", False)
-
-
 def is_partitioning() -> bool:
     """True while ``ZeroRedundancyOptimizer`` makes or extends the optimizer of one process.
 
     Its groups state every option, also those that their author left to the optimizer, and have only a part of the
     parameters: what they seem to say of biases and norms differs between processes.
     """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
-            return True
-        frame = frame.f_back
-    return False
+    return is_called_by(ZERO_REDUNDANCY_OPTIMIZER)
 
 
 def check_flattened(named: Iterable[tuple[str, Tensor]], group: dict[str, Any], decides_alone: bool) -> None:
@@ -54,7 +44,7 @@ def check_flattened(named: Iterable[tuple[str, Tensor]], group: dict[str, Any], 
             agree.
     """
     for name, param in named:
-        if not is_flattened(param):
+        if not is_flattened_by_fsdp1(param):
             continue
         if not group["bias_decay"] and group["weight_decay"] != 0:
             raise ValueError(
@@ -76,7 +66,7 @@ def local_part(tensor: Tensor) -> Tensor:
     if is_distributed(tensor):
         local: Any = tensor.to_local()
         # Its communication may not have finished.
-        is_pending = is_traceable_wrapper_subclass(local) and hasattr(local, "wait")
+        is_pending = is_wrapper_subclass(local) and hasattr(local, "wait")
         finished: Tensor = local.wait() if is_pending else local
         return finished
     return tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -11,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ._torch import is_fake, is_wrapper_subclass, is_zero_tensor
 from .sharding import local_part
 
 GRADIENT = "gradient"
@@ -52,9 +51,7 @@ def has_memory(tensor: Tensor) -> bool:
     if type(tensor) in _PLAIN:
         return not tensor.is_meta
     local = local_part(tensor)
-    # Who made a FakeTensor has imported the module.
-    module = sys.modules.get("torch._subclasses.fake_tensor")
-    return local.device.type != "meta" and (module is None or not isinstance(local, module.FakeTensor))
+    return local.device.type != "meta" and not is_fake(local)
 
 
 def device_of(params: Iterable[Tensor], otherwise: torch.device) -> torch.device:
@@ -66,7 +63,7 @@ def is_addressable(tensor: Tensor) -> bool:
     """True if a tensor's elements are where its address, shape and strides say."""
     if type(tensor) in _PLAIN:
         return not tensor.is_meta and tensor.layout == torch.strided
-    return has_memory(tensor) and not is_traceable_wrapper_subclass(tensor) and tensor.layout == torch.strided
+    return has_memory(tensor) and not is_wrapper_subclass(tensor) and tensor.layout == torch.strided
 
 
 def address_of(tensor: Tensor) -> int:
@@ -77,7 +74,7 @@ def address_of(tensor: Tensor) -> int:
 def missing_bytes(tensor: Tensor) -> int:
     """Returns how many bytes a tensor's storage lacks for its elements, as after ``untyped_storage().resize_(0)``."""
     local = local_part(tensor)
-    if not is_addressable(local) or local._is_zerotensor() or local.numel() == 0:
+    if not is_addressable(local) or is_zero_tensor(local) or local.numel() == 0:
         return 0
     size = local.element_size()
     return max(0, int(local.storage_offset()) * size + _extent(local) - local.untyped_storage().nbytes())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._torch import is_zero_tensor
 from .sharding import is_distributed, local_part, placed_like
 from .shared_memory import address_of, missing_bytes
 
@@ -85,7 +86,7 @@ def _fill(entry: Entry, redistributed: dict[Tensor, Tensor]) -> bool:
         grad = grad.resolve_neg().clone(memory_format=torch.contiguous_format)
     elif address_of(param) != address_of(source) or param.stride() != source.stride() or param.is_neg():
         return False
-    elif not same_strides(grad, source) or grad.is_neg() or grad._is_zerotensor():
+    elif not same_strides(grad, source) or grad.is_neg() or is_zero_tensor(grad):
         grad = torch.empty_like(source, dtype=grad.dtype).copy_(grad)
     source.grad_dtype = grad.dtype
     source.grad = grad

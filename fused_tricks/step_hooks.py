@@ -1,4 +1,4 @@
-"""The hooks of a step: whether there are any, and who runs them."""
+"""The hooks of a step, which run once however many classes override ``step``."""
 
 from __future__ import annotations
 
@@ -6,23 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-
-def is_observed(optimizer: Optimizer) -> bool:
-    """True if an optimizer's steps have hooks or are profiled."""
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-        or _profiler_enabled()
-    )
 
 
 def runs_hooks(step: Callable[..., object], optimizer: object) -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-# _NormBase is the base of every BatchNorm (SyncBatchNorm and the lazy ones too) and every InstanceNorm.
+from ._torch import NormBase, forward_hooks
+
 _NORM_TYPES = (
-    _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d,
+    NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d,
 )  # fmt: skip
 
 
@@ -206,4 +206,4 @@ def _first_owner(root: nn.Module) -> nn.Module | None:
 
 
 def _has_casts(module: nn.Module) -> bool:
-    return any(isinstance(hook, Cast) for hook in module._forward_hooks.values())
+    return any(isinstance(hook, Cast) for hook in forward_hooks(module))

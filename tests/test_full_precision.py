@@ -211,7 +211,7 @@ def test_loading_leaves_all_of_the_optimizer_but_the_masters(backend, device):
     twins = trained(backend, device)
     before = snapshot(twins.optimizer)
     load_fp32_state_dict(twins.low, twins.optimizer, fp32_model(5).state_dict())
-    assert_unchanged(twins.optimizer, before, but=["params", "state"])
+    assert_unchanged(twins.optimizer, before, but=["params", "state", "saved state"])
     for state, old in zip(snapshot(twins.optimizer)["state"], before["state"], strict=True):
         assert state.keys() == old.keys()
         assert torch.equal(state["momentum_buffer"], old["momentum_buffer"])

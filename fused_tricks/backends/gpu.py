@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import current_raw_stream
 from ..plan import Plan
 from ..step_state import OFFSETS, StepState
 
@@ -22,8 +23,7 @@ def is_capturing(device: torch.device) -> bool:
 
 def current_stream(device: torch.device) -> int:
     """The handle of the device's current stream; 0 for a device without streams."""
-    stream: int = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    return stream
+    return current_raw_stream(device.index) if device.type == "cuda" else 0
 
 
 def record_stream(tensor: Tensor, stream: int) -> None:

@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from ..._torch import current_raw_stream
 from ...loss_scale import ScaleRule
 from . import IS_INTERPRETED
 from .groups import WORD_TYPES
@@ -128,7 +129,7 @@ def load(
 
 
 def _stream(index: int) -> int:
-    return torch._C._cuda_getCurrentRawStream(index)
+    return current_raw_stream(index)
 
 
 @functools.cache
