@@ -1,0 +1,270 @@
+"""The host-time tricks of a step on the CPU backend, and how each is switched off."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from fused_tricks import DynamicLossScale, FusedSGD, extension
+from fused_tricks.backends import compiled
+from fused_tricks.backends.request import StepRequest, step_request
+from fused_tricks.loss_scale import ScaleRule
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A replacement of text in a file of ``csrc/``."""
+
+    file: str
+    old: str
+    new: str
+
+    def apply(self, source: Path) -> None:
+        """Edits the copy of the file in the folder ``source``.
+
+        Raises:
+            ValueError: The file does not have the old text.
+        """
+        path = source / self.file
+        text = path.read_text()
+        if self.old not in text:
+            raise ValueError(
+                f"csrc/{self.file} no longer has {self.old!r}: mend the Edit in benchmarks/host_tricks.py"
+            )
+        path.write_text(text.replace(self.old, self.new))
+
+
+@dataclass(frozen=True)
+class Trick:
+    """A host-time trick, and how it is switched off.
+
+    Attributes:
+        name: in the table.
+        where: the code that would go.
+        goes: what would make it go.
+        edits: of the C++ source.
+        without: functions of torch that the extension does not get.
+        patches: values for attributes of the package, by object and attribute.
+        optimizer: the class of the optimizer.
+        loss_scale: the class of its loss scale.
+    """
+
+    name: str
+    where: str = ""
+    goes: str = ""
+    edits: tuple[Edit, ...] = ()
+    without: tuple[str, ...] = ()
+    patches: tuple[tuple[Any, str, Any], ...] = ()
+    optimizer: type[FusedSGD] = FusedSGD
+    loss_scale: type[DynamicLossScale] = DynamicLossScale
+
+
+class _NewRule(DynamicLossScale):
+    def rule(self) -> ScaleRule:
+        return ScaleRule(
+            self.growth_factor,
+            self.backoff_factor,
+            self.min_scale,
+            self.max_scale,
+            self.growth_interval,
+            self.hysteresis,
+        )
+
+
+class _ClassAttributes(FusedSGD):
+    grad_scale = found_inf = None
+
+    def _request(self) -> StepRequest:
+        return step_request(self._loss_scale, self._max_grad_norm, self.grad_scale, self.found_inf)
+
+
+def _with_step(step: Callable[..., Any]) -> type[FusedSGD]:
+    """A FusedSGD with another ``step``, which torch does not wrap."""
+    step.hooked = True  # type: ignore[attr-defined]
+    return type("FusedSGD", (FusedSGD,), {"step": step})
+
+
+LEFT_OUT = (
+    Edit("cpu/step.cpp", "if (request.scans()) {", "if (request.scans() && total_count_ <= kSmall) {"),
+    Edit(
+        "cpu/step.cpp",
+        "if (!plan.state->skip) update",
+        "if (!plan.state->skip && total_count_ <= kSmall) update",
+    ),
+)
+"""Leaves the passes over memory out for large models."""
+
+IS_NEGATIVE = "_ZN2at6native6is_negERKNS_6TensorE"
+BY_NAME = """struct ByName : py::object {
+  PYBIND11_OBJECT_DEFAULT(ByName, py::object, PyTuple_Check)
+  auto operator[](const py::handle& name) const { return attr(name); }
+};
+py::handle interned(const char* text) { return PyUnicode_InternFromString(text); }
+const py::handle kUnscales = interned("unscales"), kGradScale = interned("grad_scale"),
+                 kFoundInf = interned("found_inf"), kMaxNorm = interned("max_norm"),
+                 kScaleRule = interned("scale_rule");"""
+RULE_FIELDS = "kGrowthFactor, kBackoffFactor, kMinScale, kMaxScale, kGrowthInterval, kHysteresis"
+RULE_BY_NAME = """const py::handle kGrowthFactor = interned("growth_factor"),
+                 kBackoffFactor = interned("backoff_factor"), kMinScale = interned("min_scale"),
+                 kMaxScale = interned("max_scale"), kGrowthInterval = interned("growth_interval"),
+                 kHysteresis = interned("hysteresis");"""
+
+
+def _attribute(name: str, getter: str) -> Edit:
+    """Reads a tensor's attribute as Python does."""
+    return Edit(
+        "tensors.cpp",
+        f'is_plain(tensor) ? torch_api.{getter}(tensor, nullptr) : PyObject_GetAttrString(tensor, "{name}")',
+        f'PyObject_GetAttr(tensor, [] {{ static PyObject* const name = PyUnicode_InternFromString("{name}"); '
+        "return name; }())",
+    )
+
+
+TRICKS = (
+    Trick(
+        "torch's C functions read tensors; without them DLPack does",
+        "csrc/torch_shim.cpp",
+        "a DLPack exchange as fast as these functions",
+        without=tuple(name for name in extension._STABLE_FUNCTIONS if name != "torch_parallel_for"),
+    ),
+    Trick(
+        "the handle inside a tensor's object; without it torch makes one for each tensor",
+        "offset_of_handle in csrc/torch_shim.cpp",
+        "a stable function that borrows a handle",
+        edits=(
+            Edit(
+                "torch_shim.h",
+                "return reinterpret_cast<const char*>(tensor) + torch_api.handle_offset;",
+                "static void* handle = nullptr;\n  if (handle != nullptr) torch_api.shim.delete_handle(handle);\n"
+                "  torch_api.shim.from_object(tensor, &handle);\n  return handle;",
+            ),
+        ),
+    ),
+    Trick(
+        "torch's symbol is_neg; without it the method Tensor.is_neg",
+        "learn_negative in csrc/torch_shim.cpp",
+        "a stable function for the negative bit",
+        without=(IS_NEGATIVE,),
+    ),
+    Trick(
+        "the getters of .grad and ._version; without them Python's attribute look-up",
+        "getter_of in csrc/torch_shim.cpp",
+        "stable functions for both",
+        edits=(_attribute("grad", "grad"), _attribute("_version", "version")),
+    ),
+    Trick(
+        "a parameter's layout and device are read only if its address is the same",
+        "read_tensor_at in csrc/tensors.cpp",
+        "",
+        edits=(
+            Edit(
+                "tensors.cpp",
+                "if (!has_handle(tensor)) return read_tensor(tensor, out) && out.data == address;",
+                "if (true) return read_tensor(tensor, out) && out.data == address;",
+            ),
+        ),
+    ),
+    Trick(
+        "of a state tensor only the address is read",
+        "is_at in csrc/tensors.cpp",
+        "",
+        edits=(
+            Edit(
+                "tensors.cpp",
+                "if (has_handle(tensor) && torch_api.shim.data(handle_of(tensor), &data) == 0) {",
+                "if (false) {",
+            ),
+        ),
+    ),
+    Trick(
+        "a parameter's state is walked; without that two look-ups",
+        "has_state in csrc/plan.cpp",
+        "",
+        edits=(
+            Edit(
+                "plan.cpp",
+                "  if (PyDict_Check(state)) {\n    PyObject *key",
+                "  if (false) {\n    PyObject *key",
+            ),
+        ),
+    ),
+    Trick(
+        "version counters are predicted; without that read after each update",
+        "version_step in csrc/plan.cpp",
+        "",
+        edits=(Edit("plan.cpp", "if (!same) entry.version_step =", "entry.version_step ="),),
+    ),
+    Trick(
+        "the list for increment_version is kept",
+        "updated_ in csrc/plan.cpp",
+        "",
+        edits=(Edit("plan.cpp", "if (!same) {\n    updated_", "{\n    updated_"),),
+    ),
+    Trick(
+        "a gradient's storage is measured only at a new address",
+        "known_grad in csrc/plan.cpp",
+        "",
+        edits=(Edit("plan.cpp", "if (entry.grad != entry.known_grad) {", "{"),),
+    ),
+    Trick(
+        "the addresses around a gradient that nothing writes are remembered",
+        "unwritten in csrc/plan.cpp",
+        "",
+        edits=(Edit("plan.cpp", "if (is_within(entry.unwritten)) return true;", ""),),
+    ),
+    Trick(
+        "requests and rules are read by position; without that by name",
+        "RequestField in csrc/bindings.cpp",
+        "",
+        edits=(
+            Edit(
+                "bindings.cpp",
+                "enum RequestField : size_t { kUnscales, kGradScale, kFoundInf, kMaxNorm, kScaleRule };",
+                BY_NAME,
+            ),
+            Edit(
+                "bindings.cpp",
+                f"enum RuleField : size_t {{ {RULE_FIELDS} }};",
+                RULE_BY_NAME,
+            ),
+            Edit("bindings.cpp", "const py::tuple& fields", "const ByName& fields"),
+        ),
+    ),
+    Trick(
+        "a second owner of each state tensor in C++",
+        "_owner_of in fused_tricks/backends/compiled.py",
+        "",
+        patches=((compiled, "_owner_of", lambda tensor: tensor),),
+    ),
+    Trick(
+        "the scale's rule is kept as a tuple",
+        "rule in fused_tricks/loss_scale.py",
+        "",
+        loss_scale=_NewRule,
+    ),
+    Trick(
+        "a GradScaler's numbers are looked up in __dict__",
+        "_request in fused_tricks/optimizer.py",
+        "",
+        optimizer=_ClassAttributes,
+    ),
+    Trick(
+        "hooks run only if there are any; without that torch's wrapper around each step",
+        "is_observed in fused_tricks/step_hooks.py",
+        "",
+        optimizer=_with_step(_disable_dynamo(Optimizer.profile_hook_step(FusedSGD._step))),
+    ),
+    Trick(
+        "_disable_dynamo in place of torch.compiler.disable",
+        "step in fused_tricks/optimizer.py",
+        "",
+        optimizer=_with_step(torch.compiler.disable(inspect.unwrap(FusedSGD.step))),
+    ),
+)
