@@ -41,7 +41,7 @@ import fused_tricks
 from benchmarks import command_line, machine, parameter_sets, progress, report
 from benchmarks.harness import Spread, shuffled
 from benchmarks.host_tricks import LEFT_OUT, TRICKS, Trick
-from fused_tricks import DynamicLossScale, FusedSGD, extension
+from fused_tricks import FusedSGD, extension
 from fused_tricks.backends import cpu
 
 ROOT = Path(__file__).parents[1]
@@ -127,9 +127,8 @@ class Steps:
     def __init__(self, parameters: str) -> None:
         model = fused_tricks.cast_model(parameter_sets.build(parameters), torch.float16)
         self._parameters = list(model.parameters())
-        self._scale = DynamicLossScale()
         self._optimizer = FusedSGD(
-            self._parameters, lr=0.1, momentum=0.9, weight_decay=1e-4, loss_scale=self._scale, backend="cpu"
+            self._parameters, lr=0.1, momentum=0.9, weight_decay=1e-4, loss_scale="dynamic", backend="cpu"
         )
         self._optimizer.scale(torch.ones(()))
         # What is not scanned need not be written.
@@ -139,7 +138,6 @@ class Steps:
     def time(self, trick: Trick, module: ModuleType, count: int) -> float:
         """Returns the seconds of a step without the trick: the median of ``count``, each with new gradients."""
         self._optimizer.__class__ = trick.optimizer
-        self._scale.__class__ = trick.loss_scale
         with ExitStack() as switched:
             switched.enter_context(mock.patch.object(cpu, "load_extension", lambda: module))
             for where, name, value in trick.patches:

@@ -12,10 +12,9 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from fused_tricks import DynamicLossScale, FusedSGD, extension
+from fused_tricks import FusedSGD, extension
 from fused_tricks.backends import compiled
 from fused_tricks.backends.request import StepRequest, step_request
-from fused_tricks.loss_scale import ScaleRule
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ class Trick:
         without: functions of torch that the extension does not get.
         patches: values for attributes of the package, by object and attribute.
         optimizer: the class of the optimizer.
-        loss_scale: the class of its loss scale.
     """
 
     name: str
@@ -63,19 +61,6 @@ class Trick:
     without: tuple[str, ...] = ()
     patches: tuple[tuple[Any, str, Any], ...] = ()
     optimizer: type[FusedSGD] = FusedSGD
-    loss_scale: type[DynamicLossScale] = DynamicLossScale
-
-
-class _NewRule(DynamicLossScale):
-    def rule(self) -> ScaleRule:
-        return ScaleRule(
-            self.growth_factor,
-            self.backoff_factor,
-            self.min_scale,
-            self.max_scale,
-            self.growth_interval,
-            self.hysteresis,
-        )
 
 
 class _ClassAttributes(FusedSGD):
@@ -242,12 +227,6 @@ TRICKS = (
         "_owner_of in fused_tricks/backends/compiled.py",
         "",
         patches=((compiled, "_owner_of", lambda tensor: tensor),),
-    ),
-    Trick(
-        "the scale's rule is kept as a tuple",
-        "rule in fused_tricks/loss_scale.py",
-        "",
-        loss_scale=_NewRule,
     ),
     Trick(
         "a GradScaler's numbers are looked up in __dict__",
