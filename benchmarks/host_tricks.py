@@ -87,19 +87,6 @@ LEFT_OUT = (
 """Leaves the passes over memory out for large models."""
 
 IS_NEGATIVE = "_ZN2at6native6is_negERKNS_6TensorE"
-BY_NAME = """struct ByName : py::object {
-  PYBIND11_OBJECT_DEFAULT(ByName, py::object, PyTuple_Check)
-  auto operator[](const py::handle& name) const { return attr(name); }
-};
-py::handle interned(const char* text) { return PyUnicode_InternFromString(text); }
-const py::handle kUnscales = interned("unscales"), kGradScale = interned("grad_scale"),
-                 kFoundInf = interned("found_inf"), kMaxNorm = interned("max_norm"),
-                 kScaleRule = interned("scale_rule");"""
-RULE_FIELDS = "kGrowthFactor, kBackoffFactor, kMinScale, kMaxScale, kGrowthInterval, kHysteresis"
-RULE_BY_NAME = """const py::handle kGrowthFactor = interned("growth_factor"),
-                 kBackoffFactor = interned("backoff_factor"), kMinScale = interned("min_scale"),
-                 kMaxScale = interned("max_scale"), kGrowthInterval = interned("growth_interval"),
-                 kHysteresis = interned("hysteresis");"""
 
 
 def _attribute(name: str, getter: str) -> Edit:
@@ -203,24 +190,6 @@ TRICKS = (
         "unwritten in csrc/plan.cpp",
         "",
         edits=(Edit("plan.cpp", "if (is_within(entry.unwritten)) return true;", ""),),
-    ),
-    Trick(
-        "requests and rules are read by position; without that by name",
-        "RequestField in csrc/bindings.cpp",
-        "",
-        edits=(
-            Edit(
-                "bindings.cpp",
-                "enum RequestField : size_t { kUnscales, kGradScale, kFoundInf, kMaxNorm, kScaleRule };",
-                BY_NAME,
-            ),
-            Edit(
-                "bindings.cpp",
-                f"enum RuleField : size_t {{ {RULE_FIELDS} }};",
-                RULE_BY_NAME,
-            ),
-            Edit("bindings.cpp", "const py::tuple& fields", "const ByName& fields"),
-        ),
     ),
     Trick(
         "a second owner of each state tensor in C++",
