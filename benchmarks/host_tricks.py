@@ -180,12 +180,6 @@ TRICKS = (
         edits=(Edit("plan.cpp", "if (!same) {\n    updated_", "{\n    updated_"),),
     ),
     Trick(
-        "a gradient's storage is measured only at a new address",
-        "known_grad in csrc/plan.cpp",
-        "",
-        edits=(Edit("plan.cpp", "if (entry.grad != entry.known_grad) {", "{"),),
-    ),
-    Trick(
         "the addresses around a gradient that nothing writes are remembered",
         "unwritten in csrc/plan.cpp",
         "",
