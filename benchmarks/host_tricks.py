@@ -132,18 +132,6 @@ TRICKS = (
         edits=(_attribute("grad", "grad"), _attribute("_version", "version")),
     ),
     Trick(
-        "a parameter's layout and device are read only if its address is the same",
-        "read_tensor_at in csrc/tensors.cpp",
-        "",
-        edits=(
-            Edit(
-                "tensors.cpp",
-                "if (!has_handle(tensor)) return read_tensor(tensor, out) && out.data == address;",
-                "if (true) return read_tensor(tensor, out) && out.data == address;",
-            ),
-        ),
-    ),
-    Trick(
         "of a state tensor only the address is read",
         "is_at in csrc/tensors.cpp",
         "",

@@ -242,7 +242,7 @@ bool Plan::refresh_entry(Entry& entry) {
   grads_.push_back(grad);
   if (!entry.live) return false;
   TensorView param, gradient;
-  if (!read_tensor_at(entry.param, entry.source, param) || param.type != entry.type) return false;
+  if (!read_tensor(entry.source, param) || param.data != entry.param || param.type != entry.type) return false;
   if (!entry.layout.matches(param)) return false;
   if (!read_tensor(grad, gradient) || !entry.layout.matches(gradient)) return false;
   if (gradient.device.type != entry.device.type || gradient.device.index != entry.device.index) return false;
