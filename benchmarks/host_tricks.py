@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from fused_tricks import FusedSGD, extension
 from fused_tricks.backends import compiled
-from fused_tricks.backends.request import StepRequest, step_request
 
 
 @dataclass(frozen=True)
@@ -63,17 +58,11 @@ class Trick:
     optimizer: type[FusedSGD] = FusedSGD
 
 
-class _ClassAttributes(FusedSGD):
-    grad_scale = found_inf = None
+class _Wrapped(FusedSGD):
+    """Steps as torch.optim.Optimizer has them: wrapped in hooks and a profiler range."""
 
-    def _request(self) -> StepRequest:
-        return step_request(self._loss_scale, self._max_grad_norm, self.grad_scale, self.found_inf)
-
-
-def _with_step(step: Callable[..., Any]) -> type[FusedSGD]:
-    """A FusedSGD with another ``step``, which torch does not wrap."""
-    step.hooked = True  # type: ignore[attr-defined]
-    return type("FusedSGD", (FusedSGD,), {"step": step})
+    step = Optimizer.profile_hook_step(FusedSGD.step)
+    step.hooked = True  # type: ignore[attr-defined]  # torch must not wrap it twice
 
 
 LEFT_OUT = (
@@ -101,7 +90,7 @@ def _attribute(name: str, getter: str) -> Edit:
 
 TRICKS = (
     Trick(
-        "torch's C functions read tensors; without them DLPack does",
+        "torch's C functions and is_neg; without them DLPack and the method Tensor.is_neg",
         "csrc/torch_shim.cpp",
         "a DLPack exchange as fast as these functions",
         without=tuple(name for name in extension._STABLE_FUNCTIONS if name != "torch_parallel_for"),
@@ -120,7 +109,7 @@ TRICKS = (
         ),
     ),
     Trick(
-        "torch's symbol is_neg; without it the method Tensor.is_neg",
+        "torch's symbol is_neg alone; without it the method Tensor.is_neg",
         "learn_negative in csrc/torch_shim.cpp",
         "a stable function for the negative bit",
         without=(IS_NEGATIVE,),
@@ -134,7 +123,7 @@ TRICKS = (
     Trick(
         "of a state tensor only the address is read",
         "is_at in csrc/tensors.cpp",
-        "",
+        "an optimizer.state that reports changes",
         edits=(
             Edit(
                 "tensors.cpp",
@@ -146,7 +135,7 @@ TRICKS = (
     Trick(
         "a parameter's state is walked; without that two look-ups",
         "has_state in csrc/plan.cpp",
-        "",
+        "an optimizer.state that reports changes",
         edits=(
             Edit(
                 "plan.cpp",
@@ -158,43 +147,31 @@ TRICKS = (
     Trick(
         "version counters are predicted; without that read after each update",
         "version_step in csrc/plan.cpp",
-        "",
+        "an increment_version that returns the versions",
         edits=(Edit("plan.cpp", "if (!same) entry.version_step =", "entry.version_step ="),),
     ),
     Trick(
         "the list for increment_version is kept",
         "updated_ in csrc/plan.cpp",
-        "",
+        "a stable function that increments one version",
         edits=(Edit("plan.cpp", "if (!same) {\n    updated_", "{\n    updated_"),),
     ),
     Trick(
         "the addresses around a gradient that nothing writes are remembered",
         "unwritten in csrc/plan.cpp",
-        "",
+        "a cheaper search than 9 comparisons for each gradient",
         edits=(Edit("plan.cpp", "if (is_within(entry.unwritten)) return true;", ""),),
     ),
     Trick(
         "a second owner of each state tensor in C++",
         "_owner_of in fused_tricks/backends/compiled.py",
-        "",
+        "reading state and aliases without their Python objects",
         patches=((compiled, "_owner_of", lambda tensor: tensor),),
-    ),
-    Trick(
-        "a GradScaler's numbers are looked up in __dict__",
-        "_request in fused_tricks/optimizer.py",
-        "",
-        optimizer=_ClassAttributes,
     ),
     Trick(
         "hooks run only if there are any; without that torch's wrapper around each step",
         "is_observed in fused_tricks/step_hooks.py",
-        "",
-        optimizer=_with_step(_disable_dynamo(Optimizer.profile_hook_step(FusedSGD._step))),
-    ),
-    Trick(
-        "_disable_dynamo in place of torch.compiler.disable",
-        "step in fused_tricks/optimizer.py",
-        "",
-        optimizer=_with_step(torch.compiler.disable(inspect.unwrap(FusedSGD.step))),
+        "a cheaper Optimizer.profile_hook_step",
+        optimizer=_Wrapped,
     ),
 )
