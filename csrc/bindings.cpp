@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -41,33 +40,48 @@ double number(const py::handle& object) {
   return value;
 }
 
-// The fields of fused_tricks/backends/request.py's StepRequest and fused_tricks/loss_scale.py's ScaleRule, in order. A
-// step reads them by position, which is faster; the names let a test compare.
-enum RequestField : size_t { kUnscales, kGradScale, kFoundInf, kMaxNorm, kScaleRule };
-constexpr std::array kRequestFields = {"unscales", "grad_scale", "found_inf", "max_norm", "scale_rule"};
-enum RuleField : size_t { kGrowthFactor, kBackoffFactor, kMinScale, kMaxScale, kGrowthInterval, kHysteresis };
-constexpr std::array kRuleFields = {"growth_factor", "backoff_factor",  "min_scale",
-                                    "max_scale",     "growth_interval", "hysteresis"};
+py::handle interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-ScaleRule rule_of(const py::tuple& fields) {
-  return {number(fields[kGrowthFactor]),
-          number(fields[kBackoffFactor]),
-          static_cast<float>(number(fields[kMinScale])),
-          static_cast<float>(number(fields[kMaxScale])),
-          static_cast<int32_t>(number(fields[kGrowthInterval])),
-          static_cast<int32_t>(number(fields[kHysteresis]))};
+// The attributes of fused_tricks/backends/request.py's StepRequest and fused_tricks/loss_scale.py's ScaleRule.
+struct Names {
+  py::handle unscales = interned("unscales");
+  py::handle grad_scale = interned("grad_scale");
+  py::handle found_inf = interned("found_inf");
+  py::handle max_norm = interned("max_norm");
+  py::handle scale_rule = interned("scale_rule");
+  py::handle growth_factor = interned("growth_factor");
+  py::handle backoff_factor = interned("backoff_factor");
+  py::handle min_scale = interned("min_scale");
+  py::handle max_scale = interned("max_scale");
+  py::handle growth_interval = interned("growth_interval");
+  py::handle hysteresis = interned("hysteresis");
+};
+
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+ScaleRule rule_of(const py::object& rule) {
+  return {number(rule.attr(names().growth_factor)),
+          number(rule.attr(names().backoff_factor)),
+          static_cast<float>(number(rule.attr(names().min_scale))),
+          static_cast<float>(number(rule.attr(names().max_scale))),
+          static_cast<int32_t>(number(rule.attr(names().growth_interval))),
+          static_cast<int32_t>(number(rule.attr(names().hysteresis)))};
 }
 
 // Without what a GradScaler handed over: the CPU takes numbers, and the kernels for GPUs read tensors.
-StepRequest request_of(const py::tuple& fields) {
+StepRequest request_of(const py::object& asked) {
+  const py::object max_norm = asked.attr(names().max_norm), rule = asked.attr(names().scale_rule);
   StepRequest request{};
-  request.unscales = fields[kUnscales].ptr() == Py_True;
-  request.external = !fields[kGradScale].is_none();
+  request.unscales = asked.attr(names().unscales).ptr() == Py_True;
+  request.external = !asked.attr(names().grad_scale).is_none();
   request.grad_scale = 1.0f;
-  request.clips = !fields[kMaxNorm].is_none();
-  if (request.clips) request.max_norm = number(fields[kMaxNorm]);
-  request.dynamic = !fields[kScaleRule].is_none();
-  if (request.dynamic) request.rule = rule_of(fields[kScaleRule]);
+  request.clips = !max_norm.is_none();
+  if (request.clips) request.max_norm = number(max_norm);
+  request.dynamic = !rule.is_none();
+  if (request.dynamic) request.rule = rule_of(rule);
   return request;
 }
 
@@ -104,10 +118,11 @@ py::object gradient_addresses(Plan& plan, const py::list& groups, const py::dict
 }
 
 int cpu_step(const cpu::Step& step, Plan& plan, const py::list& groups, const py::dict& state,
-             const py::tuple& fields) {
-  StepRequest request = request_of(fields);
-  if (request.external) request.grad_scale = static_cast<float>(number(fields[kGradScale]));
-  request.found_inf = !fields[kFoundInf].is_none() && number(fields[kFoundInf]) != 0;
+             const py::object& asked) {
+  StepRequest request = request_of(asked);
+  if (request.external) request.grad_scale = static_cast<float>(number(asked.attr(names().grad_scale)));
+  const py::object found_inf = asked.attr(names().found_inf);
+  request.found_inf = !found_inf.is_none() && number(found_inf) != 0;
   const Running running(plan);
   if (!running.began() || !plan.refresh(groups, state)) return kStale;
   request.in_double = plan.in_double;
@@ -144,13 +159,13 @@ void set_cuda_tables(cuda::Step& step, const Plan& plan, const py::object& memor
 
 void set_cuda_scratch(cuda::Step& step, const py::object& memory) { step.set_scratch(data_of(memory)); }
 
-int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::dict& state, const py::tuple& fields) {
-  StepRequest request = request_of(fields);
+int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::dict& state, const py::object& asked) {
+  StepRequest request = request_of(asked);
   const Running running(plan);
   if (!running.began() || !plan.refresh(groups, state)) return kStale;
   request.in_double = plan.in_double;
-  const cuda::External external{static_cast<const float*>(data_of(fields[kGradScale])),
-                                static_cast<const float*>(data_of(fields[kFoundInf]))};
+  const cuda::External external{static_cast<const float*>(data_of(asked.attr(names().grad_scale))),
+                                static_cast<const float*>(data_of(asked.attr(names().found_inf)))};
   step.run(plan, request, external, target_of(plan));
   plan.mark_updated();
   return kApplied;
@@ -161,8 +176,6 @@ int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::di
 PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   module.def("connect", &connect, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("increment_version"),
              py::arg("functions"), py::arg("samples"), py::arg("negative"));
-  module.attr("REQUEST_FIELDS") = py::cast(kRequestFields);
-  module.attr("SCALE_RULE_FIELDS") = py::cast(kRuleFields);
   module.def("step_state_offsets", &step_state_offsets);
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("selected_instruction_set", &cpu::selected_instruction_set);

@@ -240,7 +240,7 @@ bool Plan::refresh_entry(Entry& entry) {
   grads_.push_back(grad);
   if (!entry.live) return false;
   TensorView param, gradient;
-  if (!read_tensor_at(entry.param, entry.source, param) || param.type != entry.type) return false;
+  if (!read_tensor(entry.source, param) || param.data != entry.param || param.type != entry.type) return false;
   if (!entry.layout.matches(param)) return false;
   if (!read_tensor(grad, gradient) || !entry.layout.matches(gradient)) return false;
   if (gradient.device.type != entry.device.type || gradient.device.index != entry.device.index) return false;
@@ -252,11 +252,7 @@ bool Plan::refresh_entry(Entry& entry) {
   // An empty tensor may have no address, and there is nothing to update.
   entry.grad = entry.count == 0 ? nullptr : gradient.data;
   if (entry.grad == nullptr) return true;
-  // A gradient whose storage was resized has another address, unless it has been looked at before.
-  if (entry.grad != entry.known_grad) {
-    if (!has_its_memory(grad, gradient.type, entry.count)) return false;
-    entry.known_grad = entry.grad;
-  }
+  if (!has_its_memory(grad, gradient.type, entry.count)) return false;
   if (!groups[entry.group].fits_float && entry.type != DType::kFloat64) {
     throw py::value_error("an option does not fit FP32, in which a parameter is updated");
   }

@@ -63,10 +63,9 @@ struct Entry {
   PyObject* own_buffer = nullptr;  // what the plan works on: the same, or this process's part of it
   PyObject* own_master = nullptr;
 
-  const void* grad = nullptr;        // of this step; null: no gradient, no update
-  int32_t part = 0;                  // which of the verdict's sums of squares the gradient belongs to
-  const void* known_grad = nullptr;  // the last gradient whose storage was seen to be large enough
-  Range unwritten{0, 0};             // addresses that no step writes, around the last gradient
+  const void* grad = nullptr;  // of this step; null: no gradient, no update
+  int32_t part = 0;            // which of the verdict's sums of squares the gradient belongs to
+  Range unwritten{0, 0};       // addresses that no step writes, around the last gradient
 };
 
 // A learning rate that follows the updates applied: `object`, where a group has it, stands for `base` times the factor

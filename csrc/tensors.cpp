@@ -27,12 +27,6 @@ bool read_tensor(PyObject* tensor, TensorView& out) {
   return is_read && !is_negative(tensor);
 }
 
-bool read_tensor_at(const void* address, PyObject* tensor, TensorView& out) {
-  if (!has_handle(tensor)) return read_tensor(tensor, out) && out.data == address;
-  return torch_api.shim.data(handle_of(tensor), &out.data) == 0 && out.data == address &&
-         read_arrangement(handle_of(tensor), out) && !is_negative(tensor);
-}
-
 void* data_of(const py::handle& tensor) { return tensor.is_none() ? nullptr : require_dlpack(tensor.ptr()).data; }
 
 dlpack::Device device_of(const py::handle& tensor) { return require_dlpack(tensor.ptr()).device; }

@@ -11,9 +11,6 @@ namespace fused_tricks {
 // False, with no Python error left, for a tensor of another dtype, whose elements are not all in one place (sparse,
 // quantised, …), or whose memory holds their negatives (torch's negative bit).
 bool read_tensor(PyObject* tensor, TensorView& out);
-// The same for a tensor that was at `address` before; false, too, where it no longer is. Its device, which can only
-// have changed together with its address, is left out.
-bool read_tensor_at(const void* address, PyObject* tensor, TensorView& out);
 
 // The address of a tensor's first element; null for None and for empty tensors. Reads a tensor of any dtype.
 void* data_of(const py::handle& tensor);

@@ -41,25 +41,18 @@ bool read_with_dlpack(PyObject* object, TensorView& out) {
   return to_dtype(tensor.dtype, out.type);
 }
 
-bool read_arrangement(TensorShim::Handle tensor, TensorView& out) {
+bool read_with_shim(TensorShim::Handle tensor, TensorView& out) {
   const TensorShim& shim = torch_api.shim;
-  int32_t dtype;
-  if (shim.dimensions(tensor, &out.dimensions) != 0 || shim.shape(tensor, &out.shape) != 0) return false;
-  if (shim.strides(tensor, &out.strides) != 0 || shim.dtype(tensor, &dtype) != 0) return false;
+  int32_t layout, dtype, device_type;
+  if (shim.layout(tensor, &layout) != 0 || layout != shim.strided) return false;
+  if (shim.data(tensor, &out.data) != 0 || shim.dimensions(tensor, &out.dimensions) != 0) return false;
+  if (shim.shape(tensor, &out.shape) != 0 || shim.strides(tensor, &out.strides) != 0) return false;
+  if (shim.dtype(tensor, &dtype) != 0 || shim.device_type(tensor, &device_type) != 0) return false;
   size_t type = 0;
   while (shim.dtypes[type] != dtype) {
     if (++type == kDTypes) return false;
   }
   out.type = static_cast<DType>(type);
-  return true;
-}
-
-bool read_with_shim(TensorShim::Handle tensor, TensorView& out) {
-  const TensorShim& shim = torch_api.shim;
-  int32_t layout, device_type;
-  if (shim.layout(tensor, &layout) != 0 || layout != shim.strided) return false;
-  if (!read_arrangement(tensor, out) || shim.data(tensor, &out.data) != 0) return false;
-  if (shim.device_type(tensor, &device_type) != 0) return false;
   if (device_type == shim.cpu) {
     out.device = {dlpack::kCpu, 0};
     return true;

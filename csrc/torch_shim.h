@@ -75,8 +75,6 @@ inline TensorShim::Handle handle_of(PyObject* tensor) {
   return reinterpret_cast<const char*>(tensor) + torch_api.handle_offset;
 }
 
-// All but the address and the device.
-bool read_arrangement(TensorShim::Handle tensor, TensorView& out);
 // False for whatever DLPack should say more about.
 bool read_with_shim(TensorShim::Handle tensor, TensorView& out);
 bool read_with_dlpack(PyObject* object, TensorView& out);

@@ -36,8 +36,6 @@ class CudaStep:
     ) -> int: ...
 
 __version__: str
-REQUEST_FIELDS: list[str]
-SCALE_RULE_FIELDS: list[str]
 
 def cuda_unusable_because(device: int) -> str: ...
 def connect(

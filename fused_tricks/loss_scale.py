@@ -6,6 +6,7 @@ import math
 import weakref
 from copy import deepcopy
 from numbers import Real
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from .arguments import as_double, shown
@@ -24,6 +25,9 @@ class ScaleRule(NamedTuple):
     max_scale: float
     growth_interval: int
     hysteresis: int
+
+
+_rule_fields = attrgetter(*ScaleRule._fields)
 
 
 class DynamicLossScale:
@@ -88,14 +92,12 @@ class DynamicLossScale:
                 f"init_scale={init_scale} is outside [min_scale, max_scale] = [{min_scale}, {max_scale}]"
             )
         self.__dict__.update(rules)
-        self._rule: ScaleRule | None = None
         self._step_state = StepState(scale=init_scale, hysteresis=hysteresis)
         self._owner: weakref.ref[Any] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _RULES:
             _check_rules({rule: getattr(self, rule) for rule in _RULES} | {name: value})
-            self.__dict__["_rule"] = None
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,9 +112,7 @@ class DynamicLossScale:
 
     def rule(self) -> ScaleRule:
         """Returns the numbers by which a step adjusts the scale."""
-        if self._rule is None:
-            self._rule = ScaleRule(*(getattr(self, rule) for rule in ScaleRule._fields))
-        return self._rule
+        return ScaleRule._make(_rule_fields(self))
 
     def is_free_for(self, owner: object) -> bool:
         """Whether it serves no other optimizer that is still alive."""
@@ -177,7 +177,6 @@ class DynamicLossScale:
         )
         _check_state(*saved)
         self.__dict__.update(rules)
-        self._rule = None
         self.restore(*saved)
 
     def restore(self, scale: float, growth_tracker: int, hysteresis_tracker: int) -> None:

@@ -13,8 +13,6 @@ from .._torch import current_raw_stream
 from ..plan import Plan
 from ..step_state import OFFSETS, StepState
 
-_NO_GUARD = contextlib.nullcontext()
-
 
 def is_capturing(device: torch.device) -> bool:
     """Whether launches on the device's current stream go into a CUDA graph."""
@@ -78,7 +76,7 @@ class GpuStepper:
     def _device_guard(self) -> contextlib.AbstractContextManager[Any]:
         """Makes the device current; afterwards the one before is, without a context on it where it has none yet."""
         if self._device.type != "cuda" or torch.cuda.current_device() == self._device.index:
-            return _NO_GUARD
+            return contextlib.nullcontext()
         return torch.cuda.device(self._device)
 
     def _on_device(self, scalar: Tensor | None) -> Tensor | None:
