@@ -102,8 +102,8 @@ def test_a_new_process_resumes_bit_for_bit_from_any_step(backend, tmp_path):
         if step in CHECKPOINTS:
             torch.save(run.save(), tmp_path / f"{step}.checkpoint")
         run.go(step, step + 1)
-    root = Path(__file__).parent
-    paths = [str(root), str(root.parent), os.environ.get("PYTHONPATH", "")]
+    folder = Path(__file__).parent
+    paths = [str(folder), str(folder.parent), str(folder.parents[1]), os.environ.get("PYTHONPATH", "")]
     subprocess.run(
         [
             sys.executable,

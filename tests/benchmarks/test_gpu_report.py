@@ -16,7 +16,7 @@ from benchmarks import gpu_build, gpu_report
 from benchmarks.gpu_report import ROOT, Report
 from benchmarks.gpu_report_parts import Part, Request, parts
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 EVERY_PART = (
     "build",
     "backends",

@@ -16,7 +16,7 @@ import pytest
 import fused_tricks
 from fused_tricks import extension as extension_module
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = Path(fused_tricks.__file__).parent
 
 

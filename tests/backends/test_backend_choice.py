@@ -18,7 +18,7 @@ from fused_tricks import FusedSGD
 from fused_tricks.backends import BACKENDS, availability, stepper_class
 from fused_tricks.extension import load_extension, missing_because
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

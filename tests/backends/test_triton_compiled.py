@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from benchmarks import triton_resources
 from benchmarks.triton_resources import Kernel
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
