@@ -11,9 +11,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-import backends
-import sanitizers
+import support  # noqa: F401  # before the package: chooses how Triton runs
 from fused_tricks.backends.triton import IS_INTERPRETED
+from support import backends, sanitizers
 
 sanitizers.install()
 

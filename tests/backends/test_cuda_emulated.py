@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-import backends
-import emulation
-from comparison import assert_same_bits, bits
 from fused_tricks import FusedSGD, WarmupCosineLR
 from fused_tricks.backends.request import StepRequest
 from fused_tricks.plan import Entry, Plan
 from fused_tricks.step_state import StepState
+from support import backends, emulation
+from support.comparison import assert_same_bits, bits
 
 pytestmark = pytest.mark.skipif(
     emulation.unusable_because() is not None, reason=f"no emulation of CUDA: {emulation.unusable_because()}"

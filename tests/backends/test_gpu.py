@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from comparison import assert_all_same_bits, parameters
 from fused_tricks import FusedSGD, WarmupCosineLR
 from fused_tricks.backends import availability
+from support.comparison import assert_all_same_bits, parameters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 

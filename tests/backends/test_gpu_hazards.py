@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-import backends
 from fused_tricks import FusedSGD
 from fused_tricks.backends import gpu
 from fused_tricks.step_state import OFFSETS
+from support import backends
 
 GPU_BACKENDS = ["emulated_cuda", "cuda", "triton"]
 # The modules that ask for the current stream.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from backends import unusable_because
-from comparison import (
+from fused_tricks import FusedSGD
+from support.backends import unusable_because
+from support.comparison import (
     VECTOR_EDGES,
     assert_all_same_bits,
     assert_same_bits,
@@ -19,7 +20,6 @@ from comparison import (
     rounding_cases,
     set_gradients,
 )
-from fused_tricks import FusedSGD
 
 if unusable_because("cpu") is not None:
     pytest.skip(f"backend cpu: {unusable_because('cpu')}", allow_module_level=True)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-import backends
-from comparison import assert_same_bits
 from fused_tricks import FusedSGD
+from support import backends
+from support.comparison import assert_same_bits
 
 pytestmark = pytest.mark.skipif(
     backends.unusable_because("triton") is not None,

@@ -26,7 +26,7 @@ from benchmarks.names import FOR_LOOP, FUSED, GRAPH, OURS
 from benchmarks.step_check import Check
 from benchmarks.step_contestants import CASTS, Entry
 from benchmarks.step_lineup import Candidate
-from fake_cuda import FakeCuda
+from support.fake_cuda import FakeCuda
 
 CPU = torch.device("cpu")
 SET = "synthetic:3:1000"

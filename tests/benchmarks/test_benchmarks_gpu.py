@@ -17,7 +17,6 @@ from torch import Tensor
 pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
-import emulation  # adds a backend
 from benchmarks import backend_choice, gpu, step, step_contestants, step_lineup, step_peers, step_sizes
 from benchmarks.harness import Clock, Contestant, interleave
 from benchmarks.names import FUSED, OURS
@@ -30,10 +29,11 @@ from benchmarks.step_contestants import (
     Gradients,
 )
 from benchmarks.step_lineup import FORMS
-from comparison import assert_all_same_bits
-from fake_cuda import FakeCuda
 from fused_tricks import FusedSGD, cast_model
 from fused_tricks.backends import BACKENDS, Backend
+from support import emulation  # adds a backend
+from support.comparison import assert_all_same_bits
+from support.fake_cuda import FakeCuda
 
 CPU = torch.device("cpu")
 GRAPH = step_lineup.GRAPH

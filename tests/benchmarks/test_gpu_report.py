@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-import emulation
 from benchmarks import gpu_build, gpu_report
 from benchmarks.gpu_report import ROOT, Report
 from benchmarks.gpu_report_parts import Part, Request, parts
+from support import emulation
 
 TESTS = Path(__file__).parents[1]
 EVERY_PART = (
@@ -189,7 +189,7 @@ def test_the_report_runs_to_the_end_on_a_fake_gpu(tmp_path: Path, monkeypatch: p
     options = ["--device", "cpu", "--tiny", "--seconds", "100000", "--output", str(tmp_path)]
     backends = ["--backend", "cpu", "--backend", "emulated_cuda"]
     code = gpu_report.main(
-        [*options, *backends], [sys.executable, str(TESTS / "with_fake_cuda.py")], graphs=True
+        [*options, *backends], [sys.executable, str(TESTS / "support" / "with_fake_cuda.py")], graphs=True
     )
     summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert code == 0, summary

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import emulation
-from comparison import assert_same_bits, assert_unchanged, rounding_cases, snapshot, wide_range
 from fused_tricks import FusedSGD, cast_model, fp32_state_dict, load_fp32_state_dict
+from support import emulation
+from support.comparison import assert_same_bits, assert_unchanged, rounding_cases, snapshot, wide_range
 
 FP16, BF16 = torch.float16, torch.bfloat16
 both_dtypes = pytest.mark.parametrize("dtype", [FP16, BF16], ids=str)

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-import ranks
-from comparison import assert_all_same_bits
 from fused_tricks import DynamicLossScale, FusedSGD
-from products import Products, inputs_of, mean_of, with_overflow
+from support import ranks
+from support.comparison import assert_all_same_bits
+from support.products import Products, inputs_of, mean_of, with_overflow
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "dampening": 0.25}
 OVERFLOWS = (0, 3)

@@ -24,10 +24,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import Module, Parameter
 
-import ranks
-from comparison import assert_all_same_bits, assert_same_bits
 from fused_tricks import DynamicLossScale, FusedSGD
-from products import Products, inputs_of, with_overflow
+from support import ranks
+from support.comparison import assert_all_same_bits, assert_same_bits
+from support.products import Products, inputs_of, with_overflow
 
 # Torch says so when a process saves or loads alone.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

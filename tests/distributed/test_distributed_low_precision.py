@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ranks
-from comparison import assert_same_bits
 from fused_tricks import FusedSGD, cast_model, fp32_state_dict, load_fp32_state_dict
+from support import ranks
+from support.comparison import assert_same_bits
 
 RANKS = 2
 

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-import ranks
+from support import ranks
 
 
 def own_rank() -> tuple[int, int]:

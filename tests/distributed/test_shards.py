@@ -18,8 +18,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import BatchNorm1d, Linear, Parameter, Sequential
 
-import ranks
-from comparison import assert_all_same_bits, assert_same_bits
 from fused_tricks import (
     DynamicLossScale,
     FusedSGD,
@@ -29,7 +27,9 @@ from fused_tricks import (
     load_fp32_state_dict,
 )
 from fused_tricks import optimizer as optimizer_module
-from products import SHAPES, Products, Shapes, inputs_of, mean_of, with_overflow
+from support import ranks
+from support.comparison import assert_all_same_bits, assert_same_bits
+from support.products import SHAPES, Products, Shapes, inputs_of, mean_of, with_overflow
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "dampening": 0.25}
 OVERFLOWS = (0, 3)

@@ -16,9 +16,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import LayerNorm, Linear, Module, Parameter, ReLU, Sequential
 from torch.nn.parallel import DistributedDataParallel
 
-import ranks
-from comparison import assert_all_same_bits
 from fused_tricks import DynamicLossScale, FusedSGD, cast_model
+from support import ranks
+from support.comparison import assert_all_same_bits
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 STEPS = 8

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import fused_tricks as ft
-from comparison import (
+from fused_tricks import DynamicLossScale, FusedSGD
+from support.comparison import (
     assert_all_same_bits,
     assert_same_bits,
     copies,
@@ -24,7 +25,6 @@ from comparison import (
     parameters,
     set_gradients,
 )
-from fused_tricks import DynamicLossScale, FusedSGD
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_tricks as ft
-from comparison import assert_all_same_bits, assert_same_bits, set_gradients
 from fused_tricks import FusedSGD
+from support.comparison import assert_all_same_bits, assert_same_bits, set_gradients
 
 
 class Network(nn.Module):

@@ -22,10 +22,10 @@ pytest.importorskip("tqdm", reason="the example shows its progress with tqdm")
 from PIL import Image
 from torchvision import models
 
-from comparison import assert_all_same_bits, assert_same_bits
 from examples import train
 from fused_tricks import DynamicLossScale, FusedSGD, zero_gamma_names
 from fused_tricks.warmup_cosine import WarmupCosine
+from support.comparison import assert_all_same_bits, assert_same_bits
 
 SCRIPT = Path(train.__file__)
 DIGITS = ["--dataset", "digits", "--device", "cpu", "--workers", "0"]

@@ -27,9 +27,9 @@ pytest.importorskip("tqdm", reason="the example shows its progress with tqdm")
 import sklearn.datasets  # noqa: F401  # here, so that each process finds it imported
 from torch.utils._pytree import tree_flatten
 
-import ranks
-from comparison import assert_same_bits
 from examples import train
+from support import ranks
+from support.comparison import assert_same_bits
 
 OPTIONS = ["--dataset", "digits", "--batch-size", "96", "--epochs", "2", "--device", "cpu", "--workers", "0"]
 OPTIONS += ["--low-precision", "float16", "--checkpoint-every", "4", "--log-every", "4"]

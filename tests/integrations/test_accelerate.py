@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from comparison import assert_all_same_bits
 from fused_tricks import DynamicLossScale, FusedSGD, cast_model
+from support.comparison import assert_all_same_bits
 
 REASON = "needs Accelerate: pip install fused_tricks[integrations]"
 accelerate = pytest.importorskip("accelerate", reason=REASON)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from comparison import assert_all_same_bits, assert_same_bits, parameters, set_gradients
 from fused_tricks import DynamicLossScale, FusedSGD, WarmupCosineLR, cast_model
+from support.comparison import assert_all_same_bits, assert_same_bits, parameters, set_gradients
 
 EXACT_COMPILERS = ["eager", "aot_eager"]
 """Those that leave the arithmetic to torch's own kernels."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from comparison import assert_same_bits, gradients, parameters, set_gradients
 from fused_tricks import FusedSGD
+from support.comparison import assert_same_bits, gradients, parameters, set_gradients
 
 flashoptim = pytest.importorskip(
     "flashoptim", reason="needs FlashOptim: pip install fused_tricks[integrations]"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comparison import assert_all_same_bits, assert_same_bits
 from fused_tricks import FusedSGD, cast_model, fp32_state_dict
+from support.comparison import assert_all_same_bits, assert_same_bits
 
 REASON = "needs timm: pip install fused_tricks[integrations]"
 timm = pytest.importorskip("timm", reason=REASON)

@@ -14,7 +14,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from comparison import (
+from fused_tricks import FusedSGD, cast_model, fp32_state_dict
+from support.comparison import (
     assert_all_same_bits,
     assert_same_bits,
     both,
@@ -25,7 +26,6 @@ from comparison import (
     parameters,
     set_gradients,
 )
-from fused_tricks import FusedSGD, cast_model, fp32_state_dict
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "LambdaLR": lambda o: lrs.LambdaLR(o, lambda t: 1 / (t + 1)),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from comparison import assert_all_same_bits
 from fused_tricks import DynamicLossScale, FusedSGD, WarmupCosineLR, cast_model
+from support.comparison import assert_all_same_bits
 
 REASON = "needs Transformers and Accelerate: pip install fused_tricks[integrations]"
 accelerate = pytest.importorskip("accelerate", reason=REASON)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-import backends
-from comparison import (
+from fused_tricks import FusedSGD
+from support import backends
+from support.comparison import (
     assert_all_same_bits,
     assert_unchanged,
     copies,
@@ -20,7 +21,6 @@ from comparison import (
     set_gradients,
     snapshot,
 )
-from fused_tricks import FusedSGD
 
 SHAPES = [(33,), (4, 5), (0,), (1,)]
 OPTIONS: list[dict[str, Any]] = [

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comparison import assert_all_same_bits, wide_range
 from fused_tricks import FusedSGD, decay_groups
+from support.comparison import assert_all_same_bits, wide_range
 
 
 class Network(nn.Module):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from comparison import BOTH_SHAPES as SHAPES
-from comparison import (
+from fused_tricks import FusedSGD
+from support.comparison import BOTH_SHAPES as SHAPES
+from support.comparison import (
     assert_all_same_bits,
     assert_same_bits,
     both,
@@ -22,7 +23,6 @@ from comparison import (
     parameters,
     set_gradients,
 )
-from fused_tricks import FusedSGD
 
 CHANGES: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
     "lr": lambda i, g: {"lr": 0.1 / (i + 1)},

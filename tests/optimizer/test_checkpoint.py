@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from backends import device_of
-from comparison import (
+from fused_tricks import DynamicLossScale, FusedSGD
+from support.backends import device_of
+from support.comparison import (
     assert_all_same_bits,
     assert_same_bits,
     assert_unchanged,
@@ -28,7 +29,6 @@ from comparison import (
     set_gradients,
     snapshot,
 )
-from fused_tricks import DynamicLossScale, FusedSGD
 
 SHAPES = [(65,), (3, 5), (4,), (0,), (9,)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float16, torch.float64]

@@ -9,9 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from comparison import assert_all_same_bits, assert_same_bits, build, copies, parameters, set_gradients
 from fused_tricks import FusedSGD
 from fused_tricks.checkpoint import SCALE_KEYS
+from support.comparison import (
+    assert_all_same_bits,
+    assert_same_bits,
+    build,
+    copies,
+    parameters,
+    set_gradients,
+)
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
 

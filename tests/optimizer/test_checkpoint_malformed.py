@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from comparison import assert_unchanged, parameters, set_gradients, snapshot
 from fused_tricks import FusedSGD
+from support.comparison import assert_unchanged, parameters, set_gradients, snapshot
 
 
 def trained(loss_scale: Any = "dynamic") -> FusedSGD:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from comparison import (
+from fused_tricks import FusedSGD
+from support.comparison import (
     assert_all_same_bits,
     assert_same_bits,
     bits,
@@ -18,7 +19,6 @@ from comparison import (
     parameters,
     set_gradients,
 )
-from fused_tricks import FusedSGD
 
 SHAPES = [(33,), (0,), (5, 7), (1,), (1023,)]
 MIXED = [torch.float16, torch.float32, torch.bfloat16, torch.float64, torch.float32]

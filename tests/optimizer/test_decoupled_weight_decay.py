@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from comparison import assert_all_same_bits, copies, gradients, parameters, set_gradients
 from fused_tricks import FusedSGD, WarmupCosineLR
+from support.comparison import assert_all_same_bits, copies, gradients, parameters, set_gradients
 
 OPTIONS: list[dict[str, Any]] = [
     {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "maximize": maximize}

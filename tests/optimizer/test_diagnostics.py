@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from comparison import assert_unchanged, parameters, snapshot
 from fused_tricks import DynamicLossScale, FusedSGD, diagnostics
+from support.comparison import assert_unchanged, parameters, snapshot
 
 UNUSED = "optimizer.scale\\(\\) has never been called"
 UNSCALED = "float16 gradients without a loss scale"

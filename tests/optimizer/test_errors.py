@@ -11,8 +11,9 @@ import torch
 from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
 
-from backends import NAMES, device_of, unusable_because
-from comparison import (
+from fused_tricks import DynamicLossScale, FusedSGD
+from support.backends import NAMES, device_of, unusable_because
+from support.comparison import (
     assert_all_same_bits,
     assert_unchanged,
     bits,
@@ -21,7 +22,6 @@ from comparison import (
     set_gradients,
     snapshot,
 )
-from fused_tricks import DynamicLossScale, FusedSGD
 
 BAD_HYPER_PARAMETERS = [
     ({"lr": -0.1}, "Invalid learning rate"),

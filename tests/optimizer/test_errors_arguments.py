@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from comparison import assert_same_bits, assert_unchanged, copies, parameters, set_gradients, snapshot
 from fused_tricks import DynamicLossScale, FusedSGD, WarmupCosineLR
+from support.comparison import assert_same_bits, assert_unchanged, copies, parameters, set_gradients, snapshot
 
 MODEL = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
 NO_PARAMETERS: dict[str, Any] = {

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from backends import is_slow
-from comparison import (
+from fused_tricks import FusedSGD
+from support.backends import is_slow
+from support.comparison import (
     VECTOR_EDGES,
     assert_all_same_bits,
     assert_same_bits,
@@ -25,7 +26,6 @@ from comparison import (
     rounding_cases,
     set_gradients,
 )
-from fused_tricks import FusedSGD
 
 HYPER_PARAMETERS: list[dict[str, Any]] = [
     {

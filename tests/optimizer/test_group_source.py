@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from comparison import parameters
 from fused_tricks import DynamicLossScale, FusedSGD
+from support.comparison import parameters
 
 
 def wrapped(optimizer: torch.optim.Optimizer) -> Any:

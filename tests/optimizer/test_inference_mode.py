@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from comparison import assert_all_same_bits, copies, parameters
 from fused_tricks import FusedSGD, WarmupCosineLR, fp32_state_dict, load_fp32_state_dict
+from support.comparison import assert_all_same_bits, copies, parameters
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "loss_scale": "dynamic", "max_grad_norm": 1.0}
 

@@ -7,7 +7,8 @@ from copy import deepcopy
 import pytest
 import torch
 
-from comparison import (
+from fused_tricks import DynamicLossScale, FusedSGD
+from support.comparison import (
     assert_all_same_bits,
     assert_unchanged,
     gradients,
@@ -15,7 +16,6 @@ from comparison import (
     set_gradients,
     snapshot,
 )
-from fused_tricks import DynamicLossScale, FusedSGD
 
 MOST_STEPS = 2**62
 LAST_GOOD_STEP = 2**31 - 1

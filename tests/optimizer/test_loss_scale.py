@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from comparison import assert_same_bits, parameters
 from fused_tricks import DynamicLossScale, FusedSGD
+from support.comparison import assert_same_bits, parameters
 
 FP32_MAX = float(torch.finfo(torch.float32).max)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from comparison import assert_same_bits, parameters, set_gradients
 from fused_tricks import FusedSGD, fp32_state_dict
+from support.comparison import assert_same_bits, parameters, set_gradients
 
 LOW = [torch.float16, torch.bfloat16]
 

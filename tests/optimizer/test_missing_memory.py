@@ -10,7 +10,6 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
-from comparison import assert_all_same_bits, assert_same_bits, assert_unchanged, parameters, snapshot
 from fused_tricks import (
     DynamicLossScale,
     FusedSGD,
@@ -19,6 +18,7 @@ from fused_tricks import (
     fp32_state_dict,
     load_fp32_state_dict,
 )
+from support.comparison import assert_all_same_bits, assert_same_bits, assert_unchanged, parameters, snapshot
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from backends import is_slow
-from comparison import (
+from fused_tricks import DynamicLossScale, FusedSGD
+from support.backends import is_slow
+from support.comparison import (
     VECTOR_EDGES,
     assert_all_same_bits,
     assert_unchanged,
@@ -21,7 +22,6 @@ from comparison import (
     set_gradients,
     snapshot,
 )
-from fused_tricks import DynamicLossScale, FusedSGD
 
 NON_FINITE = {"inf": torch.inf, "-inf": -torch.inf, "nan": torch.nan}
 NAN_PATTERNS = {

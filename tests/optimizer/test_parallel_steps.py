@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-import backends
-from comparison import assert_all_same_bits, copies, gradients, parameters, set_gradients
 from fused_tricks import FusedSGD
+from support import backends
+from support.comparison import assert_all_same_bits, copies, gradients, parameters, set_gradients
 
 # Beyond what one thread does alone, and beyond the last chunk's end.
 SIZES = [(70_001,), (257, 129), (32_768,), (5,)]

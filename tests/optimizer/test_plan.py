@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from comparison import assert_all_same_bits, assert_same_bits
 from fused_tricks import FusedSGD, extension
 from fused_tricks.backends import BACKENDS
+from support.comparison import assert_all_same_bits, assert_same_bits
 
 
 def stepped(backend: str, param: Parameter, times: int = 2, **options: object) -> FusedSGD:

@@ -7,9 +7,9 @@ from copy import deepcopy
 import pytest
 import torch
 
-import backends
-from comparison import parameters, set_gradients
 from fused_tricks import DynamicLossScale, FusedSGD
+from support import backends
+from support.comparison import parameters, set_gradients
 
 
 @pytest.mark.parametrize("loss_scale", [None, 8.0, "dynamic"], ids=str)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from backends import is_slow
-from comparison import assert_all_same_bits, assert_unchanged, snapshot, wide_range
 from fused_tricks import FusedSGD
+from support.backends import is_slow
+from support.comparison import assert_all_same_bits, assert_unchanged, snapshot, wide_range
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 

@@ -11,8 +11,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from comparison import assert_same_bits
 from fused_tricks import FusedSGD
+from support.comparison import assert_same_bits
 
 
 class Plain(FusedSGD):

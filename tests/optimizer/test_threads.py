@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from backends import is_slow
-from comparison import assert_all_same_bits, copies, momentum_buffers, parameters
 from fused_tricks import FusedSGD
+from support.backends import is_slow
+from support.comparison import assert_all_same_bits, copies, momentum_buffers, parameters
 
 THREADS = 4
 

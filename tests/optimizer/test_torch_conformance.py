@@ -18,8 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 pytest.importorskip("expecttest", reason="torch's own test cases need it: pip install expecttest")
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
-from backends import is_interpreted, is_slow
-from comparison import (
+from fused_tricks import FusedSGD, WarmupCosineLR
+from support.backends import is_interpreted, is_slow
+from support.comparison import (
     assert_all_same_bits,
     assert_same_bits,
     both,
@@ -31,7 +32,6 @@ from comparison import (
     set_gradients,
     snapshot,
 )
-from fused_tricks import FusedSGD, WarmupCosineLR
 
 (SGD_INFO,) = [info for info in optim_db if info.optim_cls is torch.optim.SGD]
 INPUTS = SGD_INFO.optim_inputs_func(device="cpu")

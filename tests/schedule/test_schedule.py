@@ -13,9 +13,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, SequentialLR
 
-from comparison import assert_same_bits
 from fused_tricks import FusedSGD, WarmupCosineLR
-from scheduled import FACTORS, parameter, rates, run, two_groups
+from support.comparison import assert_same_bits
+from support.scheduled import FACTORS, parameter, rates, run, two_groups
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "FusedSGD": FusedSGD,

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ConstantLR, SequentialLR
 
-from comparison import assert_same_bits
 from fused_tricks import FusedSGD, WarmupCosineLR
 from fused_tricks.warmup_cosine import WarmupCosine
+from support.comparison import assert_same_bits
 
 CURVE: dict[str, Any] = {"total_steps": 9, "warmup_steps": 3, "T_0": 3, "peak_decay": 0.5, "min_ratio": 0.05}
 FACTORS = [WarmupCosine(**CURVE).factor(t) for t in range(14)]

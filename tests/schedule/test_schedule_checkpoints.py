@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fused_tricks import FusedSGD, WarmupCosineLR
-from scheduled import FACTORS, parameter, rates, run, two_groups
+from support.scheduled import FACTORS, parameter, rates, run, two_groups
 
 
 def checkpoint(updates: int, **arguments: Any) -> tuple[dict[str, Any], dict[str, Any], list[list[float]]]:

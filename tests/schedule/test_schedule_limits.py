@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, SequentialLR
 
-from comparison import parameters
 from fused_tricks import FusedSGD, WarmupCosineLR
-from scheduled import FACTORS, parameter, rates, run
+from support.comparison import parameters
+from support.scheduled import FACTORS, parameter, rates, run
 
 BEYOND = "beyond total_steps=7"
 

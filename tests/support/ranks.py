@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import io
 import multiprocessing
@@ -22,7 +23,7 @@ import torch.distributed.fsdp
 import torch.distributed.optim
 import torch.distributed.tensor
 
-import backends  # noqa: F401  # here, so that each process finds it imported
+from support import backends  # noqa: F401  # here, so that each process finds it imported
 
 PATIENCE = 3600
 """Seconds until processes that hang are given up; more than any machine needs, however busy. One that dies is noticed
@@ -57,6 +58,10 @@ def _processes(count: int) -> _Processes:
     return _Processes(count)
 
 
+# While modules that `__del__` needs are still there.
+atexit.register(_processes.cache_clear)
+
+
 def start_method() -> str:
     """How processes start: forked from one that has imported torch and nothing else, which saves seconds.
 
@@ -71,8 +76,8 @@ class _Processes:
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context(start_method())
         # FSDP2 imports torch._dynamo when it is first used.
-        context.set_forkserver_preload(["ranks", "torch._dynamo"])
-        paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        context.set_forkserver_preload(["support.ranks", "torch._dynamo"])
+        paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
         self._folder = tempfile.TemporaryDirectory()
         self._connections = []
         self._processes = []

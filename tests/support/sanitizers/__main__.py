@@ -1,4 +1,4 @@
-"""``python tests/sanitizers address|thread``: builds a copy of the package with a sanitizer and runs tests on it.
+"""``python tests/support/sanitizers address|thread``: builds a copy of the package with a sanitizer and tests it.
 
 ``address`` is AddressSanitizer with UndefinedBehaviorSanitizer, over the extension and the emulated CUDA kernels;
 ``thread`` is ThreadSanitizer, over the extension's threads. Further arguments go to pytest.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COPIED = (
     "benchmarks",
     "csrc",
@@ -74,7 +74,7 @@ def main(kind: str, arguments: list[str]) -> int:
     environment["FUSED_TRICKS_SANITIZE"] = kind
     if kind == "thread":
         threads = tree / "build" / "threads.so"
-        source = tree / "tests" / "sanitizers" / "threads.cpp"
+        source = tree / "tests" / "support" / "sanitizers" / "threads.cpp"
         compiler = environment["CXX"].split()
         shared = ["-std=c++17", "-fPIC", "-shared", *FLAGS[kind], str(source), "-o", str(threads)]
         subprocess.run([*compiler, *shared], check=True)

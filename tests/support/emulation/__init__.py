@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import NamedTuple
 from unittest import mock
 
-import interpreted  # noqa: F401  # before the package: chooses how Triton runs
 from fused_tricks.backends import BACKENDS, Backend, cuda, gpu
 from fused_tricks.backends.cuda import CudaStepper
 from fused_tricks.extension import connect

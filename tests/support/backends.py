@@ -6,10 +6,9 @@ from importlib.metadata import version
 
 import torch
 
-import emulation  # noqa: F401  # adds a backend
-import interpreted  # noqa: F401  # before the package: chooses how Triton runs
 from fused_tricks.backends import BACKENDS
 from fused_tricks.backends.triton import IS_INTERPRETED
+from support import emulation  # noqa: F401  # adds a backend
 
 NAMES = tuple(BACKENDS)
 """Every backend, usable here or not."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pybind11
 
 _HERE = Path(__file__).parent
-_ROOT = _HERE.parent.parent
+_ROOT = _HERE.parents[2]
 _CSRC = _ROOT / "csrc"
 _SOURCES = [
     _CSRC / "bindings.cpp",
