@@ -72,8 +72,8 @@ fuzz: $(STAMPS)/build $(STAMPS)/test
 	cd tests && PYTHONPATH=.:.. ../$(IN_VENV) -m fuzz --seconds $(SECONDS)
 
 sanitize: $(STAMPS)/build $(STAMPS)/test
-	$(IN_VENV) tests/sanitizers address
-	$(IN_VENV) tests/sanitizers thread
+	$(IN_VENV) tests/support/sanitizers address
+	$(IN_VENV) tests/support/sanitizers thread
 
 test-torches: $(TORCHES:%=test-torch-%)
 

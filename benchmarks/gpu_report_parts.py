@@ -8,17 +8,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 TESTS = (
-    "exactness",
-    "overflow",
-    "loss_scale",
-    "clipping",
-    "amp_protocol",
-    "changes_between_steps",
-    "checkpoint",
-    "plan",
-    "schedule_applied",
-    "weight_decay",
-    "layouts",
+    "optimizer/test_exactness.py",
+    "optimizer/test_overflow.py",
+    "optimizer/test_loss_scale.py",
+    "optimizer/test_clipping.py",
+    "optimizer/test_amp_protocol.py",
+    "optimizer/test_changes_between_steps.py",
+    "optimizer/test_checkpoint.py",
+    "optimizer/test_plan.py",
+    "schedule/test_schedule_applied.py",
+    "optimizer/test_weight_decay.py",
+    "optimizer/test_layouts.py",
 )
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 BILLION = "synthetic:1000:1000000"
@@ -93,7 +93,7 @@ def parts(request: Request) -> list[Part]:
     return [
         Part("build", 150, [{"build": build}], shown=r"error|is built|is older"),
         Part("backends", 40, [{"backends": request.module("fused_tricks")}], shown="."),
-        _tests(request, "test_gpu", 80, ["gpu"], ""),
+        _tests(request, "test_gpu", 80, ["backends/test_gpu.py"], ""),
         _of_benchmark(request, "bits", 60, "gpu_bits", _bits(request)),
         _of_benchmark(request, "step", 100, "step", _step(request), picture=True),
         _of_benchmark(request, "kernels", 60, "gpu_kernels", _kernels(request)),
@@ -164,7 +164,7 @@ def _training(request: Request, name: str, seconds: int, model: str, size: int, 
 def _tests(request: Request, name: str, seconds: int, files: Sequence[str], chosen: str) -> Part:
     at_once = ["-n", "12"] if len(files) > 1 and find_spec("xdist") else []
     pick = ["-k", chosen] if chosen else []
-    paths = [f"tests/test_{file}.py" for file in files]
+    paths = [f"tests/{file}" for file in files]
     options = ["-q", "-rs", "-p", "no:cacheprovider", "--maxfail=30", *at_once, *pick]
     return Part(
         name,

@@ -11,44 +11,45 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-import backends
-import sanitizers
+import support  # noqa: F401  # before the package: chooses how Triton runs
 from fused_tricks.backends.triton import IS_INTERPRETED
+from support import backends, sanitizers
 
 sanitizers.install()
 
 # Backends that run on a GPU; Triton's interpreter runs on the CPU.
 GPU_BACKENDS = {"cuda"} if IS_INTERPRETED else {"cuda", "triton"}
 
-collect_ignore_glob = [] if torch.distributed.is_available() else ["test_distributed_*.py"]
+collect_ignore_glob = [] if torch.distributed.is_available() else ["distributed/*"]
 
 
 # Tests that train, start other processes or compile kernels, by their files.
 SLOW = (
-    "fuzz",
-    "test_benchmarks",
-    "test_cuda_compiled.py",
-    "test_cuda_toolkit.py",
-    "test_distributed_",
-    "test_example",
-    "test_gpu_report.py",
-    "test_low_precision_models.py",
-    "test_packaging.py",
-    "test_pure_wheel.py",
-    "test_triton_compiled.py",
-    "test_zero_gamma_",
+    "backends/test_cuda_compiled.py",
+    "backends/test_triton_compiled.py",
+    "benchmarks/",
+    "cast/test_cast_models.py",
+    "distributed/",
+    "examples/",
+    "fuzz/",
+    "installation/",
+    "zero_gamma/test_gamma_table.py",
+    "zero_gamma/test_model_untouched.py",
+    "zero_gamma/test_random_networks.py",
+    "zero_gamma/test_timm_models.py",
+    "zero_gamma/test_torchvision_models.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests that need a GPU, those of other packages, and those that take long."""
     for item in items:
-        file = str(item.path.relative_to(Path(__file__).parent))
+        file = item.path.relative_to(Path(__file__).parent).as_posix()
         callspec = getattr(item, "callspec", None)
         backend = "" if callspec is None else str(callspec.params.get("backend", ""))
-        if file in ("test_gpu.py", "test_gpu_hazards.py") or backend in GPU_BACKENDS:
+        if file in ("backends/test_gpu.py", "backends/test_gpu_hazards.py") or backend in GPU_BACKENDS:
             item.add_marker("gpu")
-        if file.startswith("test_integration_"):
+        if file.startswith("integrations/"):
             item.add_marker("integration")
         if file.startswith(SLOW) or backends.is_slow(backend):
             item.add_marker("slow")

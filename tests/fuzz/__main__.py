@@ -9,7 +9,7 @@ import warnings
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-import backends
+from support import backends
 
 from .machine import histories_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import backends
+from support import backends
 
 hypothesis = pytest.importorskip("hypothesis")
 

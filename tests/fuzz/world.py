@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from comparison import assert_same_bits, bits
 from fused_tricks import DynamicLossScale, FusedSGD, WarmupCosineLR
+from support.comparison import assert_same_bits, bits
 
 from .tensors import DTYPES, Described, gradient, laid_out, parameters, write
 

@@ -1,0 +1,197 @@
+"""A contestant is timed only if its numbers are right, and says what is wrong where they are not."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
+
+from benchmarks import (
+    gpu,
+    parameter_sets,
+    step,
+    step_check,
+    step_lineup,
+    step_sizes,
+    train_check,
+    train_contestants,
+)
+from benchmarks.names import FOR_LOOP, FUSED, GRAPH, OURS
+from benchmarks.step_check import Check
+from benchmarks.step_contestants import CASTS, Entry
+from benchmarks.step_lineup import Candidate
+from support.fake_cuda import FakeCuda
+
+CPU = torch.device("cpu")
+SET = "synthetic:3:1000"
+STEP = ["--parameters", "synthetic:2:300", "--rounds", "1", "--host-rounds", "1", "--loop-mib", "1"]
+
+
+def lineup(name: str, change, parameters: str = SET) -> dict[str, str]:
+    """Why a contestant of that name is left out when `change` is made to its first parameter with each step."""
+    candidates = step_lineup.of_a_model(parameters, torch.float16, CPU, ["cpu"])
+    (candidate,) = (candidate for candidate in candidates if candidate.name == name)
+
+    def build() -> Entry:
+        entry = candidate.build()
+        run = entry.contestant.run
+
+        def changed() -> None:
+            run()
+            with torch.no_grad():
+                change(entry.trained)
+
+        return replace(entry, contestant=replace(entry.contestant, run=changed))
+
+    _, left_out = step_lineup.assemble([Candidate(name, build, module=candidate.module)], CPU)
+    return left_out
+
+
+def flip(tensor: torch.Tensor) -> None:
+    """Changes the last bit of the last element."""
+    whole = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    tensor.view(-1)[-1:].view(whole).bitwise_xor_(1)
+
+
+def test_one_wrong_bit_of_a_weight_keeps_ours_from_being_timed() -> None:
+    left_out = lineup(OURS, lambda trained: flip(trained.parameters[1].data))
+    assert left_out == {OURS: "check failed: 1 elements differ, backend reference"}
+
+
+@pytest.mark.parametrize("key", ["master_param", "momentum_buffer"])
+def test_one_wrong_bit_of_the_state_keeps_ours_from_being_timed(key: str) -> None:
+    left_out = lineup(OURS, lambda trained: flip(trained.optimizer.state[trained.parameters[2]][key]))
+    assert left_out == {OURS: "check failed: 1 elements differ, backend reference"}
+
+
+@pytest.mark.parametrize(
+    "change", [lambda weight: weight.add_(1e-5), lambda weight: weight[-1:].fill_(math.nan)]
+)
+def test_a_wrong_weight_keeps_the_others_from_being_timed(change) -> None:
+    (reason,) = lineup(FOR_LOOP, lambda trained: change(trained.parameters[0])).values()
+    assert reason.startswith("check failed: ") and reason.endswith(", FP64")
+
+
+@pytest.mark.parametrize("name", [OURS, FOR_LOOP, FUSED + CASTS])
+def test_a_contestant_that_is_right_passes(name: str) -> None:
+    assert lineup(name, lambda trained: None) == {}
+
+
+def test_torch_compile_takes_part_where_it_is_asked_for() -> None:
+    candidates = step_lineup.of_a_model(SET, torch.float16, CPU, ["cpu"], compiled=True)
+    (candidate,) = (candidate for candidate in candidates if candidate.name == step_lineup.COMPILED)
+    entries, left_out = step_lineup.assemble([candidate], CPU)
+    reason = left_out.get(step_lineup.COMPILED)
+    if reason is not None:
+        pytest.skip(f"torch.compile: {reason}")
+    assert entries[0].checked.passed
+
+
+def test_large_sets_are_checked_in_part_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_check, "MOST_ELEMENTS", 2500)
+    candidates = step_lineup.of_a_model("synthetic:9:1000", torch.float16, CPU, ["cpu"])
+    entries, _ = step_lineup.assemble(candidates, CPU)
+    assert {(entry.checked.elements, entry.checked.of) for entry in entries} == {(2000, 9000)}
+    assert all("2,000 elements looked at" in entry.checked.text for entry in entries)
+
+
+def test_a_table_has_what_failed_in_place_of_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = step_check.check
+
+    def wrong(trained, module) -> Check:
+        return Check("backend b", 3, 0, 600, 600) if trained.optimizer else right(trained, module)
+
+    monkeypatch.setattr(step_check, "check", wrong)
+    step.main([*STEP, "--device", "cpu", "--output", str(tmp_path)])
+    page = (tmp_path / "step.md").read_text(encoding="utf-8")
+    assert f"| {OURS} | check failed: 3 elements differ, backend b | – | **no** |" in page
+    result = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
+    assert OURS not in result["contestants"] and result["contestants"][FUSED]["ours_is_faster_by"] is None
+
+
+def test_sets_beyond_the_memory_of_a_gpu_are_skipped_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeCuda(monkeypatch)
+    monkeypatch.setattr(gpu, "free_memory", lambda device: 28 * 2000 * 10 // 9 + 1)
+    sizes = ["--models", "synthetic:2:500", "synthetic:2:5000", "--tensor-counts", "--element-counts"]
+    quick = ["--seconds", "0.001", "--most-rounds", "1", "--loop-mib", "1", "--device", "cpu"]
+    step_sizes.main([*sizes, *quick, "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "step_sizes.json").read_text(encoding="utf-8"))
+    (point,) = result["sweeps"]["models"]
+    assert set(point["ms"]) == {OURS, FUSED}
+    assert "which 2 contestants of 1,000 elements fill" in point["left_out"][FUSED + CASTS]
+    assert "which 0 contestants of 10,000 elements fill" in result["skipped"]["synthetic:2:5000"]
+    assert "- synthetic:2:5000: " in (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "synthetic:3:70000"])
+def test_a_set_of_parameters_is_the_same_each_time(name: str) -> None:
+    one, other = (list(parameter_sets.build(name).parameters()) for _ in range(2))
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(one, other, strict=True))
+    assert parameter_sets.count(name) == sum(a.numel() for a in one)
+
+
+RECIPE = train_contestants.Recipe(CPU, torch.bfloat16, loss_scaling=True, lr=0.1, backend="cpu")
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, 5, generator=generator), torch.tensor([0, 1, 2, 0])
+
+
+def trained(name: str, batch: tuple[torch.Tensor, torch.Tensor]) -> train_contestants.Trainer:
+    torch.manual_seed(0)
+    trainer = train_contestants.build(name, torch.nn.Linear(5, 3), RECIPE)
+    for _ in range(3):
+        trainer.backward(trainer.forward(*batch))
+        trainer.update()
+    return trainer
+
+
+@pytest.mark.parametrize("name", [*train_contestants.names(RECIPE), FUSED + GRAPH, OURS + GRAPH])
+def test_the_last_update_of_a_training_is_checked(
+    name: str, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeCuda(monkeypatch)
+    assert train_check.check(trained(name, batch), RECIPE, *batch).passed
+
+
+@pytest.mark.parametrize("name", [OURS, FUSED, FOR_LOOP])
+def test_a_wrong_update_of_a_training_is_found(
+    name: str, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(name, batch)
+    apply = trainer.apply
+
+    def apply_wrongly() -> None:
+        apply()
+        trainer.model.weight.data[0, 0] += 0.01
+
+    monkeypatch.setattr(trainer, "apply", apply_wrongly)
+    checked = train_check.check(trainer, RECIPE, *batch)
+    assert not checked.passed and checked.text.startswith("check failed: ")
+
+
+def test_a_captured_training_follows_its_learning_rate(
+    batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeCuda(monkeypatch)
+    trainer = trained(OURS + GRAPH, batch)
+    before = trainer.model.weight.clone()
+    # A graph reads the tensor that was there when it was captured.
+    (rate,) = (group["lr"] for group in trainer.optimizer.param_groups)
+    train_contestants.set_lr(trainer.optimizer, 0.0)
+    assert trainer.optimizer.param_groups[0]["lr"] is rate
+    trainer.forward(*batch)
+    assert torch.equal(trainer.model.weight, before)
+    train_contestants.set_lr(trainer.optimizer, 1.0)
+    trainer.forward(*batch)
+    assert not torch.equal(trainer.model.weight, before)

@@ -1,0 +1,287 @@
+"""torch.distributed.checkpoint saves and restores FusedSGD, on as many processes as there are then.
+
+Before there is any state it takes a step with gradients of zero, to see what there will be. That must change nothing.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import Module, Parameter
+
+from fused_tricks import DynamicLossScale, FusedSGD
+from support import ranks
+from support.comparison import assert_all_same_bits, assert_same_bits
+from support.products import Products, inputs_of, with_overflow
+
+# Torch says so when a process saves or loads alone.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "dampening": 0.25}
+OVERFLOWS = (0, 4, 7)
+FORMATS = {"nested": StateDictOptions(), "flat": StateDictOptions(flatten_optimizer_state_dict=True)}
+
+
+def optimizer_of(model: Module, backend: str = "cpu", **options: Any) -> FusedSGD:
+    scale = DynamicLossScale(init_scale=64.0, growth_interval=3)
+    return FusedSGD(
+        model.parameters(),
+        **{**OPTIONS, "loss_scale": scale, "max_grad_norm": 2.0, "backend": backend, **options},
+    )
+
+
+def train(model: Module, optimizer: FusedSGD, steps: range) -> None:
+    """The inputs are the same on all processes, and so is their mean however many there are."""
+    for step in steps:
+        inputs = inputs_of(0, step)
+        optimizer.zero_grad()
+        optimizer.scale(model(with_overflow(inputs) if step in OVERFLOWS else inputs)).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def whole(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def contents(model: Module, optimizer: FusedSGD) -> dict[str, Any]:
+    """Weights, state and statistics, whole."""
+    return {
+        "weights": [whole(p.detach()).clone() for p in model.parameters()],
+        "state": [
+            {key: whole(value).clone() for key, value in optimizer.state.get(p, {}).items()}
+            for p in model.parameters()
+        ],
+        "stats": optimizer.stats(),
+        "scale": optimizer.loss_scale.state_dict(),
+    }
+
+
+def assert_same_contents(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert_all_same_bits(actual["weights"], expected["weights"], "weight")
+    for index, (state, other) in enumerate(zip(actual["state"], expected["state"], strict=True)):
+        assert state.keys() == other.keys()
+        for key in state:
+            assert_same_bits(state[key], other[key], f"{key} {index}")
+    assert actual["stats"] == expected["stats"]
+    assert actual["scale"] == expected["scale"]
+
+
+def restore(saved_in: str, model: Module, optimizer: FusedSGD, options: StateDictOptions) -> None:
+    """Loads a checkpoint as torch's tutorial does: into what the new objects have."""
+    states = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    dcp.load(states, checkpoint_id=saved_in)
+    set_model_state_dict(model, states["model"])
+    set_optimizer_state_dict(model, optimizer, states["optimizer"], options=options)
+
+
+def save(folder: str, model: Module, optimizer: FusedSGD, options: StateDictOptions) -> None:
+    states = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    dcp.save(states, checkpoint_id=folder)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.0, "dampening": 0.0}, {"loss_scale": 8.0, "max_grad_norm": None}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_to_ask_for_the_state_changes_nothing(backend, device, dtype, options, before):
+    """Neither before the first step, nor after one that was skipped, nor later."""
+    models = [Products(dtype).to(device) for _ in range(2)]
+    optimizers = [optimizer_of(model, backend, **options) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train_on(device, model, optimizer, range(before))
+    stats = optimizers[0].stats()
+    get_optimizer_state_dict(models[0], optimizers[0])
+    assert optimizers[0].stats() == stats
+    assert [group["lr"] for group in optimizers[0].param_groups] == [OPTIONS["lr"]]
+    assert_all_same_bits(models[0].parameters(), models[1].parameters())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train_on(device, model, optimizer, range(before, 3))
+    assert_all_same_bits(models[0].parameters(), models[1].parameters())
+    assert optimizers[0].stats() == optimizers[1].stats()
+
+
+def train_on(device: torch.device, model: Module, optimizer: FusedSGD, steps: range) -> None:
+    for step in steps:
+        inputs = inputs_of(0, step)
+        inputs = [x.to(device) for x in (with_overflow(inputs) if step in OVERFLOWS else inputs)]
+        optimizer.scale(model(inputs)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_parameter_without_a_gradient_at_first_is_still_new_after_the_state_was_asked_for(
+    backend, device, copied
+):
+    """Dampening does not apply to its first update, although a buffer of zeros is there."""
+    model = Products(torch.float16, ((3,), (3,))).to(device)
+    optimizer = FusedSGD(model.parameters(), lr=1.0, momentum=0.5, dampening=0.5, backend=backend)
+    get_optimizer_state_dict(model, optimizer)
+    if copied:
+        model, optimizer = deepcopy((model, optimizer))
+    first, second = model.weights
+    start = second.detach().float()
+    for step in range(3):
+        first.grad = torch.ones_like(first)
+        second.grad = torch.ones_like(second) if step else None
+        optimizer.step()
+    assert optimizer.state[first]["momentum_buffer"].tolist() == [1.0] * 3
+    assert optimizer.state[second]["momentum_buffer"].tolist() == [1.0] * 3
+    assert_same_bits(optimizer.state[second]["master_param"], start - 2)
+
+
+def test_a_first_step_of_training_with_zero_gradients_and_rate_counts(backend, device):
+    """As in torch.optim.SGD: it looks like the step that asks for the state, and is none."""
+    model = Products(torch.float32, ((3, 2),)).to(device)
+    optimizer = FusedSGD(
+        model.parameters(), lr=0.0, momentum=0.9, weight_decay=0.5, loss_scale="dynamic", backend=backend
+    )
+    (weight,) = model.weights
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert optimizer.stats().applied_steps == 1
+    assert_same_bits(optimizer.state[weight]["momentum_buffer"], weight.detach() * 0.5)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("step", [0, 1, 3])
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_a_run_resumes_bit_for_bit_from_any_step(tmp_path, form, step, momentum):
+    options = FORMATS[form]
+    rules = {"momentum": momentum, "dampening": 0.25 if momentum else 0.0}
+    model = Products(torch.float16)
+    optimizer = optimizer_of(model, **rules)
+    train(model, optimizer, range(step))
+    save(str(tmp_path), model, optimizer, options)
+    resumed = Products(torch.float16)
+    other = optimizer_of(resumed, **rules)
+    restore(str(tmp_path), resumed, other, options)
+    assert other.stats()[:3] == optimizer.stats()[:3]
+    assert other.loss_scale.state_dict() == optimizer.loss_scale.state_dict()
+    for of in ((model, optimizer), (resumed, other)):
+        train(*of, range(step, 9))
+    assert_same_contents(contents(resumed, other), contents(model, optimizer))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_a_state_dict_is_set_in_a_new_optimizer_and_in_the_same(form, momentum):
+    """Without a file between, and with FP32 parameters, which need no state where there is no momentum."""
+    rules = {"momentum": momentum, "dampening": 0.0}
+    models = []
+    for _ in range(2):
+        models.append(Products(torch.float16))
+        models[-1].weights[1] = Parameter(models[-1].weights[1].float())
+    optimizers = [optimizer_of(model, **rules) for model in models]
+    train(models[0], optimizers[0], range(3))
+    saved = get_optimizer_state_dict(models[0], optimizers[0], options=FORMATS[form])
+    models[1].load_state_dict(models[0].state_dict())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        set_optimizer_state_dict(model, optimizer, deepcopy(saved), options=FORMATS[form])
+        train(model, optimizer, range(3, 6))
+    assert_same_contents(contents(models[1], optimizers[1]), contents(models[0], optimizers[0]))
+    assert optimizers[1].stats().applied_steps == 4
+
+
+def train_sharded(folder: str, form: str, steps: range) -> dict[str, Any]:
+    """A leg of the run, on all processes."""
+    model = Products(torch.float16)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = optimizer_of(model)
+    if steps.start:
+        restore(f"{folder}/{steps.start}", model, optimizer, FORMATS[form])
+    train(model, optimizer, steps)
+    save(f"{folder}/{steps.stop}", model, optimizer, FORMATS[form])
+    return contents(model, optimizer)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_run_goes_from_two_processes_to_four_to_one_bit_for_bit(tmp_path, form):
+    model = Products(torch.float16)
+    optimizer = optimizer_of(model)
+    for count, steps in ((2, range(3)), (4, range(3, 6)), (1, range(6, 9)), (2, range(9, 11))):
+        train(model, optimizer, steps)
+        expected = contents(model, optimizer)
+        for actual in ranks.run(count, train_sharded, str(tmp_path), form, steps):
+            assert_same_contents(actual, expected)
+    assert optimizer.stats().skipped_steps == len(OVERFLOWS)
+
+
+def load_whole(folder: str, broadcast: bool) -> None:
+    """Saves all in the first process's file; loads it with and without the others reading it."""
+    sharded = Products(torch.float16)
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(sharded, mesh=mesh)
+    optimizer = optimizer_of(sharded)
+    train(sharded, optimizer, range(3))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    states = (
+        get_model_state_dict(sharded, options=options),
+        get_optimizer_state_dict(sharded, optimizer, options=options),
+    )
+    if dist.get_rank() == 0:
+        torch.save(states, f"{folder}/whole.pt")
+    dist.barrier()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
+    reads = dist.get_rank() == 0 or not broadcast
+    states = torch.load(f"{folder}/whole.pt", weights_only=True) if reads else ({}, {})
+    resumed = Products(torch.float16)
+    fully_shard(resumed, mesh=mesh)
+    other = optimizer_of(resumed)
+    set_model_state_dict(resumed, states[0], options=options)
+    set_optimizer_state_dict(resumed, other, states[1], options=options)
+    for of in ((sharded, optimizer), (resumed, other)):
+        train(*of, range(3, 6))
+    assert_same_contents(contents(resumed, other), contents(sharded, optimizer))
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_a_whole_state_dict_is_divided_again(tmp_path, broadcast):
+    ranks.run(2, load_whole, str(tmp_path), broadcast)
+
+
+def load_plainly() -> None:
+    """By load_state_dict, without torch.distributed.checkpoint."""
+    plain = Products(torch.float16)
+    optimizer = optimizer_of(plain)
+    train(plain, optimizer, range(3))
+    sharded = Products(torch.float16)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    other = optimizer_of(sharded)
+    set_model_state_dict(sharded, plain.state_dict(), options=StateDictOptions(full_state_dict=True))
+    other.load_state_dict(optimizer.state_dict())
+    back = Products(torch.float16)
+    back.load_state_dict(plain.state_dict())
+    third = optimizer_of(back)
+    third.load_state_dict(other.state_dict())
+    for of in ((plain, optimizer), (sharded, other), (back, third)):
+        train(*of, range(3, 6))
+    assert_same_contents(contents(sharded, other), contents(plain, optimizer))
+    assert_same_contents(contents(back, third), contents(plain, optimizer))
+
+
+def test_a_plain_checkpoint_is_divided_and_a_divided_one_gathered():
+    ranks.run(2, load_plainly)
