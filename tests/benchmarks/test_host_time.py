@@ -14,10 +14,10 @@ import pytest
 
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
-from backends import unusable_because
 from benchmarks import host_time
 from benchmarks.host_tricks import LEFT_OUT, TRICKS, Edit, Trick
 from fused_tricks.extension import load_extension
+from support.backends import unusable_because
 
 CSRC = Path(__file__).parents[1] / "csrc"
 has_extension = pytest.mark.skipif(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import Linear, Parameter
 
-from comparison import assert_all_same_bits, assert_same_bits
 from fused_tricks import FusedSGD, fp32_state_dict, load_fp32_state_dict
 from fused_tricks.backends import BACKENDS
+from support.comparison import assert_all_same_bits, assert_same_bits
 
 DAMPED = {"lr": 0.5, "momentum": 0.5, "dampening": 0.5}
 
