@@ -47,7 +47,7 @@ help:
 	@echo "              BENCH_ARGS goes to the training, and BENCH_ARGS=--help lists its options"
 	@echo "make gpu-report  build, test, time and profile on this machine's GPU within LIMIT=$(LIMIT) seconds, with"
 	@echo "              $(PYTHON) as it is: nothing is installed; GPU_REPORT_ARGS=--help lists options"
-	@echo "make lint     ruff, mypy and clang-format; needs no build"
+	@echo "make lint     ruff, mypy, clang-format and what csrc/core includes; needs no build"
 	@echo "make format   let ruff and clang-format rewrite the files"
 	@echo "make clean    remove what was built; $(VENV) stays"
 	@echo
@@ -112,6 +112,8 @@ lint: $(STAMPS)/lint
 	$(IN_VENV) -m ruff format --check
 	$(IN_VENV) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_FORMATTED)
+	@! grep -rnE 'Python\.h|pybind11|py::|include +"[^"]*/' csrc/core || \
+		{ echo "csrc/core includes only files of its own folder, and knows nothing of Python" >&2; exit 1; }
 
 format: $(STAMPS)/lint
 	$(IN_VENV) -m ruff check --fix-only

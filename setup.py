@@ -246,7 +246,7 @@ def link(folder: Path, compiler: Compiler, cuda: Cuda | None, version: str, info
         objects = [ninja.make(f"{source}.o", "nvcc", [source]) for source in cuda_sources()]
         libraries = [f"-L{each}" for each in cuda.toolkit.library_dirs]
         libraries += ["-lcudart_static", "-ldl", "-lrt", "-pthread"]
-    folders = ["csrc", "csrc/cpu", *(["csrc/cuda"] if cuda else [])]
+    folders = ["csrc/python", "csrc/cpu", *(["csrc/cuda"] if cuda else [])]
     sources = sorted(source for each in folders for source in Path(each).glob("*.cpp"))
     objects += [
         ninja.make(f"{source}.o", "cxx", [source], X86_FLAGS.get(source.name, ()))

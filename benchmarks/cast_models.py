@@ -17,7 +17,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from benchmarks import machine, progress, report
+from benchmarks.lib import machine, progress, report
 from fused_tricks import cast_model
 
 CLASSES = 10

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 import fused_tricks
-from benchmarks import ablation_options, data, gpu, machine, progress, report, train_contestants
-from benchmarks.ablation_network import small_resnet
-from benchmarks.command_line import positive, several
-from benchmarks.harness import mean_and_deviation
-from benchmarks.names import FOR_LOOP, FUSED, OURS
-from benchmarks.train import accuracy, batches
-from benchmarks.train_contestants import Recipe, Trainer
+from benchmarks.ablation import options as ablation_options
+from benchmarks.ablation.network import small_resnet
+from benchmarks.lib import data, gpu, machine, progress, report
+from benchmarks.lib.command_line import positive, several
+from benchmarks.lib.harness import mean_and_deviation
+from benchmarks.lib.names import FOR_LOOP, FUSED, OURS
+from benchmarks.train import contestants as train_contestants
+from benchmarks.train.__main__ import accuracy, batches
+from benchmarks.train.contestants import Recipe, Trainer
 
 BASELINE = FOR_LOOP
 ROUNDED = f"{OURS}, begun from rounded weights"

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from torchvision import models
 
-from benchmarks import machine, progress
-from benchmarks.report import OUTPUT, output_file, table, write_page
-from benchmarks.weightless import weightless
-from fused_tricks import norm_layers, zero_gamma
+from benchmarks.lib import machine, progress
+from benchmarks.lib.report import OUTPUT, output_file, table, write_page
+from benchmarks.lib.weightless import weightless
+from fused_tricks import norm_layers
+from fused_tricks.zero_gamma.find import find
 
 TEXT = """\
 # What `zero_gamma_` finds
@@ -85,7 +86,7 @@ def in_torchvision(names: Iterable[str]) -> Iterator[Finding]:
             flagged = (
                 models.get_model(name, zero_init_residual=True) if isinstance(model, models.ResNet) else None
             )
-        found = zero_gamma.find(model, None)
+        found = find(model, None)
         theirs = set() if flagged is None else zeroed(flagged)
         yield Finding(name, set(found.gammas), len(norm_layers(model)), len(found.left_alone), theirs)
 
@@ -97,7 +98,7 @@ def in_timm(names: Iterable[str]) -> Iterator[Finding]:
         with weightless():
             model: Any = timm.create_model(name)
         example = torch.empty(2, *model.pretrained_cfg["input_size"], device="meta")
-        found = zero_gamma.find(model, example)
+        found = find(model, example)
         yield Finding(name, set(found.gammas), len(norm_layers(model)), len(found.left_alone), zeroed(model))
 
 

@@ -10,8 +10,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from benchmarks.report import MARK_COLOUR, OURS_COLOUR
-from fused_tricks.warmup_cosine import WarmupCosine
+from benchmarks.lib.report import MARK_COLOUR, OURS_COLOUR
+from fused_tricks.schedule.curve import WarmupCosine
 
 PICTURE = Path(__file__).with_suffix(".png")
 UPDATES = 400

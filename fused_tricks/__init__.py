@@ -1,12 +1,12 @@
 """Low-precision training by the recipe of "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187)."""
 
-from .full_precision import fp32_state_dict, load_fp32_state_dict
-from .learning_rate import global_batch_size, scale_lr
+from .cast import cast_model, norm_layers
+from .fp32_weights import fp32_state_dict, load_fp32_state_dict
+from .linear_scaling import global_batch_size, scale_lr
 from .loss_scale import DynamicLossScale
-from .low_precision import cast_model, norm_layers
 from .optimizer import FusedSGD
 from .schedule import WarmupCosineLR
-from .step_stats import StepStats
+from .step.stats import StepStats
 from .weight_decay import decay_groups
 from .zero_gamma import zero_gamma_, zero_gamma_names
 

@@ -1,8 +1,8 @@
 from typing import Any
 
-from .agreement import Agreement
 from .backends.compiled import CompiledEntry, CompiledRate
-from .backends.request import StepRequest
+from .distributed.found_inf_reduction import Agreement
+from .step.request import StepRequest
 
 class Plan:
     def __init__(

@@ -18,7 +18,7 @@ from ._torch import library_path, negative_view
 
 _REINSTALL = "reinstall fused_tricks"
 
-# As csrc/dtype.h numbers them.
+# As csrc/core/dtype.h numbers them.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The extension does without any of them, more slowly.
 _STABLE_FUNCTIONS = (

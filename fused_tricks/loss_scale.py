@@ -9,8 +9,8 @@ from numbers import Real
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from .arguments import as_double, shown
-from .step_state import StepState, to_float32
+from .step.device_state import StepState, to_float32
+from .validation import as_double, shown
 
 _INT32_MAX = 2**31 - 1
 _SMALLEST_NORMAL = 2.0**-126

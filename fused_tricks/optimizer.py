@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._torch import disable_dynamo, has_modes, has_step_hooks, is_asked_for_state
-from .agreement import SharedGroup, find_agreement
 from .backends import BACKENDS, check_backend, stepper_class
-from .backends.request import Outcome, StepRequest, step_request
-from .checkpoint import SCALE_KEYS
-from .diagnostics import StepDiagnostics
-from .group_source import check_nothing_is_lost, register_source
-from .hyper_parameters import (
+from .distributed.found_inf_reduction import SharedGroup, find_agreement
+from .distributed.sharding import check_flattened
+from .loss_scale import DynamicLossScale, parse_loss_scale
+from .step.device_state import StepState
+from .step.diagnostics import StepDiagnostics
+from .step.group_options import (
     check_group,
     check_max_grad_norm,
     check_numbers,
@@ -26,18 +26,18 @@ from .hyper_parameters import (
     is_zero,
     lists_biases_to_decay,
 )
-from .loss_scale import DynamicLossScale, parse_loss_scale
-from .masters import masters_in_use, refresh_masters
-from .new_state import NewState
-from .parameters import named_parameters
-from .plan import build_plan
-from .saved_state import Prepared, SavedState
-from .sharding import check_flattened
-from .shared_memory import device_of, has_memory
-from .step_hooks import runs_hooks, with_hooks
-from .step_lock import StepLock, one_at_a_time
-from .step_state import StepState
-from .step_stats import StepStats
+from .step.group_source import check_nothing_is_lost, register_source
+from .step.hooks import runs_hooks, with_hooks
+from .step.lock import StepLock, one_at_a_time
+from .step.masters import masters_in_use, refresh_masters
+from .step.new_state import NewState
+from .step.optimizer_state import SCALE_KEYS
+from .step.parameters import named_parameters
+from .step.plan import build_plan
+from .step.request import Outcome, StepRequest, step_request
+from .step.saved_state import Prepared, SavedState
+from .step.shared_memory import device_of, has_memory
+from .step.stats import StepStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

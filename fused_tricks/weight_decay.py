@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .arguments import real
+from .validation import real
 
 
 def decay_groups(

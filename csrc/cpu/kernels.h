@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "../dtype.h"
-#include "../sgd_update.h"
+#include "../core/dtype.h"
+#include "../core/sgd_update.h"
 
 namespace fused_tricks::cpu {
 

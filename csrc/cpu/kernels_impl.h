@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../low_precision.h"
+#include "../core/low_precision.h"
 #include "kernels.h"
 
 namespace fused_tricks::cpu {

@@ -5,8 +5,8 @@
 #include <numeric>
 #include <vector>
 
-#include "../threads.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace fused_tricks::cpu {
 

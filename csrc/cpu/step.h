@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../plan.h"
+#include "../python/plan.h"
 
 namespace fused_tricks::cpu {
 

@@ -2,7 +2,7 @@
 // elements (of parameters, masters, buffers and gradients) apart from tables and scalars.
 #pragma once
 
-#include "../dtype.h"
+#include "../core/dtype.h"
 #include "tables.h"
 
 namespace fused_tricks::cuda {

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../plan.h"
+#include "../python/plan.h"
 #include "launch.h"
 #include "tables.h"
 

@@ -5,9 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../dtype.h"
-#include "../group.h"
-#include "../step_state.h"
+#include "../core/dtype.h"
+#include "../core/group.h"
+#include "../core/step_state.h"
 
 namespace fused_tricks::cuda {
 

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..parameters import is_wrapper
-from ..plan import Plan
-from ..shared_memory import has_memory
-from ..step_state import StepState
+from ..step.device_state import StepState
+from ..step.parameters import is_wrapper
+from ..step.plan import Plan
+from ..step.request import Outcome as Outcome
+from ..step.request import StepRequest
+from ..step.shared_memory import has_memory
 from . import cpu, cuda, reference, triton
-from .request import Outcome as Outcome
-from .request import StepRequest
 
 
 class Stepper(Protocol):

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..applied_rate import applied_rate_of
-from ..plan import Plan
-from ..step_state import StepState
+from ..step.device_lr import applied_rate_of
+from ..step.device_state import StepState
+from ..step.plan import Plan
 
 if TYPE_CHECKING:
     from .. import _extension
 
 
 class CompiledEntry(NamedTuple):
-    """An entry of a plan, as csrc/plan.cpp reads it by the names of its fields.
+    """An entry of a plan, as csrc/python/plan.cpp reads it by the names of its fields.
 
     Attributes:
         alias: A tensor that shares the parameter's version counter; None where the caller writes the parameter.
@@ -39,7 +39,7 @@ class CompiledEntry(NamedTuple):
 
 
 class CompiledRate(NamedTuple):
-    """A learning rate that follows the updates applied, as csrc/plan.cpp reads it by the names of its fields."""
+    """A learning rate that follows the updates applied, as csrc/python/plan.cpp reads it by the names of its fields."""
 
     lr: Tensor
     base: float

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..extension import load_extension, missing_because
-from ..plan import Plan
-from ..step_state import StepState
+from ..step.device_state import StepState
+from ..step.plan import Plan
+from ..step.request import StepRequest
 from .compiled import CompiledPlan
-from .request import StepRequest
 
 if TYPE_CHECKING:
     from .. import _extension

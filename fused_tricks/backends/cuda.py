@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..extension import load_extension, missing_because
-from ..plan import Plan
-from ..step_state import StepState
+from ..step.device_state import StepState
+from ..step.plan import Plan
+from ..step.request import StepRequest
 from .compiled import CompiledPlan
 from .gpu import GpuStepper, current_stream, is_capturing
-from .request import StepRequest
 
 if TYPE_CHECKING:
     from .. import _extension

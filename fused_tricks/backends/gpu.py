@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._torch import current_raw_stream
-from ..plan import Plan
-from ..step_state import OFFSETS, StepState
+from ..step.device_state import OFFSETS, StepState
+from ..step.plan import Plan
 
 
 def is_capturing(device: torch.device) -> bool:

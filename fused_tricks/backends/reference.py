@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..applied_rate import applied_rate_of
-from ..hyper_parameters import as_float
-from ..options import FLAGS, NUMBERS
-from ..ordinary_tensors import outside_all_modes
-from ..parameters import state_dtype
-from ..plan import Entry, Plan
-from ..shared_memory import has_memory
-from ..step_state import StepState, to_float32
-from .request import Outcome, StepRequest
+from ..step.device_lr import applied_rate_of
+from ..step.device_state import StepState, to_float32
+from ..step.group_options import as_float
+from ..step.options import FLAGS, NUMBERS
+from ..step.ordinary_tensors import outside_all_modes
+from ..step.parameters import state_dtype
+from ..step.plan import Entry, Plan
+from ..step.request import Outcome, StepRequest
+from ..step.shared_memory import has_memory
 
 
 class ReferenceStepper:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cuda_resources
+from benchmarks.resources import cuda as cuda_resources
 from fused_tricks.extension import load_extension
 
 
@@ -53,5 +53,5 @@ def test_the_table_in_the_repository_is_that_of_the_build(compiled) -> None:
         pytest.skip(f"the table was made by another nvcc than this one ({cuda['version']})")
     rows = set(cuda_resources.as_markdown(compiled, cuda["version"]).splitlines())
     assert rows <= set(table.splitlines()), (
-        "run python -m benchmarks.cuda_resources --output benchmarks/results"
+        "run python -m benchmarks.resources.cuda --output benchmarks/results"
     )

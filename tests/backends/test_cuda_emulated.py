@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_tricks import FusedSGD, WarmupCosineLR
-from fused_tricks.backends.request import StepRequest
-from fused_tricks.plan import Entry, Plan
-from fused_tricks.step_state import StepState
+from fused_tricks.step.device_state import StepState
+from fused_tricks.step.plan import Entry, Plan
+from fused_tricks.step.request import StepRequest
 from support import backends, emulation
 from support.comparison import assert_same_bits, bits
 

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from fused_tricks import FusedSGD
 from fused_tricks.backends import gpu
-from fused_tricks.step_state import OFFSETS
+from fused_tricks.step.device_state import OFFSETS
 from support import backends
 
 GPU_BACKENDS = ["emulated_cuda", "cuda", "triton"]

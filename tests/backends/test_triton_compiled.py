@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cuda_resources import cuobjdump
+from benchmarks.resources.cuda import cuobjdump
 
 pytest.importorskip("triton")
 
-from benchmarks import triton_resources
-from benchmarks.triton_resources import Kernel
+from benchmarks.resources import triton as triton_resources
+from benchmarks.resources.triton import Kernel
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ def compiled() -> tuple[str, list[Kernel]]:
     if cuobjdump() is None:
         pytest.skip("there is no cuobjdump to read cubins with")
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.triton_resources", "--json"],
+        [sys.executable, "-m", "benchmarks.resources.triton", "--json"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
@@ -72,5 +72,5 @@ def test_the_table_in_the_repository_is_that_of_this_triton(compiled) -> None:
         pytest.skip(f"the table was made by another triton than this one ({version})")
     rows = set(triton_resources.as_markdown(found).splitlines())
     assert rows <= set(text.splitlines()), (
-        "run python -m benchmarks.triton_resources --output benchmarks/results"
+        "run python -m benchmarks.resources.triton --output benchmarks/results"
     )

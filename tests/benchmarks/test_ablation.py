@@ -20,11 +20,14 @@ pytest.importorskip("scipy", reason="the ablation takes Student's t from scipy")
 
 from scipy import stats
 
-from benchmarks import ablation, ablation_pilot, ablation_recipe, report
-from benchmarks.ablation import Difference
-from benchmarks.ablation_log import OutcomeLog
-from benchmarks.ablation_network import small_resnet
-from benchmarks.ablation_recipe import ROWS, Outcome, Setting, step_decay
+from benchmarks.ablation import __main__ as ablation
+from benchmarks.ablation import pilot as ablation_pilot
+from benchmarks.ablation import recipe as ablation_recipe
+from benchmarks.ablation.__main__ import Difference
+from benchmarks.ablation.log import OutcomeLog
+from benchmarks.ablation.network import small_resnet
+from benchmarks.ablation.recipe import ROWS, Outcome, Setting, step_decay
+from benchmarks.lib import report
 
 OPTIONS = ["--dataset", "digits", "--image-size", "8", "--blocks", "1", "--epochs", "1", "--seeds", "2"]
 OPTIONS += ["--small-batch", "128", "--large-batch", "256", "--device", "cpu"]

@@ -12,20 +12,17 @@ import torch
 
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
-from benchmarks import (
-    gpu,
-    parameter_sets,
-    step,
-    step_check,
-    step_lineup,
-    step_sizes,
-    train_check,
-    train_contestants,
-)
-from benchmarks.names import FOR_LOOP, FUSED, GRAPH, OURS
-from benchmarks.step_check import Check
-from benchmarks.step_contestants import CASTS, Entry
-from benchmarks.step_lineup import Candidate
+from benchmarks.lib import gpu, parameter_sets
+from benchmarks.lib.names import FOR_LOOP, FUSED, GRAPH, OURS
+from benchmarks.step import __main__ as step
+from benchmarks.step import check as step_check
+from benchmarks.step import lineup as step_lineup
+from benchmarks.step import sizes as step_sizes
+from benchmarks.step.check import Check
+from benchmarks.step.contestants import CASTS, Entry
+from benchmarks.step.lineup import Candidate
+from benchmarks.train import check as train_check
+from benchmarks.train import contestants as train_contestants
 from support.fake_cuda import FakeCuda
 
 CPU = torch.device("cpu")

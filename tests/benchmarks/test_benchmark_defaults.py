@@ -14,21 +14,15 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("scipy", reason="the ablation has confidence intervals of scipy")
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
-from benchmarks import (
-    ablation,
-    backend_choice,
-    data,
-    gpu_bits,
-    gpu_kernels,
-    losslessness,
-    progress,
-    report,
-    step,
-    step_sizes,
-    train,
-    zero_gamma,
-)
-from benchmarks.harness import Contestant, interleave
+from benchmarks import losslessness, zero_gamma
+from benchmarks.ablation import __main__ as ablation
+from benchmarks.gpu_report import bits as gpu_bits
+from benchmarks.gpu_report import kernels as gpu_kernels
+from benchmarks.lib import backend_choice, data, progress, report
+from benchmarks.lib.harness import Contestant, interleave
+from benchmarks.step import __main__ as step
+from benchmarks.step import sizes as step_sizes
+from benchmarks.train import __main__ as train
 from fused_tricks.backends import BACKENDS, Backend
 
 CPU = torch.device("cpu")

@@ -18,22 +18,17 @@ pytest.importorskip("sklearn", reason="the benchmarks take their smallest data s
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
 
-from benchmarks import (
-    cast_models,
-    data,
-    machine,
-    parameter_sets,
-    report,
-    step,
-    step_contestants,
-    step_lineup,
-    step_sizes,
-    train,
-    train_contestants,
-)
-from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
-from benchmarks.step_contestants import CASTS, COPY, FUSED_CASTS, FUSED_NEW_CASTS, SCALE
-from benchmarks.step_lineup import FORMS
+from benchmarks import cast_models
+from benchmarks.lib import data, machine, parameter_sets, report
+from benchmarks.lib.names import FOR_LOOP, FOREACH, FUSED, OURS
+from benchmarks.step import __main__ as step
+from benchmarks.step import contestants as step_contestants
+from benchmarks.step import lineup as step_lineup
+from benchmarks.step import sizes as step_sizes
+from benchmarks.step.contestants import CASTS, COPY, FUSED_CASTS, FUSED_NEW_CASTS, SCALE
+from benchmarks.step.lineup import FORMS
+from benchmarks.train import __main__ as train
+from benchmarks.train import contestants as train_contestants
 
 TRAIN = ["--dataset", "digits", "--image-size", "16", "--batch-size", "8", "--device", "cpu", "--seeds", "1"]
 STEP = ["--rounds", "2", "--host-rounds", "2", "--loop-mib", "1", "--device", "cpu"]

@@ -17,10 +17,15 @@ from torch import Tensor
 pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
-from benchmarks import backend_choice, gpu, step, step_contestants, step_lineup, step_peers, step_sizes
-from benchmarks.harness import Clock, Contestant, interleave
-from benchmarks.names import FUSED, OURS
-from benchmarks.step_contestants import (
+from benchmarks.lib import backend_choice, gpu
+from benchmarks.lib.harness import Clock, Contestant, interleave
+from benchmarks.lib.names import FUSED, OURS
+from benchmarks.step import __main__ as step
+from benchmarks.step import contestants as step_contestants
+from benchmarks.step import lineup as step_lineup
+from benchmarks.step import peers as step_peers
+from benchmarks.step import sizes as step_sizes
+from benchmarks.step.contestants import (
     CASTS,
     COPY,
     FUSED_NEW_CASTS,
@@ -28,7 +33,7 @@ from benchmarks.step_contestants import (
     Entry,
     Gradients,
 )
-from benchmarks.step_lineup import FORMS
+from benchmarks.step.lineup import FORMS
 from fused_tricks import FusedSGD, cast_model
 from fused_tricks.backends import BACKENDS, Backend
 from support import emulation  # adds a backend

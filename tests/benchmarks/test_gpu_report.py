@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_build, gpu_report
-from benchmarks.gpu_report import ROOT, Report
-from benchmarks.gpu_report_parts import Part, Request, parts
+from benchmarks.gpu_report import __main__ as gpu_report
+from benchmarks.gpu_report import build as gpu_build
+from benchmarks.gpu_report.__main__ import ROOT, Report
+from benchmarks.gpu_report.parts import Part, Request, parts
 from support import emulation
 
 TESTS = Path(__file__).parents[1]

@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
 pytest.importorskip("torchvision", reason="a result names the version of torchvision")
 
-from benchmarks import report
-from benchmarks.harness import Clock, Contestant, Spread, interleave, mean_and_deviation, ratios
+from benchmarks.lib import report
+from benchmarks.lib.harness import Clock, Contestant, Spread, interleave, mean_and_deviation, ratios
 
 
 def order_of_runs(rounds: int) -> tuple[list[str], dict[str, int]]:

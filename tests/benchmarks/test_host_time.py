@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
-from benchmarks import host_time
-from benchmarks.host_tricks import LEFT_OUT, TRICKS, Edit, Trick
+from benchmarks.host_time import __main__ as host_time
+from benchmarks.host_time.tricks import LEFT_OUT, TRICKS, Edit, Trick
 from fused_tricks.extension import load_extension
 from support.backends import unusable_because
 
@@ -56,7 +56,7 @@ def test_an_edit_of_text_that_is_gone_names_it(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"csrc/plan\.cpp no longer has 'int gone;'.*benchmarks/host_tricks\.py"
     ):
-        Edit("plan.cpp", "int gone;", "").apply(source)
+        Edit("python/plan.cpp", "int gone;", "").apply(source)
 
 
 def test_every_trick_is_switched_off_by_something() -> None:

@@ -16,8 +16,8 @@ pytest.importorskip("torchvision", reason="the benchmarks take their networks fr
 pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
 
 from benchmarks import losslessness
+from benchmarks.lib.names import FUSED, OURS
 from benchmarks.losslessness import BASELINE, ROUNDED, TESTS, Curves, steps_tested, summarise
-from benchmarks.names import FUSED, OURS
 
 OPTIONS = ["--dataset", "digits", "--image-size", "8", "--blocks", "1", "--batch-size", "128"]
 OPTIONS += ["--epochs", "1", "--seeds", "2", "--device", "cpu"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_tricks.low_precision import cast_model, norm_layers
+from fused_tricks.cast import cast_model, norm_layers
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 both_dtypes = pytest.mark.parametrize("dtype", [FP16, BF16])

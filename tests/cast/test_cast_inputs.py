@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_tricks.low_precision import cast_model
+from fused_tricks.cast import cast_model
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 

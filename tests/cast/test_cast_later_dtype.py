@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_tricks import FusedSGD, low_precision
-from fused_tricks.low_precision import cast_model
+from fused_tricks import FusedSGD
+from fused_tricks.cast import cast_model
+from fused_tricks.cast import model as low_precision
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 later_dtype = pytest.mark.parametrize("later", [FP16, BF16, FP32, FP64], ids=str)

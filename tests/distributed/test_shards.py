@@ -18,15 +18,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import BatchNorm1d, Linear, Parameter, Sequential
 
-from fused_tricks import (
-    DynamicLossScale,
-    FusedSGD,
-    agreement,
-    cast_model,
-    fp32_state_dict,
-    load_fp32_state_dict,
-)
+from fused_tricks import DynamicLossScale, FusedSGD, cast_model, fp32_state_dict, load_fp32_state_dict
 from fused_tricks import optimizer as optimizer_module
+from fused_tricks.distributed import found_inf_reduction
 from support import ranks
 from support.comparison import assert_all_same_bits, assert_same_bits
 from support.products import SHAPES, Products, Shapes, inputs_of, mean_of, with_overflow
@@ -394,8 +388,8 @@ def test_an_agreement_is_sought_where_the_processes_can_communicate(monkeypatch)
     """Parameters may be offloaded to the CPU, which NCCL does not reach."""
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
-    assert agreement._device_within_reach(None, torch.device("cpu")) == torch.device("cuda", 3)
-    assert agreement._device_within_reach(None, torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert found_inf_reduction._device_within_reach(None, torch.device("cpu")) == torch.device("cuda", 3)
+    assert found_inf_reduction._device_within_reach(None, torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def load_weights_in_training() -> None:

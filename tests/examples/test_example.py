@@ -24,7 +24,7 @@ from torchvision import models
 
 from examples import train
 from fused_tricks import DynamicLossScale, FusedSGD, zero_gamma_names
-from fused_tricks.warmup_cosine import WarmupCosine
+from fused_tricks.schedule.curve import WarmupCosine
 from support.comparison import assert_all_same_bits, assert_same_bits
 
 SCRIPT = Path(train.__file__)

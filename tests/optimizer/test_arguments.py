@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_tricks.arguments import integer, real
+from fused_tricks.validation import integer, real
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3)])

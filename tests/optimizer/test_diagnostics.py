@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from fused_tricks import DynamicLossScale, FusedSGD, diagnostics
+from fused_tricks import DynamicLossScale, FusedSGD
+from fused_tricks.step import diagnostics
 from support.comparison import assert_unchanged, parameters, snapshot
 
 UNUSED = "optimizer.scale\\(\\) has never been called"

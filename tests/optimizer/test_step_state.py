@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fused_tricks.extension import load_extension, missing_because
-from fused_tricks.step_state import OFFSETS, StepState
+from fused_tricks.step.device_state import OFFSETS, StepState
 
 
 def test_a_copy_of_the_state_keeps_nothing_of_the_graphs_that_use_the_first() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_tricks.learning_rate import global_batch_size, scale_lr
+from fused_tricks.linear_scaling import global_batch_size, scale_lr
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import ConstantLR, SequentialLR
 
 from fused_tricks import FusedSGD, WarmupCosineLR
-from fused_tricks.warmup_cosine import WarmupCosine
+from fused_tricks.schedule.curve import WarmupCosine
 from support.comparison import assert_same_bits
 
 CURVE: dict[str, Any] = {"total_steps": 9, "warmup_steps": 3, "T_0": 3, "peak_decay": 0.5, "min_ratio": 0.05}

@@ -11,7 +11,7 @@ from typing import Any
 import mpmath  # type: ignore[import-untyped]  # torch needs sympy, which needs mpmath
 import pytest
 
-from fused_tricks.warmup_cosine import WarmupCosine, _Cycles
+from fused_tricks.schedule.curve import WarmupCosine, _Cycles
 
 # Units in the last place. Three random roundings meet in the squared sine, and as many in the interpolation.
 TOLERANCE = 5

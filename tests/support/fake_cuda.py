@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks.lib import gpu
 
 
 class FakeCuda:

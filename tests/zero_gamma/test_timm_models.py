@@ -14,7 +14,7 @@ import timm
 from timm.layers import BatchNormAct2d
 from timm.models import _efficientnet_blocks as blocks
 
-from benchmarks.weightless import weightless
+from benchmarks.lib.weightless import weightless
 from fused_tricks import zero_gamma_names
 
 # timm begins with γ = 0 in these, by rules of each family.

@@ -15,7 +15,7 @@ from torchvision import models
 from torchvision.models import mnasnet, regnet, resnet, swin_transformer
 from torchvision.ops import StochasticDepth
 
-from benchmarks.weightless import weightless
+from benchmarks.lib.weightless import weightless
 from fused_tricks import zero_gamma_, zero_gamma_names
 
 NAMES = models.list_models(models)

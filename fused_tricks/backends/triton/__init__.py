@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...plan import Plan
-from ...step_state import StepState
+from ...step.device_state import StepState
+from ...step.plan import Plan
 
 if TYPE_CHECKING:
     from .stepper import TritonStepper

@@ -1,10 +1,10 @@
-"""What a step decides for all tensors together, in Triton. csrc/step_state.h has the same rules for compilers."""
+"""What a step decides for all tensors together, in Triton. csrc/core/step_state.h has the same rules for compilers."""
 
 import triton
 import triton.language as tl
 
 from ...loss_scale import ScaleRule
-from ...step_state import OFFSETS
+from ...step.device_state import OFFSETS
 
 # Where the fields of the StepState are, in bytes.
 SCALE = tl.constexpr(OFFSETS["scale"])
@@ -30,7 +30,7 @@ HYSTERESIS = tl.constexpr(ScaleRule._fields.index("hysteresis"))
 
 @triton.jit
 def field(state, offset: tl.constexpr, dtype: tl.constexpr):
-    """A pointer to a field of the StepState (fused_tricks/step_state.py) at the address ``state``."""
+    """A pointer to a field of the StepState (fused_tricks/step/device_state.py) at the address ``state``."""
     return (state + offset).to(tl.pointer_type(dtype))
 
 

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from ...options import FLAGS as FLAG_NAMES
-from ...options import NUMBERS
+from ...step.options import FLAGS as FLAG_NAMES
+from ...step.options import NUMBERS
 from .decision import float64
 from .records import pointer_to, table_item
 

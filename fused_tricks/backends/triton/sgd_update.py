@@ -1,4 +1,4 @@
-"""The update of one parameter, in Triton. csrc/sgd_update.h has the same lines for compilers."""
+"""The update of one parameter, in Triton. csrc/core/sgd_update.h has the same lines for compilers."""
 
 from typing import Any, NamedTuple
 

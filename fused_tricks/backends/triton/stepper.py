@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ...extension import load_extension, missing_because
 from ...loss_scale import ScaleRule
-from ...plan import Plan
-from ...step_state import StepState
+from ...step.device_state import StepState
+from ...step.plan import Plan
+from ...step.request import Outcome, StepRequest
 from ..compiled import CompiledWatch, Gradients
 from ..gpu import GpuStepper, current_stream, is_capturing
-from ..request import Outcome, StepRequest
 from .launch import MAX_GROUPS, decide_source, launch, load, scan_source, update_source
 from .tables import GROUP_WORDS, GroupWords, PlanTables, StepTable, group_words, table_words
 from .watch import PlanWatch

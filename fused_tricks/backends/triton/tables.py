@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...applied_rate import applied_rate_of
-from ...hyper_parameters import as_float
-from ...options import FLAGS, NUMBERS
-from ...plan import Entry, Plan
+from ...step.device_lr import applied_rate_of
+from ...step.group_options import as_float
+from ...step.options import FLAGS, NUMBERS
+from ...step.plan import Entry, Plan
 from ..gpu import is_capturing
 from . import groups, records
 from .launch import WORDS, kind_bits, launch, pair_bits, write_source

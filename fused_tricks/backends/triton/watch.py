@@ -1,4 +1,4 @@
-"""Notices that a plan no longer holds, where there is no extension; csrc/plan.cpp does the same.
+"""Notices that a plan no longer holds, where there is no extension; csrc/python/plan.cpp does the same.
 
 The lists here have an item for each parameter, and are made and compared by functions that are written in C: a loop in
 Python would cost more than all the rest of a step.
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...hyper_parameters import check_range
-from ...parameters import MASTER_PARAM, MOMENTUM_BUFFER
-from ...plan import Plan
-from ...sharding import is_distributed
-from ...shared_memory import missing_bytes
-from ...stand_ins import same_strides
+from ...distributed.sharding import is_distributed
+from ...step.group_options import check_range
+from ...step.parameters import MASTER_PARAM, MOMENTUM_BUFFER
+from ...step.plan import Plan
+from ...step.shared_memory import missing_bytes
+from ...step.stand_ins import same_strides
 from ..compiled import Gradients
 
 _grad = attrgetter("grad")

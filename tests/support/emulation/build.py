@@ -18,11 +18,11 @@ _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[2]
 _CSRC = _ROOT / "csrc"
 _SOURCES = [
-    _CSRC / "bindings.cpp",
-    _CSRC / "plan.cpp",
-    _CSRC / "tensors.cpp",
-    _CSRC / "torch_shim.cpp",
-    _CSRC / "threads.cpp",
+    _CSRC / "python" / "bindings.cpp",
+    _CSRC / "python" / "plan.cpp",
+    _CSRC / "python" / "tensors.cpp",
+    _CSRC / "python" / "torch_shim.cpp",
+    _CSRC / "cpu" / "threads.cpp",
     _CSRC / "cpu" / "dispatch.cpp",
     _CSRC / "cpu" / "step.cpp",
     _CSRC / "cpu" / "kernels_portable.cpp",

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "low_precision.h"
+#include "core/low_precision.h"
 #include "tables.h"
 
 #define __device__

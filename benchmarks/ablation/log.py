@@ -1,0 +1,73 @@
+"""Outcomes of single trainings, written down as they come, so that a benchmark that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ablation.recipe import Outcome
+
+Key = tuple[str, int]
+"""Name of a row and seed."""
+
+
+class OutcomeLog:
+    """A file of JSON lines: what it was made with, and after that one outcome a line.
+
+    Args:
+        path: the file. It is made where there is none; else its outcomes are read. A last line that was not written
+            to its end is dropped.
+        made_with: whatever decides the outcomes, as plain values.
+
+    Raises:
+        ValueError: the file was made with something else, or does not say with what.
+    """
+
+    def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
+        self.path = path
+        self.outcomes: dict[Key, Outcome] = {}
+        if path.exists():
+            self._read(made_with)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._append({"made_with": made_with})
+
+    def add(self, row: str, seed: int, outcome: Outcome) -> None:
+        """Notes an outcome; it is on the disk when this returns."""
+        self._append({"row": row, "seed": seed, **asdict(outcome)})
+        self.outcomes[row, seed] = outcome
+
+    def _read(self, made_with: Mapping[str, Any]) -> None:
+        whole, newline, cut_off = self.path.read_text(encoding="utf-8").rpartition("\n")
+        if not newline:
+            self.path.unlink()
+            return
+        try:
+            header, *lines = [json.loads(line) for line in whole.split("\n")]
+            before = header["made_with"]
+            outcomes = {(line.pop("row"), line.pop("seed")): Outcome(**line) for line in lines}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.path} cannot be gone on with, as its first line does not say what its outcomes were made "
+                "with, or another line is no outcome: delete it to begin anew, or write to another folder with "
+                "--output"
+            ) from error
+        differing = [name for name in {**before, **made_with} if before.get(name) != made_with.get(name)]
+        if differing:
+            raise ValueError(
+                f"{self.path} was begun with another {', '.join(differing)}: delete it to begin anew, or write "
+                "to another folder with --output"
+            )
+        self.outcomes = outcomes
+        if cut_off:
+            self.path.write_text(whole + newline, encoding="utf-8")
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

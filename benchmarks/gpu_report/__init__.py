@@ -1,0 +1,1 @@
+"""The report on a GPU, and its parts."""

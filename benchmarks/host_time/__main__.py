@@ -1,0 +1,239 @@
+"""Measures what each host-time trick of a step on the CPU backend saves, by switching it off.
+
+``python -m benchmarks.host_time`` compiles variants of the extension from edited copies of ``csrc/``, and replaces
+functions of the package in this process, so that the package itself needs no switch. The variants take turns. There are
+two settings, each with new gradients in every step:
+
+- One element: 161 FP16 parameters of one element each. The whole step is timed, with warm caches.
+- ResNet-50: its 161 parameters, cast to FP16. The two passes over memory (scan and update) would hide the host's part.
+  So every variant, the one with all tricks included, is compiled without the passes for models of more than 32,768
+  elements. Plan guard, skip decision and version counters remain. Caches are warm; after a backward pass they are cold,
+  and the host's time is several times longer.
+
+The row "nothing" is a second contestant that has all tricks. Its difference is the error of the measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+import fused_tricks
+from benchmarks.host_time.tricks import LEFT_OUT, TRICKS, Trick
+from benchmarks.lib import command_line, machine, parameter_sets, progress, report
+from benchmarks.lib.harness import Spread, shuffled
+from fused_tricks import FusedSGD, extension
+from fused_tricks.backends import cpu
+
+ROOT = Path(__file__).parents[2]
+BUILT = ROOT / "build" / "host_time"
+CPU = torch.device("cpu")
+SETTINGS = {"one element": "synthetic:161:1", "ResNet-50": "resnet50"}
+ALL, NOTHING = "all tricks", "nothing"
+LEFT_OUT_ABOVE = 2**15  # kSmall in csrc/cpu/step.cpp
+WARMUP = 10
+
+
+def build(trick: Trick) -> Path:
+    """Compiles the extension with a trick's edits, unless that was done before, and returns the module's path.
+
+    Raises:
+        ValueError: An edit no longer fits the source.
+        RuntimeError: The compiler failed; the message has its output.
+    """
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    compiler = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")]
+    digest = hashlib.sha256(repr((LEFT_OUT, trick.edits, compiler)).encode())
+    for path in (*sources, ROOT / "setup.py"):
+        digest.update(path.read_bytes())
+    tree = BUILT / digest.hexdigest()[:16]
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    module = tree / "fused_tricks" / f"_extension{suffix}"
+    if module.exists():
+        return module
+    shutil.rmtree(tree, ignore_errors=True)
+    if trick.edits:
+        # With what is compiled already: ninja compiles only what the edits change.
+        shutil.copytree(build(Trick(ALL)).parents[1], tree, ignore=shutil.ignore_patterns("*.so"))
+    else:
+        for name in ("csrc", "fused_tricks"):
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        for name in ("README.md", "LICENSE", "pyproject.toml", "setup.py"):
+            shutil.copy2(ROOT / name, tree / name)
+    for edit in trick.edits or LEFT_OUT:
+        edit.apply(tree / "csrc")
+    environment = {**os.environ, "FUSED_TRICKS_CUDA": "0", "FUSED_TRICKS_REQUIRE_EXTENSION": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"the extension without {trick.name!r} cannot be built:\n{done.stdout}{done.stderr}"
+        )
+    return module
+
+
+def load(trick: Trick) -> ModuleType:
+    """Returns the extension without a trick, connected to torch, as a module of its own."""
+    path = build(trick)
+    if trick.without:
+        # Another path, as a module of the same path would share what it has of torch.
+        path = Path(shutil.copy2(path, path.parent / f"fewer{len(trick.without)}{path.name}"))
+    module = _module(path)
+    found = extension._stable_functions()
+    kept = {name: address for name, address in found.items() if name not in trick.without}
+    with mock.patch.object(extension, "_stable_functions", lambda: kept):
+        extension.connect(module)
+    return module
+
+
+@functools.cache
+def _module(path: Path) -> ModuleType:
+    # A full name of its own: pybind11 returns the former module of the same name.
+    spec = importlib.util.spec_from_file_location(f"variant{hash(path)}._extension", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Steps:
+    """Steps of one optimizer, with whichever trick is to be switched off.
+
+    All tricks step the same parameters: their place in memory alone can change a step by microseconds.
+
+    Args:
+        parameters: the name of the set.
+    """
+
+    def __init__(self, parameters: str) -> None:
+        model = fused_tricks.cast_model(parameter_sets.build(parameters), torch.float16)
+        self._parameters = list(model.parameters())
+        self._optimizer = FusedSGD(
+            self._parameters, lr=0.1, momentum=0.9, weight_decay=1e-4, loss_scale="dynamic", backend="cpu"
+        )
+        self._optimizer.scale(torch.ones(()))
+        # What is not scanned need not be written.
+        is_scanned = sum(parameter.numel() for parameter in self._parameters) <= LEFT_OUT_ABOVE
+        self._new = torch.zeros_like if is_scanned else torch.empty_like
+
+    def time(self, trick: Trick, module: ModuleType, count: int) -> float:
+        """Returns the seconds of a step without the trick: the median of ``count``, each with new gradients."""
+        self._optimizer.__class__ = trick.optimizer
+        with ExitStack() as switched:
+            switched.enter_context(mock.patch.object(cpu, "load_extension", lambda: module))
+            for where, name, value in trick.patches:
+                switched.enter_context(mock.patch.object(where, name, value))
+            with torch.no_grad():
+                self._parameters[0].add_(0)  # a write, after which the next step makes a new plan
+            for _ in range(WARMUP):
+                self._step()
+            return statistics.median(self._step() for _ in range(count))
+
+    def _step(self) -> float:
+        self._optimizer.zero_grad()
+        for parameter in reversed(self._parameters):
+            parameter.grad = self._new(parameter)
+        began = time.perf_counter()
+        self._optimizer.step()
+        return time.perf_counter() - began
+
+
+def measure(options: argparse.Namespace, tricks: Sequence[Trick]) -> dict[str, Any]:
+    """Returns, for each setting, the microseconds of a step, and what each trick saves of them."""
+    everyone = [Trick(ALL), Trick(NOTHING), *tricks]
+    modules = {trick.name: load(trick) for trick in everyone}
+    found = {}
+    for setting, parameters in SETTINGS.items():
+        steps, dice = Steps(parameters), random.Random(0)
+        us: dict[str, list[float]] = {trick.name: [] for trick in everyone}
+        for _ in progress.bar(range(options.rounds), desc=setting, unit="round"):
+            for trick in shuffled(everyone, dice):
+                us[trick.name].append(steps.time(trick, modules[trick.name], options.steps) * 1e6)
+        found[setting] = {
+            "step_us": asdict(Spread.of(us[ALL])),
+            "saved_us": {
+                trick.name: asdict(Spread.of(a - b for a, b in zip(us[trick.name], us[ALL], strict=True)))
+                for trick in everyone[1:]
+            },
+        }
+    return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a page."""
+    found = result["settings"]
+    rows = [
+        [
+            name,
+            f"`{where}`" if where else "–",
+            *(Spread(**found[setting]["saved_us"][name]).text(1) for setting in SETTINGS),
+            goes or "–",
+        ]
+        for name, where, goes in [(NOTHING, "", ""), *map(tuple, result["tricks"])]
+    ]
+    steps = ", ".join(f"{setting}: {Spread(**found[setting]['step_us']).text(1)}" for setting in SETTINGS)
+    return (
+        "\n\n".join(
+            [
+                "# Host time",
+                "What each host-time trick of a step on the CPU backend saves, in microseconds a step of 161 FP16 "
+                "parameters. [benchmarks.host_time](../host_time.py) says how that is measured. In brackets: the "
+                "quartiles of the rounds.",
+                f"A step with all tricks takes, in µs: {steps}.",
+                report.table(
+                    ["trick", "where", *(f"µs saved, {s}" for s in SETTINGS), "what would make it go"], rows
+                ),
+                report.machine_note(result["machine"]),
+            ]
+        )
+        + "\n"
+    )
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.host_time",
+        description="Measures what each host-time trick of a step on the CPU backend saves.",
+    )
+    parser.add_argument("--rounds", type=command_line.positive, default=60)
+    parser.add_argument(
+        "--steps", type=command_line.positive, default=50, help="timed in a round, for each trick"
+    )
+    report.add_output_to(parser)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures, and writes host_time.json and host_time.md."""
+    options = parse(arguments)
+    result = {
+        "benchmark": "host_time",
+        "machine": machine.describe("benchmarks.host_time", arguments, CPU),
+        "tricks": [[trick.name, trick.where, trick.goes] for trick in TRICKS],
+        "settings": measure(options, TRICKS),
+    }
+    report.write(options.output, result, markdown(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,177 @@
+"""The host-time tricks of a step on the CPU backend, and how each is switched off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from fused_tricks import FusedSGD, extension
+from fused_tricks.backends import compiled
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A replacement of text in a file of ``csrc/``."""
+
+    file: str
+    old: str
+    new: str
+
+    def apply(self, source: Path) -> None:
+        """Edits the copy of the file in the folder ``source``.
+
+        Raises:
+            ValueError: The file does not have the old text.
+        """
+        path = source / self.file
+        text = path.read_text()
+        if self.old not in text:
+            raise ValueError(
+                f"csrc/{self.file} no longer has {self.old!r}: mend the Edit in benchmarks/host_time/tricks.py"
+            )
+        path.write_text(text.replace(self.old, self.new))
+
+
+@dataclass(frozen=True)
+class Trick:
+    """A host-time trick, and how it is switched off.
+
+    Attributes:
+        name: in the table.
+        where: the code that would go.
+        goes: what would make it go.
+        edits: of the C++ source.
+        without: functions of torch that the extension does not get.
+        patches: values for attributes of the package, by object and attribute.
+        optimizer: the class of the optimizer.
+    """
+
+    name: str
+    where: str = ""
+    goes: str = ""
+    edits: tuple[Edit, ...] = ()
+    without: tuple[str, ...] = ()
+    patches: tuple[tuple[Any, str, Any], ...] = ()
+    optimizer: type[FusedSGD] = FusedSGD
+
+
+class _Wrapped(FusedSGD):
+    """Steps as torch.optim.Optimizer has them: wrapped in hooks and a profiler range."""
+
+    step = Optimizer.profile_hook_step(FusedSGD.step)
+    step.hooked = True  # type: ignore[attr-defined]  # torch must not wrap it twice
+
+
+LEFT_OUT = (
+    Edit("cpu/step.cpp", "if (request.scans()) {", "if (request.scans() && total_count_ <= kSmall) {"),
+    Edit(
+        "cpu/step.cpp",
+        "      update(plan, request);",
+        "      if (total_count_ <= kSmall) update(plan, request);",
+    ),
+)
+"""Leaves the passes over memory out for large models."""
+
+IS_NEGATIVE = "_ZN2at6native6is_negERKNS_6TensorE"
+
+
+def _attribute(name: str, getter: str) -> Edit:
+    """Reads a tensor's attribute as Python does."""
+    return Edit(
+        "python/tensors.cpp",
+        f'is_plain(tensor) ? torch_api.{getter}(tensor, nullptr) : PyObject_GetAttrString(tensor, "{name}")',
+        f'PyObject_GetAttr(tensor, [] {{ static PyObject* const name = PyUnicode_InternFromString("{name}"); '
+        "return name; }())",
+    )
+
+
+TRICKS = (
+    Trick(
+        "torch's C functions and is_neg; without them DLPack and the method Tensor.is_neg",
+        "csrc/python/torch_shim.cpp",
+        "a DLPack exchange as fast as these functions",
+        without=tuple(name for name in extension._STABLE_FUNCTIONS if name != "torch_parallel_for"),
+    ),
+    Trick(
+        "the handle inside a tensor's object; without it torch makes one for each tensor",
+        "offset_of_handle in csrc/python/torch_shim.cpp",
+        "a stable function that borrows a handle",
+        edits=(
+            Edit(
+                "python/torch_shim.h",
+                "return reinterpret_cast<const char*>(tensor) + torch_api.handle_offset;",
+                "static void* handle = nullptr;\n  if (handle != nullptr) torch_api.shim.delete_handle(handle);\n"
+                "  torch_api.shim.from_object(tensor, &handle);\n  return handle;",
+            ),
+        ),
+    ),
+    Trick(
+        "torch's symbol is_neg alone; without it the method Tensor.is_neg",
+        "learn_negative in csrc/python/torch_shim.cpp",
+        "a stable function for the negative bit",
+        without=(IS_NEGATIVE,),
+    ),
+    Trick(
+        "the getters of .grad and ._version; without them Python's attribute look-up",
+        "getter_of in csrc/python/torch_shim.cpp",
+        "stable functions for both",
+        edits=(_attribute("grad", "grad"), _attribute("_version", "version")),
+    ),
+    Trick(
+        "of a state tensor only the address is read",
+        "is_at in csrc/python/tensors.cpp",
+        "an optimizer.state that reports changes",
+        edits=(
+            Edit(
+                "python/tensors.cpp",
+                "if (has_handle(tensor) && torch_api.shim.data(handle_of(tensor), &data) == 0) {",
+                "if (false) {",
+            ),
+        ),
+    ),
+    Trick(
+        "a parameter's state is walked; without that two look-ups",
+        "has_state in csrc/python/plan.cpp",
+        "an optimizer.state that reports changes",
+        edits=(
+            Edit(
+                "python/plan.cpp",
+                "  if (PyDict_Check(state)) {\n    PyObject *key",
+                "  if (false) {\n    PyObject *key",
+            ),
+        ),
+    ),
+    Trick(
+        "version counters are predicted; without that read after each update",
+        "version_step in csrc/python/plan.cpp",
+        "an increment_version that returns the versions",
+        edits=(Edit("python/plan.cpp", "if (!same) entry.version_step =", "entry.version_step ="),),
+    ),
+    Trick(
+        "the list for increment_version is kept",
+        "updated_ in csrc/python/plan.cpp",
+        "a stable function that increments one version",
+        edits=(Edit("python/plan.cpp", "if (!same) {\n    updated_", "{\n    updated_"),),
+    ),
+    Trick(
+        "the addresses around a gradient that nothing writes are remembered",
+        "unwritten in csrc/python/plan.cpp",
+        "a cheaper search than 9 comparisons for each gradient",
+        edits=(Edit("python/plan.cpp", "if (is_within(entry.unwritten)) return true;", ""),),
+    ),
+    Trick(
+        "a second owner of each state tensor in C++",
+        "_owner_of in fused_tricks/backends/compiled.py",
+        "reading state and aliases without their Python objects",
+        patches=((compiled, "_owner_of", lambda tensor: tensor),),
+    ),
+    Trick(
+        "hooks run only if there are any; without that torch's wrapper around each step",
+        "is_observed in fused_tricks/step/hooks.py",
+        "a cheaper Optimizer.profile_hook_step",
+        optimizer=_Wrapped,
+    ),
+)

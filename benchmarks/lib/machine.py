@@ -1,0 +1,74 @@
+"""What a result was measured on: machine, versions, date and command."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torchvision
+
+import fused_tricks
+from benchmarks.lib import gpu
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it, else the architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _command(module: str, arguments: Sequence[str]) -> str:
+    """The command line, with the number of threads that the environment asks for before it."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    prefix = f"OMP_NUM_THREADS={shlex.quote(threads)} " if threads else ""
+    return prefix + shlex.join(["python", "-m", module, *arguments])
+
+
+def describe(module: str, arguments: Sequence[str], device: torch.device) -> dict[str, object]:
+    """A JSON-able record of where, when and how a benchmark ran.
+
+    Args:
+        module: the benchmark's module, such as ``benchmarks.step``.
+        arguments: its command line arguments.
+        device: the device the work ran on.
+    """
+    on_gpu = gpu.is_gpu(device)
+    return {
+        "command": _command(module, arguments),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu.describe(device) if on_gpu else None,
+        "system": platform.platform(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__,
+            "fused_tricks": fused_tricks.__version__,
+            **(gpu.versions() if on_gpu else {}),
+        },
+    }
+
+
+def one_line(machine: dict[str, Any]) -> str:
+    """The record in a line, for the foot of a picture."""
+    versions, device = machine["versions"], machine["gpu"]
+    if device:
+        where = f"{device['name']}, driver {device['driver']}, CUDA {versions['CUDA of torch']}"
+    else:
+        where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    return f"{where} · torch {versions['torch']} · {machine['date']}"

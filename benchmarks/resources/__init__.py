@@ -1,0 +1,1 @@
+"""Registers, spills and memory accesses of the compiled kernels."""

@@ -1,0 +1,248 @@
+"""Who takes part in benchmarks.step on a device, and who had to be left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import fused_tricks
+from benchmarks.lib import gpu, memory, parameter_sets, progress
+from benchmarks.lib.names import FOR_LOOP, FOREACH, FUSED, GRAPH, OURS
+from benchmarks.step import check, peers
+from benchmarks.step.contestants import (
+    CASTS,
+    COMPILED_WORK,
+    FUSED_NEW_CASTS,
+    FUSED_WORK,
+    SEPARATE_WORK,
+    Casts,
+    Entry,
+    casts_in_place,
+    casts_to_new,
+    grad_scaler,
+    ours,
+    with_casts,
+)
+
+COMPILED = "torch.amp, compiled"
+FORMS: dict[str, Any] = {
+    FOR_LOOP: {"foreach": False, "fused": False},
+    FOREACH: {"foreach": True},
+    FUSED: {"fused": True},
+}
+BYTES_AN_ELEMENT = 28
+"""At most, of a contestant: weights, gradients twice, momentum, and what a step makes."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A contestant that has yet to be built.
+
+    Attributes:
+        name: of the contestant.
+        build: makes the entry.
+        optional: whether the benchmark goes on without it when it cannot be built or run.
+        module: makes the module that the contestant begins from, for the check of its numbers; None: it has none.
+    """
+
+    name: str
+    build: Callable[[], Entry]
+    optional: bool = False
+    module: Callable[[], nn.Module] | None = None
+
+
+class CheckFailed(Exception):
+    """The numbers of a contestant are not what they should be."""
+
+
+def of_a_model(
+    parameters: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    backends: Sequence[str],
+    *,
+    compiled: bool = False,
+) -> list[Candidate]:
+    """Returns everybody who can take part on this type of device.
+
+    Args:
+        parameters: a name that `parameter_sets.build` knows.
+        dtype: of low-precision weights.
+        device: where the parameters live.
+        backends: of fused_tricks, the first of them under the name `OURS`.
+        compiled: whether ``torch.compile`` takes part.
+    """
+    module = partial(parameter_sets.build, parameters, device)
+    meta = parameter_sets.build(parameters, torch.device("meta"))
+    low = [p.dtype == dtype for p in fused_tricks.cast_model(meta, dtype).parameters()]
+
+    candidates = [
+        *_torch_amp(module, device),
+        *_torch_amp(module, device, CASTS, casts_in_place(low, dtype)),
+        _amp(FUSED_NEW_CASTS, FUSED, module, device, casts_to_new(low, dtype)),
+    ]
+    if compiled:
+        sgd = partial(torch.optim.SGD, foreach=True)
+        build = partial(
+            grad_scaler, COMPILED, device=device, make_optimizer=sgd, work=COMPILED_WORK, compiled=True
+        )
+        candidates.append(Candidate(COMPILED, lambda: build(module()), optional=True, module=module))
+    if gpu.is_gpu(device):
+        candidates += [_fused_graph(module, device), *_peers(module, dtype, device)]
+    return candidates + _ours(module, dtype, device, backends)
+
+
+def of_tiny_parameters(
+    parameters: str, dtype: torch.dtype, device: torch.device, backends: Sequence[str]
+) -> list[Candidate]:
+    """Returns those whose host time is measured; arguments as of `of_a_model`."""
+    module = partial(parameter_sets.build, parameters, device)
+    candidates = _torch_amp(module, device)
+    if gpu.is_gpu(device):
+        candidates.append(_fused_graph(module, device))
+    return candidates + _ours(module, dtype, device, backends)
+
+
+def fitting(
+    candidates: Sequence[Candidate], elements: int, device: torch.device
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Returns those that a GPU's memory can hold at once, ours and the fastest of torch.amp first.
+
+    Returns:
+        These, in their order; and by name, why the others cannot take part.
+    """
+    if not gpu.is_gpu(device):
+        return list(candidates), {}
+    free = gpu.free_memory(device)
+    most = int(0.9 * free / (elements * BYTES_AN_ELEMENT))
+    first = (OURS, FUSED, f"{FUSED}{CASTS}")
+    order = sorted(candidates, key=lambda candidate: (candidate.name not in first, candidate.name))
+    chosen = {candidate.name for candidate in order[:most]}
+    why = f"{free / 2**30:.0f} GiB of memory are free, which {most} contestants of {elements:,} elements fill"
+    return (
+        [candidate for candidate in candidates if candidate.name in chosen],
+        {candidate.name: why for candidate in candidates if candidate.name not in chosen},
+    )
+
+
+def assemble(candidates: Iterable[Candidate], device: torch.device) -> tuple[list[Entry], dict[str, str]]:
+    """Builds the contestants, lets each take one step and checks its numbers.
+
+    Returns:
+        Those that can take part; and by name, why others cannot: the optional ones, and whose check failed.
+    """
+    entries, left_out = [], {}
+    for candidate in progress.bar(list(candidates), desc="contestants", unit="contestant"):
+        try:
+            entries.append(_built(candidate, device))
+        except CheckFailed as failure:
+            left_out[candidate.name] = str(failure)
+        except Exception as error:
+            if not candidate.optional:
+                raise
+            left_out[candidate.name] = _reason(error)
+    return entries, left_out
+
+
+def _built(candidate: Candidate, device: torch.device) -> Entry:
+    entry = candidate.build()
+    entry.contestant.prepare()
+    entry.contestant.run()
+    if gpu.is_gpu(device):
+        torch.cuda.synchronize()
+    if candidate.module is None:
+        return entry
+    checked = check.check(entry.trained, candidate.module())
+    if not checked.passed:
+        raise CheckFailed(checked.text)
+    return replace(entry, checked=checked)
+
+
+def peak_bytes(candidate: Candidate, device: torch.device) -> int:
+    """The most bytes that the tensors of a contestant held at once: weights, gradients, state, and what a step makes.
+
+    Counted from its construction to the end of its second step.
+    """
+    kept = 0
+
+    def two_steps() -> None:
+        nonlocal kept
+        entry = candidate.build()
+        kept = entry.kept_bytes
+        entry.contestant.run()
+        entry.contestant.run()
+
+    return memory.peak_bytes(two_steps, device) - kept
+
+
+def _torch_amp(
+    module: Callable[[], nn.Module], device: torch.device, suffix: str = "", casts: Casts | None = None
+) -> list[Candidate]:
+    return [_amp(f"{form}{suffix}", form, module, device, casts) for form in FORMS]
+
+
+def _amp(
+    name: str, form: str, module: Callable[[], nn.Module], device: torch.device, casts: Casts | None
+) -> Candidate:
+    sgd = partial(torch.optim.SGD, **FORMS[form])
+    work = FUSED_WORK if form == FUSED else SEPARATE_WORK
+    if casts:
+        work = with_casts(work)
+    build = partial(grad_scaler, name, device=device, make_optimizer=sgd, work=work, casts=casts)
+    # A form that fails on a GPU, for want of memory perhaps, leaves the others to be measured.
+    return Candidate(name, lambda: build(module()), optional=gpu.is_gpu(device), module=module)
+
+
+def _ours(
+    module: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device, backends: Sequence[str]
+) -> list[Candidate]:
+    def candidate(backend: str, name: str, graph: bool) -> Candidate:
+        build = partial(ours, name, dtype=dtype, device=device, backend=backend, graph=graph)
+        return Candidate(name, lambda: build(module()), optional=gpu.is_gpu(device), module=module)
+
+    graphs = (False, True) if gpu.is_gpu(device) else (False,)
+    return [
+        candidate(backend, (f"{OURS}, {backend}" if place else OURS) + (GRAPH if graph else ""), graph)
+        for place, backend in enumerate(backends)
+        for graph in graphs
+    ]
+
+
+def _fused_graph(module: Callable[[], nn.Module], device: torch.device) -> Candidate:
+    sgd = partial(torch.optim.SGD, fused=True)
+    name = f"{FUSED}{GRAPH}"
+    return Candidate(
+        name,
+        lambda: grad_scaler(name, module(), device, sgd, FUSED_WORK, graph=True),
+        optional=True,
+        module=module,
+    )
+
+
+def _peers(module: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> list[Candidate]:
+    builders: dict[str, Callable[[str], Entry]] = {
+        peers.APEX: lambda name: peers.apex(name, module(), device),
+        peers.APEX_MASTERS: lambda name: peers.apex_masters(name, module(), dtype, device),
+        peers.TRANSFORMER_ENGINE: lambda name: peers.transformer_engine(name, module(), device),
+        peers.FLASHOPTIM: lambda name: peers.flashoptim(
+            name, module(), dtype, device, bits=24, work=peers.FLASHOPTIM_WORK
+        ),
+        peers.FLASHOPTIM_32: lambda name: peers.flashoptim(
+            name, module(), dtype, device, bits=32, work=peers.FLASHOPTIM_32_WORK
+        ),
+    }
+    return [
+        Candidate(name, partial(build, name), optional=True, module=module)
+        for name, build in builders.items()
+    ]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"not installed (no module {error.name})"
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,138 @@
+"""The result of benchmarks.step as a page of tables and as a picture."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lib import report
+from benchmarks.lib.harness import Spread
+from benchmarks.lib.names import OURS
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a page of tables."""
+    on_gpu = result["machine"]["gpu"] is not None
+    steps = [
+        [
+            name,
+            Spread(**row["ms"]).text(3 if on_gpu else 2),
+            Spread(**row["ours_is_faster_by"]).text(2) if row["ours_is_faster_by"] else "–",
+            *([f"{row['rounds_that_waited_for_the_host'] / row['ms']['samples']:.0%}"] if on_gpu else []),
+            row["check"],
+        ]
+        for name, row in result["contestants"].items()
+    ]
+    failed = {name: why for name, why in result["left_out"].items() if why.startswith("check failed")}
+    steps += [[name, why, "–", *(["–"] if on_gpu else []), "**no**"] for name, why in failed.items()]
+    step_header = ["contestant", "ms a step", "its time / ours", "numbers checked"]
+    if on_gpu:
+        step_header.insert(3, "waited for the host")
+    works = [
+        [
+            name,
+            f"{row['work']['low_bytes']:g}",
+            f"{row['work']['fp32_bytes']:g}",
+            f"{row['bytes'] / 1e6:,.1f}",
+            f"{row['peak_memory_bytes'] / 1e6:,.1f}",
+            row["work"]["keeps"],
+            row["work"]["overflow"],
+        ]
+        for name, row in result["contestants"].items()
+    ]
+    work_header = [
+        "what a step does",
+        "bytes, 16-bit element",
+        "bytes, FP32 element",
+        "MB moved",
+        "peak memory, MB",
+        "keeps",
+        "unscales and skips",
+    ]
+    bandwidths = [
+        [
+            name,
+            f"{row['bytes'] / 1e6:,.1f}",
+            Spread(**row["gb_per_second"]).text(1),
+            Spread(**row["share_of_copy"]).text(2),
+        ]
+        for name, row in result["bandwidth"].items()
+    ]
+    hosts = [
+        [name, Spread(**row["us"]).text(1), Spread(**row["alternating_us"]).text(1)]
+        for name, row in result["host"].items()
+    ]
+    promises = [
+        [
+            row["what"],
+            Spread(**row["spread"]).text(row["decimals"]),
+            row["budget"],
+            "yes" if row["met"] else "**no**",
+        ]
+        for row in result["budgets"]
+    ]
+    left_out = "\n".join(
+        f"- {name}: {reason}" for name, reason in result["left_out"].items() if name not in failed
+    )
+    explanation = (
+        "Numbers are median (lower – upper quartile) over rounds; ratios are taken within each round."
+    )
+    return "\n\n".join(
+        [
+            "# The optimizer step alone",
+            f"{result['setting']}. {explanation}",
+            *([report.table(["what", "measured", "budget", "met"], promises)] if promises else []),
+            report.table(step_header, steps),
+            *([f"Not measured:\n\n{left_out}"] if left_out else []),
+            report.table(work_header, works),
+            report.table(["loop", "MB moved", "GB/s", "share of the copy loop"], bandwidths),
+            report.table(
+                [
+                    "host time, 161 one-element parameters",
+                    "µs a step, back to back",
+                    "µs a step, new gradients, after another's",
+                ],
+                hosts,
+            ),
+            "![The tables as a picture](step.png)",
+            report.machine_note(result["machine"]),
+            "benchmarks/README.md says what each number counts.\n",
+        ]
+    )
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Three panels: time of a step, bandwidth, host time."""
+    on_gpu = result["machine"]["gpu"] is not None
+    pyplot = report.plotting()
+    figure, panels = pyplot.subplot_mosaic(
+        [["time", "bandwidth"], ["time", "host"]],
+        figsize=(13, max(5.8, 1.6 + 0.5 * len(result["contestants"]))),
+        layout="constrained",
+        width_ratios=(1.15, 1),
+    )
+    for panel, rows, column, title, better, decimals in (
+        ("time", result["contestants"], "ms", "Time of a step (ms)", "lower", 2 if on_gpu else 1),
+        ("bandwidth", result["bandwidth"], "gb_per_second", "Memory bandwidth (GB/s)", "higher", 1),
+        ("host", result["host"], "us", "Host time, 161 one-element parameters (µs)", "lower", 0),
+    ):
+        names = list(rows)
+        report.bars(
+            panels[panel],
+            [Spread(**row[column]) for row in rows.values()],
+            report.colours(names, [name for name in names if name.startswith(OURS)]),
+            title=title,
+            better=better,
+            decimals=decimals,
+        )
+        panels[panel].set_yticks(
+            range(len(names)), [re.sub(", (?=with|CUDA)", ",\n", name) for name in names]
+        )
+    report.save_figure(
+        figure,
+        path,
+        "The optimizer step alone: fused_tricks and torch.amp",
+        result["setting"] + ". Bars are medians, black lines quartiles.",
+        result["machine"],
+    )

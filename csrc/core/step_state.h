@@ -1,0 +1,116 @@
+// What a step decides for all tensors together: skip or not, the clipping factor, the next loss scale.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "sgd_update.h"
+
+namespace fused_tricks {
+
+// Lives on the parameters' device, so that no step waits for the host. fused_tricks/step/device_state.py has views of
+// most fields at these offsets, and fused_tricks/backends/triton/decision.py of all.
+struct StepState {
+  float scale;
+  int32_t growth_tracker;
+  int32_t hysteresis_tracker;
+  int32_t found;  // used within a launch on a GPU
+  int64_t applied_steps;
+  int64_t skipped_steps;
+  int32_t skip;  // the last decision
+  float inverse_scale;
+  double clip;        // the FP32 factor, or an FP64 one where an FP64 gradient takes part
+  uint32_t arrivals;  // used within a launch on a GPU
+  int32_t skipped_in_a_row;
+  double grad_norm;  // an FP32 number, or an FP64 one where an FP64 gradient takes part
+};
+
+static_assert(sizeof(StepState) == 64, "fused_tricks/step/device_state.py allocates it");
+
+struct ScaleRule {
+  double growth_factor;
+  double backoff_factor;
+  float min_scale;
+  float max_scale;
+  int32_t growth_interval;
+  int32_t hysteresis;
+};
+
+struct StepRequest {
+  bool unscales;     // gradients carry a factor: this state's scale, or the external one
+  bool external;     // the factor and its adjustment belong to a GradScaler
+  float grad_scale;  // the external factor
+  bool found_inf;    // the GradScaler's verdict
+  bool clips;        // measure the norm and clip to max_norm
+  bool in_double;    // an FP64 gradient takes part, so that the norm is one in FP64
+  double max_norm;
+  bool dynamic;  // adjust the scale by `rule`
+  ScaleRule rule;
+
+  // Whether the gradients must be read once before any is used. A GradScaler has looked for non-finite ones itself.
+  FUSED_TRICKS_INLINE bool scans() const { return (unscales && !external) || clips; }
+};
+
+// GradScaler's rule with Apex's hysteresis, then the floor and the ceiling.
+FUSED_TRICKS_INLINE void advance_scale(StepState& state, bool found, const ScaleRule& rule) {
+  if (found) {
+    state.growth_tracker = 0;
+    if (state.hysteresis_tracker > 0) state.hysteresis_tracker -= 1;
+    if (state.hysteresis_tracker > 0) return;
+    state.scale = static_cast<float>(state.scale * rule.backoff_factor);
+  } else {
+    state.hysteresis_tracker = rule.hysteresis;
+    if (state.growth_tracker < INT32_MAX) state.growth_tracker += 1;
+    if (state.growth_tracker >= rule.growth_interval) {
+      const float grown = static_cast<float>(state.scale * rule.growth_factor);
+      if (std::isfinite(grown)) state.scale = grown;
+      state.growth_tracker = 0;
+    }
+  }
+  if (state.scale < rule.min_scale) state.scale = rule.min_scale;
+  if (state.scale > rule.max_scale) state.scale = rule.max_scale;
+}
+
+// Which factor of a learning rate is due in the update that follows `applied` others.
+FUSED_TRICKS_INLINE int64_t factor_due(int64_t applied, int64_t origin, int64_t last) {
+  const int64_t position = applied - origin;
+  if (position < 0) return 0;
+  return position < last ? position : last;
+}
+
+// The factor that clips gradients of this norm to `max_norm`.
+template <typename T>
+FUSED_TRICKS_INLINE T clip_factor(T norm, T max_norm) {
+  const T ratio = max_norm / (norm + static_cast<T>(1e-6));
+  return ratio < T(1) ? ratio : T(1);
+}
+
+// `found`: a gradient element is not finite. `squares`: the sum of all squared elements as they are stored.
+FUSED_TRICKS_INLINE void decide_step(StepState& state, bool found, double squares, const StepRequest& request) {
+  found = found || request.found_inf;
+  state.inverse_scale = request.unscales ? 1.0f / (request.external ? request.grad_scale : state.scale) : 1.0f;
+  state.clip = 1.0;
+  if (request.clips) {
+    const double norm = std::sqrt(squares) * static_cast<double>(state.inverse_scale);
+    if (request.in_double) {
+      state.grad_norm = norm;
+      state.clip = clip_factor(norm, request.max_norm);
+    } else {
+      const float rounded = static_cast<float>(norm);
+      state.grad_norm = static_cast<double>(rounded);
+      state.clip = static_cast<double>(clip_factor(rounded, static_cast<float>(request.max_norm)));
+    }
+  }
+  state.skip = found;
+  if (found) {
+    state.skipped_steps += 1;
+    if (state.skipped_in_a_row < INT32_MAX) state.skipped_in_a_row += 1;
+  } else {
+    state.applied_steps += 1;
+    state.skipped_in_a_row = 0;
+  }
+  if (request.dynamic) advance_scale(state, found, request.rule);
+}
+
+}  // namespace fused_tricks

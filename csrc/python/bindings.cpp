@@ -1,0 +1,208 @@
+// The Python module fused_tricks._extension.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../cpu/kernels.h"
+#include "../cpu/step.h"
+#if defined(FUSED_TRICKS_CUDA)
+#include "../cuda/step.h"
+#endif
+#include "../cpu/threads.h"
+#include "plan.h"
+
+// The emulation of the CUDA kernels is built from the same sources under another name.
+#if !defined(FUSED_TRICKS_MODULE)
+#define FUSED_TRICKS_MODULE _extension
+#endif
+
+namespace fused_tricks {
+namespace {
+
+// The numbers of fused_tricks/step/request.py.
+enum Outcome : int { kStale = 0, kSkipped = 1, kApplied = 2 };
+
+void connect(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
+             const py::dict& functions, const py::list& samples, const py::object& negative) {
+  connect_torch(tensor_type, parameter_type, increment_version, functions, samples, negative);
+  void* parallel_for = nullptr;
+  if (functions.contains("torch_parallel_for")) {
+    parallel_for = reinterpret_cast<void*>(functions["torch_parallel_for"].cast<uintptr_t>());
+  }
+  set_parallel_for(parallel_for);
+}
+
+double number(const py::handle& object) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+py::handle interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+// The attributes of fused_tricks/step/request.py's StepRequest and fused_tricks/loss_scale.py's ScaleRule.
+struct Names {
+  py::handle unscales = interned("unscales");
+  py::handle grad_scale = interned("grad_scale");
+  py::handle found_inf = interned("found_inf");
+  py::handle max_norm = interned("max_norm");
+  py::handle scale_rule = interned("scale_rule");
+  py::handle growth_factor = interned("growth_factor");
+  py::handle backoff_factor = interned("backoff_factor");
+  py::handle min_scale = interned("min_scale");
+  py::handle max_scale = interned("max_scale");
+  py::handle growth_interval = interned("growth_interval");
+  py::handle hysteresis = interned("hysteresis");
+};
+
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+ScaleRule rule_of(const py::object& rule) {
+  return {number(rule.attr(names().growth_factor)),
+          number(rule.attr(names().backoff_factor)),
+          static_cast<float>(number(rule.attr(names().min_scale))),
+          static_cast<float>(number(rule.attr(names().max_scale))),
+          static_cast<int32_t>(number(rule.attr(names().growth_interval))),
+          static_cast<int32_t>(number(rule.attr(names().hysteresis)))};
+}
+
+// Without what a GradScaler handed over: the CPU takes numbers, and the kernels for GPUs read tensors.
+StepRequest request_of(const py::object& asked) {
+  const py::object max_norm = asked.attr(names().max_norm), rule = asked.attr(names().scale_rule);
+  StepRequest request{};
+  request.unscales = asked.attr(names().unscales).ptr() == Py_True;
+  request.external = !asked.attr(names().grad_scale).is_none();
+  request.grad_scale = 1.0f;
+  request.clips = !max_norm.is_none();
+  if (request.clips) request.max_norm = number(max_norm);
+  request.dynamic = !rule.is_none();
+  if (request.dynamic) request.rule = rule_of(rule);
+  return request;
+}
+
+// A step over a plan, which is refused where one runs already.
+class Running {
+ public:
+  explicit Running(Plan& plan) : plan_(plan), began_(!plan.is_running) { plan.is_running = true; }
+  Running(const Running&) = delete;
+  Running& operator=(const Running&) = delete;
+  ~Running() {
+    if (!began_) return;
+    plan_.release_gradients();
+    plan_.is_running = false;
+  }
+
+  bool began() const { return began_; }
+
+ private:
+  Plan& plan_;
+  bool began_;
+};
+
+// For kernels that Python launches: the addresses of this step's gradients, which live until they are released, 0 where
+// there is none, and whether one is FP64; None where a new plan is needed.
+py::object gradient_addresses(Plan& plan, const py::list& groups, const py::dict& state) {
+  plan.release_gradients();
+  if (!plan.refresh(groups, state)) {
+    plan.release_gradients();
+    return py::none();
+  }
+  py::list addresses(plan.entries.size());
+  for (size_t i = 0; i < plan.entries.size(); ++i) addresses[i] = reinterpret_cast<uintptr_t>(plan.entries[i].grad);
+  return py::make_tuple(addresses, plan.in_double);
+}
+
+int cpu_step(const cpu::Step& step, Plan& plan, const py::list& groups, const py::dict& state,
+             const py::object& asked) {
+  StepRequest request = request_of(asked);
+  if (request.external) request.grad_scale = static_cast<float>(number(asked.attr(names().grad_scale)));
+  const py::object found_inf = asked.attr(names().found_inf);
+  request.found_inf = !found_inf.is_none() && number(found_inf) != 0;
+  const Running running(plan);
+  if (!running.began() || !plan.refresh(groups, state)) return kStale;
+  request.in_double = plan.in_double;
+  return step.run(plan, request) ? kApplied : kSkipped;
+}
+
+// The offset of each field of StepState by name.
+py::dict step_state_offsets() {
+  py::dict offsets;
+#define FUSED_TRICKS_FIELD(name) offsets[#name] = offsetof(StepState, name)
+  FUSED_TRICKS_FIELD(scale);
+  FUSED_TRICKS_FIELD(growth_tracker);
+  FUSED_TRICKS_FIELD(hysteresis_tracker);
+  FUSED_TRICKS_FIELD(found);
+  FUSED_TRICKS_FIELD(applied_steps);
+  FUSED_TRICKS_FIELD(skipped_steps);
+  FUSED_TRICKS_FIELD(skip);
+  FUSED_TRICKS_FIELD(inverse_scale);
+  FUSED_TRICKS_FIELD(clip);
+  FUSED_TRICKS_FIELD(arrivals);
+  FUSED_TRICKS_FIELD(skipped_in_a_row);
+  FUSED_TRICKS_FIELD(grad_norm);
+#undef FUSED_TRICKS_FIELD
+  return offsets;
+}
+
+#if defined(FUSED_TRICKS_CUDA)
+
+cuda::Target target_of(const Plan& plan) { return {plan.device.index, current_stream(plan.device)}; }
+
+void set_cuda_tables(cuda::Step& step, const Plan& plan, const py::object& memory) {
+  step.set_tables(data_of(memory), target_of(plan));
+}
+
+void set_cuda_scratch(cuda::Step& step, const py::object& memory) { step.set_scratch(data_of(memory)); }
+
+int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::dict& state, const py::object& asked) {
+  StepRequest request = request_of(asked);
+  const Running running(plan);
+  if (!running.began() || !plan.refresh(groups, state)) return kStale;
+  request.in_double = plan.in_double;
+  const cuda::External external{static_cast<const float*>(data_of(asked.attr(names().grad_scale))),
+                                static_cast<const float*>(data_of(asked.attr(names().found_inf)))};
+  step.run(plan, request, external, target_of(plan));
+  plan.mark_updated();
+  return kApplied;
+}
+
+#endif
+
+PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
+  module.def("connect", &connect, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("increment_version"),
+             py::arg("functions"), py::arg("samples"), py::arg("negative"));
+  module.def("step_state_offsets", &step_state_offsets);
+  module.def("instruction_sets", &cpu::instruction_sets);
+  module.def("selected_instruction_set", &cpu::selected_instruction_set);
+  module.def("select_instruction_set", &cpu::select_instruction_set, py::arg("name"));
+  py::class_<Plan>(module, "Plan", py::module_local())
+      .def(py::init<const py::list&, const py::object&, bool, const py::list&, const py::object&>(), py::arg("entries"),
+           py::arg("step_state"), py::arg("reads_lr"), py::arg("rates"), py::arg("agreement"))
+      .def("gradient_addresses", &gradient_addresses, py::arg("groups"), py::arg("state"))
+      .def("release_gradients", &Plan::release_gradients)
+      .def("mark_updated", &Plan::mark_updated);
+  py::class_<cpu::Step>(module, "CpuStep", py::module_local())
+      .def(py::init<const Plan&>(), py::arg("plan"))
+      .def("run", &cpu_step, py::arg("plan"), py::arg("groups"), py::arg("state"), py::arg("request"));
+#if defined(FUSED_TRICKS_CUDA)
+  module.def("cuda_unusable_because", &cuda::unusable_because, py::arg("device"));
+  py::class_<cuda::Step>(module, "CudaStep", py::module_local())
+      .def(py::init<const Plan&>(), py::arg("plan"))
+      .def("table_size", &cuda::Step::table_size)
+      .def("set_tables", &set_cuda_tables, py::arg("plan"), py::arg("memory"))
+      .def("scratch_size", &cuda::Step::scratch_size)
+      .def("set_scratch", &set_cuda_scratch, py::arg("memory"))
+      .def("run", &cuda_step, py::arg("plan"), py::arg("groups"), py::arg("state"), py::arg("request"));
+#endif
+#if defined(FUSED_TRICKS_VERSION)
+  module.attr("__version__") = FUSED_TRICKS_VERSION;
+#endif
+}
+
+}  // namespace
+}  // namespace fused_tricks

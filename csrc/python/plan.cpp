@@ -1,0 +1,366 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+
+namespace fused_tricks {
+
+namespace {
+
+PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+struct Names {
+  PyObject* params = interned("params");
+  PyObject* lr = interned("lr");
+  PyObject* momentum_buffer = interned("momentum_buffer");
+  PyObject* master_param = interned("master_param");
+  PyObject* numbers[std::size(kNumbers)];
+  PyObject* flags[std::size(kFlags)];
+
+  Names() {
+    for (size_t i = 0; i < std::size(kNumbers); ++i) numbers[i] = interned(kNumbers[i].key);
+    for (size_t i = 0; i < std::size(kFlags); ++i) flags[i] = interned(kFlags[i].key);
+  }
+};
+
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && !PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
+  if (value == nullptr) throw py::error_already_set();
+  return value;
+}
+
+double number(PyObject* dict, PyObject* key) {
+  const double value = PyFloat_AsDouble(item(dict, key));
+  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+bool truth(PyObject* dict, PyObject* key) {
+  const int value = PyObject_IsTrue(item(dict, key));
+  if (value < 0) throw py::error_already_set();
+  return value != 0;
+}
+
+bool fits_float(double number) { return !std::isfinite(number) || std::isfinite(static_cast<float>(number)); }
+
+bool has_one_element(const TensorView& tensor) {
+  int64_t count = 1;
+  for (int64_t i = 0; i < tensor.dimensions; ++i) count *= tensor.shape[i];
+  return count == 1;
+}
+
+// What `key` holds in a parameter's state; null when there is nothing.
+PyObject* state_item(PyObject* state, PyObject* key) {
+  if (state == nullptr || !PyDict_Check(state)) return nullptr;
+  return PyDict_GetItemWithError(state, key);
+}
+
+// Whether a parameter's state still has these tensors, null for none. Most dicts have nothing else, under the very
+// strings that are known here, and walking through them is faster than looking both up.
+bool has_state(PyObject* state, PyObject* buffer, PyObject* master) {
+  if (PyDict_Check(state)) {
+    PyObject *key, *value, *found_buffer = nullptr, *found_master = nullptr;
+    Py_ssize_t position = 0;
+    bool is_known = true;
+    while (is_known && PyDict_Next(state, &position, &key, &value)) {
+      if (key == names().momentum_buffer) {
+        found_buffer = value;
+      } else if (key == names().master_param) {
+        found_master = value;
+      } else {
+        is_known = false;
+      }
+    }
+    if (is_known) return found_buffer == buffer && found_master == master;
+  }
+  return state_item(state, names().momentum_buffer) == buffer && state_item(state, names().master_param) == master;
+}
+
+// Whether a tensor of the state, and this process's part of it, are still where the plan works.
+bool is_in_place(PyObject* held, PyObject* own, const void* address) {
+  if (held == nullptr || address == nullptr) return true;
+  return is_at(held, address) && (own == held || is_at(own, address));
+}
+
+}  // namespace
+
+// Strides of dimensions of one element mean nothing, and torch sets them as it likes.
+bool Layout::matches(const TensorView& tensor) const {
+  if (static_cast<size_t>(tensor.dimensions) != shape.size()) return false;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (tensor.shape[i] != shape[i]) return false;
+    if (shape[i] > 1 && tensor.strides[i] != strides[i]) return false;
+  }
+  return true;
+}
+
+namespace {
+
+DType dtype_of(const py::object& dtype) {
+  const auto name = py::str(dtype).cast<std::string>();
+  for (size_t i = 0; i < kDTypes; ++i) {
+    if (name == std::string("torch.") + kDTypeNames[i]) return static_cast<DType>(i);
+  }
+  throw std::invalid_argument("a gradient's dtype is not supported");
+}
+
+// A CompiledEntry of fused_tricks/backends/compiled.py, which keeps alive what is borrowed here.
+Entry entry_of(const py::handle& item) {
+  Entry entry;
+  entry.group = item.attr("group").cast<size_t>();
+  entry.object = item.attr("param").ptr();
+  entry.source = item.attr("source").ptr();
+  entry.live = item.attr("live").cast<bool>();
+  if (!entry.live) return entry;
+  const py::object alias = item.attr("alias"), master = item.attr("master"), buffer = item.attr("buffer");
+  if (!alias.is_none()) entry.alias = alias.ptr();
+  TensorView tensor;
+  if (!read_tensor(entry.source, tensor)) throw std::invalid_argument("a parameter's dtype is not supported");
+  entry.type = tensor.type;
+  entry.grad_type = dtype_of(item.attr("grad_dtype"));
+  entry.layout.shape.assign(tensor.shape, tensor.shape + tensor.dimensions);
+  entry.layout.strides.assign(tensor.strides, tensor.strides + tensor.dimensions);
+  entry.count = 1;
+  for (const int64_t size : entry.layout.shape) entry.count *= size;
+  entry.param = tensor.data;
+  entry.device = tensor.device;
+  entry.has_master = !master.is_none();
+  entry.has_buffer = !buffer.is_none();
+  entry.master = data_of(master);
+  entry.buffer = data_of(buffer);
+  entry.own_master = master.ptr();
+  entry.own_buffer = buffer.ptr();
+  entry.watches_version = item.attr("watches_version").cast<bool>();
+  entry.first_update = static_cast<int64_t*>(data_of(item.attr("first_update")));
+  entry.part = item.attr("part").cast<int32_t>();
+  if (entry.watches_version) entry.version = version_of(entry.object);
+  return entry;
+}
+
+}  // namespace
+
+void Agreement::reach() const { py::handle(object).attr("reach")(); }
+
+Plan::Plan(const py::list& specified, const py::object& step_state, bool reads_lr, const py::list& rates,
+           const py::object& agreed)
+    : reads_lr_(reads_lr) {
+  state = static_cast<StepState*>(data_of(step_state));
+  device = device_of(step_state);
+  if (!agreed.is_none()) {
+    const py::object verdict = agreed.attr("verdict");
+    agreement.object = agreed.ptr();
+    agreement.verdict = static_cast<double*>(data_of(verdict));
+    agreement.parts = static_cast<int32_t>(py::len(verdict) - 2);
+  }
+  for (const py::handle& item : rates) {
+    AppliedRate rate;
+    if (!item.is_none()) {
+      const py::object factors = item.attr("factors");
+      TensorView view;
+      if (!read_tensor(factors.ptr(), view)) throw std::invalid_argument("the factors' dtype is not supported");
+      rate = {item.attr("lr").ptr(), item.attr("base").cast<double>(), static_cast<const double*>(view.data),
+              view.shape[0] - 1, item.attr("origin").cast<int64_t>()};
+    }
+    rates_.push_back(rate);
+  }
+  for (const py::handle& item : specified) entries.push_back(entry_of(item));
+  find_written_memory();
+}
+
+void Plan::find_written_memory() {
+  const auto add = [this](const void* address, int64_t size) {
+    const auto begin = reinterpret_cast<uintptr_t>(address);
+    if (address != nullptr) written_.push_back({begin, begin + static_cast<uintptr_t>(size)});
+  };
+  for (const Entry& entry : entries) {
+    const int64_t state_size = entry.type == DType::kFloat64 ? 8 : 4;
+    add(entry.param, entry.count * size_of(entry.type));
+    add(entry.master, entry.count * state_size);
+    add(entry.buffer, entry.count * state_size);
+  }
+  std::sort(written_.begin(), written_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+}
+
+// No two ranges have an address in common: fused_tricks/step/shared_memory.py finds those, and no plan is made here.
+Range Plan::unwritten_around(uintptr_t address) const {
+  const auto after = std::upper_bound(written_.begin(), written_.end(), address,
+                                      [](uintptr_t begin, const Range& range) { return begin < range.begin; });
+  return {after == written_.begin() ? 0 : std::prev(after)->end, after == written_.end() ? UINTPTR_MAX : after->begin};
+}
+
+void Plan::watch_state(const py::dict& optimizer_state) {
+  watches_state_ = true;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(optimizer_state.ptr(), &position, &key, &value)) watched_.emplace_back(key, value);
+  for (Entry& entry : entries) {
+    entry.state = nullptr;
+    if (entry.live && optimizer_state.contains(py::handle(entry.object))) {
+      entry.state = PyDict_GetItem(optimizer_state.ptr(), entry.object);
+    }
+    entry.state_buffer = state_item(entry.state, names().momentum_buffer);
+    entry.state_master = state_item(entry.state, names().master_param);
+  }
+}
+
+bool Plan::state_is_unchanged(const py::dict& optimizer_state) const {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  size_t index = 0;
+  while (PyDict_Next(optimizer_state.ptr(), &position, &key, &value)) {
+    if (index == watched_.size() || watched_[index].first != key || watched_[index].second != value) return false;
+    ++index;
+  }
+  if (index != watched_.size()) return false;
+  for (const Entry& entry : entries) {
+    if (entry.state == nullptr) continue;
+    if (!has_state(entry.state, entry.state_buffer, entry.state_master)) return false;
+    if (!is_in_place(entry.state_buffer, entry.own_buffer, entry.buffer)) return false;
+    if (!is_in_place(entry.state_master, entry.own_master, entry.master)) return false;
+  }
+  return true;
+}
+
+bool Plan::refresh_entry(Entry& entry) {
+  PyObject* grad = grad_of(entry.source);
+  if (grad == Py_None) {
+    Py_DECREF(grad);
+    entry.grad = nullptr;
+    return true;
+  }
+  grads_.push_back(grad);
+  if (!entry.live) return false;
+  TensorView param, gradient;
+  if (!read_tensor(entry.source, param) || param.data != entry.param || param.type != entry.type) return false;
+  if (!entry.layout.matches(param)) return false;
+  if (!read_tensor(grad, gradient) || !entry.layout.matches(gradient)) return false;
+  if (gradient.device.type != entry.device.type || gradient.device.index != entry.device.index) return false;
+  // A tensor that wraps others has elements and no address.
+  if (gradient.data == nullptr && entry.count > 0) return false;
+  if (gradient.type != entry.grad_type) return false;
+  if (groups[entry.group].momentum != 0 && !entry.has_buffer) return false;
+  if (entry.watches_version && version_of(entry.object) != entry.version) return false;
+  // An empty tensor may have no address, and there is nothing to update.
+  entry.grad = entry.count == 0 ? nullptr : gradient.data;
+  if (entry.grad == nullptr) return true;
+  if (!has_its_memory(grad, gradient.type, entry.count)) return false;
+  if (!groups[entry.group].fits_float && entry.type != DType::kFloat64) {
+    throw py::value_error("an option does not fit FP32, in which a parameter is updated");
+  }
+  in_double = in_double || entry.type == DType::kFloat64;
+  // A parameter may be its own gradient: each element is read before it is written.
+  if (entry.grad == entry.param && gradient.type == entry.type) return true;
+  const auto begin = reinterpret_cast<uintptr_t>(entry.grad);
+  const uintptr_t end = begin + static_cast<uintptr_t>(entry.count * size_of(gradient.type));
+  const auto is_within = [&](const Range& range) { return range.begin <= begin && end <= range.end; };
+  if (is_within(entry.unwritten)) return true;
+  entry.unwritten = unwritten_around(begin);
+  return is_within(entry.unwritten);
+}
+
+bool Plan::refresh_group(PyObject* dict, size_t& index) {
+  const py::object params =
+      py::reinterpret_steal<py::object>(PySequence_Fast(item(dict, names().params), "group['params'] is no list"));
+  if (!params) throw py::error_already_set();
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(params.ptr());
+  for (Py_ssize_t i = 0; i < size; ++i, ++index) {
+    if (index == entries.size()) return false;
+    Entry& entry = entries[index];
+    if (PySequence_Fast_GET_ITEM(params.ptr(), i) != entry.object || entry.group != groups.size() - 1) return false;
+    if (!refresh_entry(entry)) return false;
+  }
+  return true;
+}
+
+void Plan::follow(const AppliedRate& rate, Group& group) const {
+  group.lr = rate.base;
+  if (reads_lr_) {
+    group.lr_pointer = rate.factors;
+    group.lr_last = rate.last;
+    group.lr_origin = rate.origin;
+    group.lr_is_double = true;
+  } else {
+    group.lr *= rate.factors[factor_due(state->applied_steps, rate.origin, rate.last)];
+  }
+}
+
+void Plan::read_lr(PyObject* dict, Group& group) const {
+  PyObject* lr = item(dict, names().lr);
+  const size_t index = groups.size();
+  if (index < rates_.size() && rates_[index].object == lr) {
+    follow(rates_[index], group);
+    return;
+  }
+  TensorView tensor;
+  const bool readable = reads_lr_ && !PyFloat_Check(lr) && !PyLong_Check(lr) && read_tensor(lr, tensor) &&
+                        tensor.device.type == device.type && tensor.device.index == device.index &&
+                        has_one_element(tensor) && size_of(tensor.type) >= 4;
+  if (readable) {
+    group.lr = 1.0;
+    group.lr_pointer = tensor.data;
+    group.lr_is_double = tensor.type == DType::kFloat64;
+  } else {
+    group.lr = number(dict, names().lr);
+  }
+}
+
+bool Plan::refresh(const py::list& group_dicts, const py::dict& optimizer_state) {
+  if (!watches_state_) watch_state(optimizer_state);
+  if (!state_is_unchanged(optimizer_state)) return false;
+  groups.clear();
+  in_double = false;
+  size_t index = 0;
+  for (const py::handle& handle : group_dicts) {
+    PyObject* dict = handle.ptr();
+    Group group{};
+    read_lr(dict, group);
+    for (size_t i = 0; i < std::size(kNumbers); ++i) group.*kNumbers[i].field = number(dict, names().numbers[i]);
+    for (size_t i = 0; i < std::size(kFlags); ++i) group.*kFlags[i].field = truth(dict, names().flags[i]);
+    group.fits_float = fits_float(group.lr);
+    for (const auto& option : kNumbers) group.fits_float = group.fits_float && fits_float(group.*option.field);
+    groups.push_back(group);
+    if (!refresh_group(dict, index)) return false;
+  }
+  return index == entries.size();
+}
+
+void Plan::release_gradients() {
+  for (PyObject* grad : grads_) Py_DECREF(grad);
+  grads_.clear();
+}
+
+void Plan::mark_updated() {
+  size_t count = 0;
+  bool same = true;
+  for (const Entry& entry : entries) {
+    if (entry.grad == nullptr || entry.alias == nullptr) continue;
+    same = same && count < updated_.size() && PyList_GET_ITEM(updated_.ptr(), count) == entry.alias;
+    ++count;
+  }
+  same = same && count == updated_.size();
+  if (!same) {
+    updated_ = py::list();
+    for (const Entry& entry : entries) {
+      if (entry.grad != nullptr && entry.alias != nullptr) updated_.append(py::handle(entry.alias));
+    }
+  }
+  const py::object done =
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_api.increment_version, updated_.ptr()));
+  if (!done) throw py::error_already_set();
+  for (Entry& entry : entries) {
+    if (!entry.watches_version || entry.grad == nullptr || entry.alias == nullptr) continue;
+    if (!same) entry.version_step = version_of(entry.object) - entry.version;
+    entry.version += entry.version_step;
+  }
+}
+
+}  // namespace fused_tricks

@@ -1,0 +1,90 @@
+// What the extension finds in torch, once: functions of its stable C interface, and where a tensor's object has the
+// word that they read.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "../core/dtype.h"
+#include "dlpack.h"
+
+namespace fused_tricks {
+
+namespace py = pybind11;
+
+// What a tensor is. Shape and strides, in elements, are the tensor's own.
+struct TensorView {
+  void* data;
+  int64_t dimensions;
+  const int64_t* shape;
+  const int64_t* strides;
+  DType type;
+  dlpack::Device device;
+};
+
+// Functions of torch's stable C interface. They borrow a tensor: no reference count is touched, which costs a third of
+// what DLPack does. A handle points to the one word that a tensor is to torch's C++.
+struct TensorShim {
+  using Handle = const void*;
+  int32_t (*from_object)(void* object, void** handle) = nullptr;
+  int32_t (*delete_handle)(void* handle) = nullptr;
+  int32_t (*data)(Handle tensor, void** out) = nullptr;
+  int32_t (*dimensions)(Handle tensor, int64_t* out) = nullptr;
+  int32_t (*shape)(Handle tensor, const int64_t** out) = nullptr;
+  int32_t (*strides)(Handle tensor, const int64_t** out) = nullptr;
+  int32_t (*dtype)(Handle tensor, int32_t* out) = nullptr;
+  int32_t (*layout)(Handle tensor, int32_t* out) = nullptr;
+  int32_t (*device_type)(Handle tensor, int32_t* out) = nullptr;
+  int32_t (*device_index)(Handle tensor, int32_t* out) = nullptr;
+  int32_t (*storage_size)(Handle tensor, int64_t* bytes) = nullptr;
+  int32_t (*storage_offset)(Handle tensor, int64_t* elements) = nullptr;
+  // How torch numbers what DLPack numbers otherwise.
+  int32_t dtypes[kDTypes] = {};  // by DType
+  int32_t strided = 0;
+  int32_t cpu = 0;
+  int32_t cuda = 0;
+};
+
+// Borrowed from torch once, when the package is imported.
+struct TorchApi {
+  const dlpack::ExchangeApi* exchange = nullptr;
+  PyObject* increment_version = nullptr;
+  PyTypeObject* tensor = nullptr;
+  PyTypeObject* parameter = nullptr;
+  getter grad = nullptr;  // Tensor.grad and Tensor._version, as plain functions for those two types
+  getter version = nullptr;
+  TensorShim shim;
+  // Whether a tensor has the negative bit: at::native::is_neg, which no stable interface has. Null: unknown to this
+  // torch.
+  bool (*is_negative)(TensorShim::Handle tensor) = nullptr;
+  size_t handle_offset = 0;  // where objects of those two types have what a handle points to; 0: read through DLPack
+};
+extern TorchApi torch_api;
+
+// True if a tensor's type is one of the two that override nothing.
+inline bool is_plain(PyObject* tensor) {
+  const PyTypeObject* type = Py_TYPE(tensor);
+  return type == torch_api.parameter || type == torch_api.tensor;
+}
+
+// True if a tensor can be read through torch_api.shim.
+inline bool has_handle(PyObject* tensor) { return torch_api.handle_offset != 0 && is_plain(tensor); }
+
+inline TensorShim::Handle handle_of(PyObject* tensor) {
+  return reinterpret_cast<const char*>(tensor) + torch_api.handle_offset;
+}
+
+// False for whatever DLPack should say more about.
+bool read_with_shim(TensorShim::Handle tensor, TensorView& out);
+bool read_with_dlpack(PyObject* object, TensorView& out);
+
+// Fills torch_api.
+//
+// functions: addresses of torch's functions by name; before torch 2.14 some are missing.
+// samples: a tensor of each DType, in order, to see how torch stores and numbers things.
+// negative: a tensor with the negative bit.
+void connect_torch(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
+                   const py::dict& functions, const py::list& samples, const py::object& negative);
+
+}  // namespace fused_tricks

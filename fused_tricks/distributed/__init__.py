@@ -1,0 +1,1 @@
+"""Sharded parameters, and one decision for all processes of a step."""

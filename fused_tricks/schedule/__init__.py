@@ -1,0 +1,5 @@
+"""The learning rate schedule."""
+
+from .scheduler import WarmupCosineLR
+
+__all__ = ["WarmupCosineLR"]

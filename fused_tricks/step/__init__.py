@@ -1,0 +1,1 @@
+"""One optimizer step: its options, its plan, its state, its checkpoints."""

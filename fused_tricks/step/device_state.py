@@ -1,0 +1,132 @@
+"""The few numbers of an optimizer that live on its parameters' device."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ordinary_tensors import outside_all_modes
+
+# The fields of StepState in csrc/core/step_state.h, in order, as `struct` writes their types. A test compares the two.
+_FIELDS = {
+    "scale": "f",
+    "growth_tracker": "i",
+    "hysteresis_tracker": "i",
+    "found": "i",
+    "applied_steps": "q",
+    "skipped_steps": "q",
+    "skip": "i",
+    "inverse_scale": "f",
+    "clip": "d",
+    "arrivals": "i",
+    "skipped_in_a_row": "i",
+    "grad_norm": "d",
+}
+_TYPES = {"f": torch.float32, "d": torch.float64, "i": torch.int32, "q": torch.int64}
+_LAYOUT = struct.Struct("=" + "".join(_FIELDS.values()))
+OFFSETS = {
+    name: struct.calcsize("=" + "".join(list(_FIELDS.values())[:index])) for index, name in enumerate(_FIELDS)
+}
+"""Where each field is in the block, in bytes."""
+
+
+def to_float32(value: float) -> float:
+    """The FP32 number nearest to ``value``, ties to even; infinite where that overflows."""
+    return ctypes.c_float(value).value
+
+
+class StepReading(NamedTuple):
+    """The fields of a :class:`StepState` that the host reads, as Python numbers."""
+
+    scale: float
+    growth_tracker: int
+    hysteresis_tracker: int
+    applied_steps: int
+    skipped_steps: int
+    skip: int
+    skipped_in_a_row: int
+    grad_norm: float
+
+    @classmethod
+    def of(cls, block: Tensor) -> StepReading:
+        """Reads a ``block``, which synchronises where it is on a GPU."""
+        fields = dict(zip(_FIELDS, _LAYOUT.unpack(bytes(block.tolist())), strict=True))
+        return cls(**{name: fields[name] for name in cls._fields})
+
+
+class StepState:
+    """Loss scale, trackers and counters of one optimizer in one 64-byte tensor.
+
+    Every attribute is a 0-dim view of ``block``, so a kernel changes them without a host sync, and reading one as a
+    Python number is a sync. ``block`` has memory even where the parameters have none, and a ``FakeTensorMode`` does not
+    change that.
+
+    Attributes:
+        block: ``uint8`` tensor of 64 bytes that the kernels are given.
+        scale: FP32, the loss scale; 1 where none is in use.
+        growth_tracker: INT32, good steps since the scale last changed or an overflow was found.
+        hysteresis_tracker: INT32, overflows left until the scale backs off.
+        grad_norm: FP64, the unscaled L2 norm of the last measured gradients; an FP32 number unless one was FP64.
+        applied_steps: INT64, updates applied.
+        skipped_steps: INT64, updates skipped.
+        skip: INT32, 1 when the last step was skipped.
+        skipped_in_a_row: INT32, updates skipped since the last one that was applied.
+        scale_was_read: True once code outside the step has read the scale, by which it can multiply a loss.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", scale: float = 1.0, hysteresis: int = 1) -> None:
+        with outside_all_modes():
+            self._start(torch.zeros(_LAYOUT.size, dtype=torch.uint8, device=device))
+            self.scale.fill_(scale)
+            self.hysteresis_tracker.fill_(hysteresis)
+
+    def _start(self, block: Tensor) -> None:
+        self._view(block)
+        self.scale_was_read = False
+        self._kept: list[object] = []
+
+    def _view(self, block: Tensor) -> None:
+        self.block = block
+        self.scale = _field(block, "scale")
+        self.growth_tracker = _field(block, "growth_tracker")
+        self.hysteresis_tracker = _field(block, "hysteresis_tracker")
+        self.applied_steps = _field(block, "applied_steps")
+        self.skipped_steps = _field(block, "skipped_steps")
+        self.skip = _field(block, "skip")
+        self.skipped_in_a_row = _field(block, "skipped_in_a_row")
+        self.grad_norm = _field(block, "grad_norm")
+
+    def move_to(self, device: torch.device) -> None:
+        """Continues on another device."""
+        if self.block.device != device:
+            with outside_all_modes():
+                self._view(self.block.to(device))
+
+    def keep(self, *memory: object) -> None:
+        """Keeps objects and the present ``block`` alive for as long as this state: a captured CUDA graph uses them."""
+        self._kept.append((self.block, *memory))
+
+    def read(self) -> StepReading:
+        """Returns every field, in one copy to the host."""
+        with outside_all_modes():
+            return StepReading.of(self.block)
+
+    def __getstate__(self) -> tuple[Tensor, bool]:
+        return self.block, self.scale_was_read
+
+    def __setstate__(self, state: tuple[Tensor, bool]) -> None:
+        block, scale_was_read = state
+        # A copied or unpickled block no longer shares memory with views that were copied beside it.
+        with outside_all_modes():
+            self._start(block.clone())
+        self.scale_was_read = scale_was_read
+
+
+def _field(block: Tensor, name: str) -> Tensor:
+    """A 0-dim view of a field."""
+    dtype = _TYPES[_FIELDS[name]]
+    return block[OFFSETS[name] :][: dtype.itemsize].view(dtype)[0]

@@ -1,0 +1,134 @@
+"""What an optimizer's parameters are called, and which of them can be updated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import is_wrapper_subclass
+from ..distributed.sharding import is_distributed, local_part
+from .shared_memory import GRADIENT, PARAMETER, has_memory, missing_bytes, overlaps_itself
+
+MOMENTUM_BUFFER = "momentum_buffer"
+MASTER_PARAM = "master_param"
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+SUPPORTED = (*LOW_PRECISION, torch.float32, torch.float64)
+
+
+def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:
+    """Every parameter with what errors call it, its name where the optimizer was given names, and its group's index."""
+    return [
+        (
+            f"parameter '{group['param_names'][index]}'"
+            if "param_names" in group
+            else f"parameter {index} of group {group_index}",
+            param,
+            group_index,
+        )
+        for group_index, group in enumerate(groups)
+        for index, param in enumerate(group["params"])
+    ]
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether the elements of a tensor, or of its local part, are in other tensors that only torch operations reach."""
+    return is_wrapper_subclass(local_part(tensor))
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """The type of the arithmetic, of masters and of momentum buffers: FP64 for FP64 parameters, else FP32."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def check_state(name: str, state: Any) -> None:
+    """Raises TypeError unless ``state`` can be what the optimizer's state has of the parameter ``name``."""
+    if not isinstance(state, dict):
+        raise TypeError(f"the state of {name} must be a dict, got {type(state).__name__}; delete the entry")
+    for key in (MASTER_PARAM, MOMENTUM_BUFFER):
+        value = state.get(key)
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"the {key} of {name} must be a tensor, got {type(value).__name__}; delete the entry, or put a tensor "
+                "there"
+            )
+
+
+def check_update(
+    name: str, param: Tensor, grad: Tensor, state: dict[str, Any], used: dict[str, Tensor | None]
+) -> None:
+    """Raises RuntimeError unless a parameter can be updated.
+
+    Args:
+        name: What errors call it.
+        param: The parameter.
+        grad: Its gradient.
+        state: What the optimizer's state has of it.
+        used: The tensors of its state that the update needs, as far as there are any.
+    """
+    for key, value in {PARAMETER: param, **used}.items():
+        if value is not None and value.is_inference():
+            owned = name if key == PARAMETER else f"the {key} of {name}"
+            raise RuntimeError(
+                f"{owned} was made under torch.inference_mode() and cannot be trained; make it outside, or clone() it "
+                "there"
+            )
+    if param.dtype not in SUPPORTED:
+        raise RuntimeError(
+            f"{name} has dtype {param.dtype}; FusedSGD updates float16, bfloat16, float32 and float64"
+        )
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{name} has a gradient of layout {grad.layout}; FusedSGD needs dense gradients: build the layer with "
+            "sparse=False, or use torch.optim.SGD for it"
+        )
+    if param.layout != torch.strided:
+        raise RuntimeError(f"{name} has layout {param.layout}; FusedSGD needs dense parameters")
+    wide = grad.dtype == torch.float32 and param.dtype in LOW_PRECISION
+    if grad.dtype != param.dtype and not wide:
+        raise RuntimeError(
+            f"{name} has dtype {param.dtype} and a gradient of dtype {grad.dtype}; cast the gradient to the "
+            "parameter's dtype, or to float32 for a float16 or bfloat16 parameter"
+        )
+    if is_distributed(grad) != is_distributed(param):
+        kinds = ["a DTensor" if is_distributed(tensor) else "a plain tensor" for tensor in (param, grad)]
+        raise RuntimeError(
+            f"{name} is {kinds[0]} and its gradient {kinds[1]}; make the gradient one of the same placement"
+        )
+    if grad.device != param.device:
+        raise RuntimeError(
+            f"{name} is on {param.device} and its gradient on {grad.device}; move the gradient there"
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"{name} has shape {tuple(param.shape)} and a gradient of shape {tuple(grad.shape)}"
+        )
+    if overlaps_itself(local_part(param)):
+        raise RuntimeError(
+            f"{name} has elements that share memory (it was expanded); clone() it before it is optimized"
+        )
+    for key in (MASTER_PARAM, MOMENTUM_BUFFER):
+        value = state.get(key)
+        if value is not None and value.shape != param.shape:
+            raise RuntimeError(
+                f"{name} has shape {tuple(param.shape)} and a {key} of shape {tuple(value.shape)} in the optimizer's "
+                "state; load the state that belongs to this model, or delete the entry"
+            )
+    for key, value in {PARAMETER: param, GRADIENT: grad, **used}.items():
+        if value is not None:
+            _check_memory(name if key == PARAMETER else f"the {key} of {name}", value, has_memory(param))
+
+
+def _check_memory(name: str, tensor: Tensor, is_needed: bool) -> None:
+    missing = missing_bytes(tensor)
+    if missing:
+        raise RuntimeError(
+            f"{name} has no memory for its elements: its storage was resized and lacks {missing} bytes; restore it, or "
+            "replace the tensor"
+        )
+    if is_needed and not has_memory(tensor):
+        raise RuntimeError(
+            f"{name} has no memory (it is a {type(tensor).__name__} on {tensor.device}) beside a parameter that has "
+            "some; replace it"
+        )

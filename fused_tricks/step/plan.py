@@ -1,0 +1,393 @@
+"""Which memory a step works on: built once, and again only when something that it holds changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._torch import is_zero_tensor
+from ..distributed.found_inf_reduction import Agreement
+from ..distributed.sharding import distributed_like, is_distributed, local_part, placed_like
+from .device_state import StepState
+from .new_state import NewState
+from .parameters import (
+    LOW_PRECISION,
+    MASTER_PARAM,
+    MOMENTUM_BUFFER,
+    SUPPORTED,
+    check_state,
+    check_update,
+    is_wrapper,
+    named_parameters,
+    state_dtype,
+)
+from .shared_memory import (
+    GRADIENT,
+    PARAMETER,
+    Piece,
+    address_of,
+    has_memory,
+    missing_bytes,
+    must_be_in_order,
+    overlaps_itself,
+)
+from .stand_ins import StandIns, identity_of, same_strides
+
+
+@dataclass(eq=False)
+class Entry:
+    """One parameter.
+
+    Attributes:
+        group: The index of its group.
+        param: The parameter as its group lists it.
+        live: Whether it can be updated: it had a gradient when the plan was made, or has had one before and is ready
+            for the next. What follows is empty where it cannot.
+        source: The tensor whose memory and ``.grad`` the kernels use: the parameter, or a stand-in. That is an alias of
+            the part of a ``DTensor`` that is here, or a contiguous copy where the parameter has gaps or its gradient
+            has other strides.
+        grad_dtype: The type of its gradients; one of another type needs another plan.
+        is_copy: The stand-in has memory of its own.
+        part: Which part of the model the parameter belongs to, as
+            :class:`~fused_tricks.distributed.found_inf_reduction.Agreement` says.
+        master: FP32 weights of an FP16 or BF16 parameter, with the strides of ``source``.
+        buffer: Momentum in the type of the arithmetic, with the strides of ``source``.
+        distributed: ``DTensor``s of which ``master`` and ``buffer`` are the parts that are here, where the parameter is
+            one, by their keys in the optimizer's state.
+        first_update: 0-dim INT64, the number of the update that first wrote ``buffer``; -1 before. Backends note it.
+        identity: The parameter's address and version counters when ``master`` was last known to agree with it.
+        storage: Keeps that address from being given to other data.
+    """
+
+    group: int
+    param: Tensor
+    live: bool
+    source: Tensor
+    grad_dtype: torch.dtype | None = None
+    is_copy: bool = False
+    part: int = 0
+    master: Tensor | None = None
+    buffer: Tensor | None = None
+    distributed: dict[str, Tensor] = field(default_factory=dict)
+    first_update: Tensor | None = None
+    identity: tuple[int, ...] = ()
+    storage: Tensor | None = None
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What of it belongs into the optimizer's state."""
+        tensors = {MASTER_PARAM: self.master, MOMENTUM_BUFFER: self.buffer} | self.distributed
+        return {k: t for k, t in tensors.items() if t is not None and t.shape == self.param.shape}
+
+    @property
+    def is_staged(self) -> bool:
+        return self.source is not self.param
+
+
+@dataclass
+class Plan:
+    """The entries of every parameter of every group, in order.
+
+    Attributes:
+        entries: All of them.
+        stand_ins: The stand-ins among the entries' sources.
+        placed: The keys of masters and buffers that the plan has put into the optimizer's state, by parameter.
+        lrs: The groups' learning rates as they were, tensors that follow the updates applied among them.
+        agreement: How to decide with other processes; None where this one decides alone.
+        is_in_order: Parameters have to be updated one after the other, because some share memory.
+        is_outdated: What the plan was made from has changed in a way that backends do not look for.
+    """
+
+    entries: list[Entry]
+    lrs: list[Any]
+    agreement: Agreement | None = None
+    is_in_order: bool = False
+    placed: dict[Tensor, list[str]] = field(default_factory=dict)
+    stand_ins: StandIns = field(init=False)
+    is_outdated: bool = False
+
+    def __post_init__(self) -> None:
+        self.stand_ins = StandIns(self.entries)
+
+    def keeps_its_memory(self) -> bool:
+        """True if each parameter still is where it was when the plan began to keep its memory."""
+        return all(
+            entry.storage is None or address_of(local_part(entry.param)) == address_of(entry.storage)
+            for entry in self.entries
+        )
+
+    def place_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Puts the masters and buffers that are not in the optimizer's state there."""
+        owned = {entry.param: entry.own_state() for entry in self.entries if entry.live}
+        if not any(owned.values()):
+            return
+        # Those that need none as well, where others have: torch.distributed.checkpoint misses them otherwise.
+        for param, own in owned.items():
+            held = state.get(param, {})
+            new = {key: tensor for key, tensor in own.items() if held.get(key) is not tensor}
+            if new or param not in state:
+                self.placed[param] = list(new)
+                state.setdefault(param, {}).update(new)
+
+    def withdraw_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Undoes :meth:`place_state`."""
+        for param, keys in self.placed.items():
+            held = state.get(param, {})
+            for key in keys:
+                held.pop(key, None)
+            if not held:
+                state.pop(param, None)
+        self.placed.clear()
+
+
+def build_plan(
+    groups: list[dict[str, Any]],
+    state: dict[Tensor, dict[str, Any]],
+    step_state: StepState,
+    new_state: NewState,
+    device: torch.device,
+    former: Plan | None = None,
+    agreement: Agreement | None = None,
+) -> Plan:
+    """Makes a plan from an optimizer's groups, gradients and state.
+
+    Masters and buffers that an update needs and the state lacks are made and put there. Beside that, a master takes
+    over its parameter's values where the parameter is no longer the master's rounding, because user code wrote to it;
+    and a state tensor of another dtype, device or layout is replaced by one that fits.
+
+    Args:
+        groups: The optimizer's groups.
+        state: The optimizer's state.
+        step_state: The optimizer's state on the device.
+        new_state: The record of what no update has written, to which new masters and buffers are added.
+        device: The device on which a backend notes their first updates.
+        former: The plan before; parameters that it can update stay so while they have no gradient.
+        agreement: How to decide with other processes, if that is needed.
+
+    Raises:
+        RuntimeError: A parameter or gradient cannot be updated. Then nothing is changed at all.
+        TypeError: The state has something else than tensors for a parameter.
+    """
+    with torch.no_grad():
+        plan = _Builder(groups, state, step_state, new_state, device).build(former)
+    if agreement is not None:
+        for entry, part in zip(plan.entries, agreement.part_of, strict=True):
+            entry.part = part
+        plan.agreement = agreement
+    plan.place_state(state)
+    return plan
+
+
+class _Listed(NamedTuple):
+    """A parameter of a group, its gradient, and what an update needs of its state, as far as there is any."""
+
+    name: str
+    param: Tensor
+    group: int
+    grad: Tensor | None
+    state: dict[str, Any]
+    used: dict[str, Tensor | None]
+
+
+class _Builder:
+    """Builds one plan. The arguments are those of :func:`build_plan`."""
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        step_state: StepState,
+        new_state: NewState,
+        device: torch.device,
+    ) -> None:
+        self._groups = groups
+        self._state = state
+        self._step_state = step_state
+        self._new_state = new_state
+        self._device = device
+        self._is_in_order = False
+        self._masters: list[Tensor] = []
+        self._buffers: list[Tensor] = []
+
+    def build(self, former: Plan | None) -> Plan:
+        listed = [self._listed(*parameter) for parameter in named_parameters(self._groups)]
+        updated = self._check_updates(listed)
+        devices = {param.device for param in updated}
+        before = {} if former is None else {entry.param: entry for entry in former.entries if entry.live}
+        live = [
+            item.grad is not None
+            or (item.param.device in devices and _is_ready(before.get(item.param), item.param, item.used))
+            for item in listed
+        ]
+        pieces = [
+            piece for item, is_live in zip(listed, live, strict=True) if is_live for piece in _pieces(item)
+        ]
+        self._is_in_order = must_be_in_order(pieces)
+        entries = [
+            self._entry(item, before.get(item.param))
+            if is_live
+            else Entry(item.group, item.param, live=False, source=item.param)
+            for item, is_live in zip(listed, live, strict=True)
+        ]
+        self._new_state.add(self._masters, self._buffers, self._step_state, self._device)
+        for entry in entries:
+            if entry.buffer is not None:
+                buffer = entry.distributed.get(MOMENTUM_BUFFER, entry.buffer)
+                entry.first_update = self._new_state.first_update_of(buffer, self._device)
+        return Plan(entries, [group["lr"] for group in self._groups], is_in_order=self._is_in_order)
+
+    def _listed(self, name: str, param: Tensor, group: int) -> _Listed:
+        held = self._state.get(param, {})
+        check_state(name, held)
+        # State that no update has written means nothing beside a parameter that has another shape by now.
+        state = {
+            key: value
+            for key, value in held.items()
+            if not (
+                isinstance(value, Tensor)
+                and value.shape != param.shape
+                and self._new_state.is_unwritten(value, self._step_state)
+            )
+        }
+        # Read once: another thread may set it.
+        return _Listed(name, param, group, param.grad, state, _used_state(param, self._groups[group], state))
+
+    def _check_updates(self, listed: list[_Listed]) -> dict[Tensor, str]:
+        """Returns the parameters that have a gradient, with their names."""
+        seen: dict[Tensor, str] = {}
+        for name, param, _, grad, state, used in listed:
+            if grad is None:
+                continue
+            check_update(name, param, grad, state, used)
+            if param in seen:
+                raise RuntimeError(f"{name} is also {seen[param]}, and would be updated twice; list it once")
+            seen[param] = name
+        return seen
+
+    def _entry(self, item: _Listed, former: Entry | None) -> Entry:
+        param, grad = item.param, item.grad
+        local = local_part(param)
+        if grad is None:
+            assert former is not None
+            is_dense, grad_dtype = not former.is_copy, former.grad_dtype
+        else:
+            is_dense, grad_dtype = _fits(grad if local is param else local, local), grad.dtype
+        is_dense = is_dense or self._is_in_order
+        source = param
+        if not is_dense:
+            source = local.detach().clone(memory_format=torch.contiguous_format)
+        elif local is not param:
+            source = local.detach()
+        entry = Entry(
+            group=item.group,
+            param=param,
+            live=True,
+            source=source,
+            grad_dtype=grad_dtype,
+            is_copy=not is_dense,
+            storage=local.detach(),
+        )
+        entry.identity = identity_of(param, local)
+        held = self._state.get(param, {})
+        for key in held.keys() - item.state.keys():
+            del held[key]
+        if param.dtype in LOW_PRECISION:
+            entry.master = self._take_state(entry, item.state, MASTER_PARAM)
+            if entry.master is None:
+                entry.master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
+                self._masters.append(_placed(entry, MASTER_PARAM, entry.master))
+            else:
+                adopt_foreign_values(entry.master, local)
+        else:
+            # A master from before the parameter was converted would be stale when the parameter is converted back.
+            held.pop(MASTER_PARAM, None)
+        if self._groups[item.group]["momentum"] != 0:
+            entry.buffer = self._take_state(entry, item.state, MOMENTUM_BUFFER)
+            if entry.buffer is None:
+                entry.buffer = torch.zeros_like(source, dtype=state_dtype(param), requires_grad=False)
+                self._buffers.append(_placed(entry, MOMENTUM_BUFFER, entry.buffer))
+        return entry
+
+    def _take_state(self, entry: Entry, state: dict[str, Any], key: str) -> Tensor | None:
+        """Returns this process's part of a state tensor, after it was made to fit; None where there is none."""
+        # torch.optim.SGD takes None for "not there yet".
+        value: Tensor | None = state.get(key)
+        if value is None:
+            return None
+        value = self._fitting_state(entry, key, value)
+        if is_distributed(value):
+            entry.distributed[key] = value
+        return local_part(value)
+
+    def _fitting_state(self, entry: Entry, key: str, value: Tensor) -> Tensor:
+        source = entry.source
+        dtype = state_dtype(source)
+        placed = placed_like(value, entry.param)
+        local = local_part(placed)
+        if (
+            placed is value
+            and value.dtype == dtype
+            and local.device == source.device
+            and (self._is_in_order or (same_strides(local, source) and not local.is_neg()))
+        ):
+            return value
+        fitting = torch.empty_like(source, dtype=dtype, requires_grad=False).copy_(local)
+        fitting = distributed_like(fitting, entry.param)
+        self._new_state.replace(value, fitting, self._step_state, self._device)
+        self._state[entry.param][key] = fitting
+        return fitting
+
+
+def _placed(entry: Entry, key: str, tensor: Tensor) -> Tensor:
+    """Returns a new tensor as the optimizer's state has it: as a ``DTensor`` where the parameter is one."""
+    if is_distributed(entry.param):
+        tensor = entry.distributed[key] = distributed_like(tensor, entry.param)
+    return tensor
+
+
+def _used_state(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor | None]:
+    """What an update of a parameter needs of its state."""
+    keys = [MASTER_PARAM] if param.dtype in LOW_PRECISION else []
+    keys += [MOMENTUM_BUFFER] if group["momentum"] != 0 else []
+    return {key: state.get(key) for key in keys}
+
+
+def _is_ready(former: Entry | None, param: Tensor, used: dict[str, Tensor | None]) -> bool:
+    """Whether a parameter without a gradient can stay live, so that gradients that take turns need no new plans."""
+    if former is None or is_wrapper(param) or param.dtype not in SUPPORTED or param.layout != torch.strided:
+        return False
+    if not has_memory(param) or missing_bytes(param) or overlaps_itself(local_part(param)):
+        return False
+    if not former.is_copy and not _fits(local_part(param), local_part(param)):
+        return False
+    return all(
+        value is not None and value.shape == param.shape and has_memory(value) and not missing_bytes(value)
+        for value in used.values()
+    )
+
+
+def _pieces(item: _Listed) -> Iterator[Piece]:
+    """What an update of a parameter reads and writes."""
+    tensors = {PARAMETER: item.param, **item.used, GRADIENT: item.grad}
+    for key, tensor in tensors.items():
+        if tensor is not None:
+            yield Piece(local_part(tensor), key, item.name, MASTER_PARAM in item.used)
+
+
+def _fits(grad: Tensor, param: Tensor) -> bool:
+    """Whether both can be walked as two flat arrays that list the same elements in the same order."""
+    dense = torch.empty_like(param, device="meta")
+    if not (same_strides(param, dense) and same_strides(param, grad)):
+        return False
+    return not (grad.is_neg() or param.is_neg() or is_zero_tensor(grad))
+
+
+def adopt_foreign_values(master: Tensor, param: Tensor) -> None:
+    """A master takes over those of its parameter's elements that are not its rounding: somebody else wrote them."""
+    agrees = master.to(param.dtype) == param
+    # To look costs a GPU a synchronisation, and the CPU less memory than to write what is there already.
+    if param.device.type != "cpu" or not has_memory(param) or not agrees.all():
+        master.copy_(torch.where(agrees, master, param.to(master.dtype)))

@@ -1,0 +1,5 @@
+"""Zero γ in the last norm of each residual branch."""
+
+from .find import zero_gamma_, zero_gamma_names
+
+__all__ = ["zero_gamma_", "zero_gamma_names"]
