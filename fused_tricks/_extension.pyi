@@ -1,17 +1,17 @@
 from typing import Any
 
-from .backends.compiled import CompiledEntry, CompiledRate
-from .distributed.found_inf_reduction import Agreement
+from .backends.compiled import CompiledEntry, CompiledLR
+from .distributed.found_inf_reduction import StepReduction
 from .step.request import StepRequest
 
-class Plan:
+class PlanGuard:
     def __init__(
         self,
         entries: list[CompiledEntry],
         step_state: Any,
         reads_lr: bool,
-        rates: list[CompiledRate | None],
-        agreement: Agreement | None,
+        rates: list[CompiledLR | None],
+        reduction: StepReduction | None,
     ) -> None: ...
     def gradient_addresses(
         self, groups: list[dict[str, Any]], state: dict[Any, Any]
@@ -20,19 +20,19 @@ class Plan:
     def mark_updated(self) -> None: ...
 
 class CpuStep:
-    def __init__(self, plan: Plan) -> None: ...
+    def __init__(self, guard: PlanGuard) -> None: ...
     def run(
-        self, plan: Plan, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest
+        self, guard: PlanGuard, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest
     ) -> int: ...
 
 class CudaStep:
-    def __init__(self, plan: Plan) -> None: ...
+    def __init__(self, guard: PlanGuard) -> None: ...
     def table_size(self) -> int: ...
-    def set_tables(self, plan: Plan, memory: Any) -> None: ...
+    def set_tables(self, guard: PlanGuard, memory: Any) -> None: ...
     def scratch_size(self) -> int: ...
     def set_scratch(self, memory: Any) -> None: ...
     def run(
-        self, plan: Plan, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest
+        self, guard: PlanGuard, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest
     ) -> int: ...
 
 __version__: str

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._torch import disable_dynamo, has_modes, has_step_hooks, is_asked_for_state
-from .backends import BACKENDS, check_backend, stepper_class
-from .distributed.found_inf_reduction import SharedGroup, find_agreement
+from .backends import BACKENDS, REFERENCE, check_backend, choose_backend
+from .distributed.found_inf_reduction import SharedGroup, find_reduction
 from .distributed.sharding import check_flattened
 from .loss_scale import DynamicLossScale, parse_loss_scale
 from .step.device_state import StepState
@@ -359,25 +359,25 @@ class FusedSGD(SavedState):
         listed = [(name, param) for name, param, _ in named_parameters(self.param_groups)]
         # Those without a gradient do not matter, unless there are no others.
         named = [(name, param) for name, param in listed if param.grad is not None] or listed
-        stepper = stepper_class(self._backend, named)
+        backend = choose_backend(self._backend, named)
         device = device_of([param for _, param in named], self._step_state.block.device)
-        agreement = find_agreement([param for _, param in listed], self._partition.group, device)
+        reduction = find_reduction([param for _, param in listed], self._partition.group, device)
         former = None if self._prepared is None else self._prepared.plan
         plan = build_plan(
-            self.param_groups, self._state, self._step_state, self._new_state, device, former, agreement
+            self.param_groups, self._state, self._step_state, self._new_state, device, former, reduction
         )
         try:
             if plan.is_in_order:
-                stepper = BACKENDS["reference"].stepper
+                backend = REFERENCE
             self._step_state.move_to(device)
-            made = stepper(plan, self._step_state)
+            stepper = BACKENDS[backend].stepper(plan, self._step_state)
         except BaseException:
             plan.withdraw_state(self._state)
             raise
         # Another thread may have given a parameter other memory, which the plan would not keep.
         plan.is_outdated = not plan.keeps_its_memory()
-        self._backend_in_use = next(name for name, backend in BACKENDS.items() if backend.stepper is stepper)
-        return Prepared(plan, made)
+        self._backend_in_use = backend
+        return Prepared(plan, stepper)
 
     _observed_step = Optimizer.profile_hook_step(_step)
 

@@ -134,11 +134,11 @@ TRICKS = (
     ),
     Trick(
         "a parameter's state is walked; without that two look-ups",
-        "has_state in csrc/python/plan.cpp",
+        "has_state in csrc/python/plan_guard.cpp",
         "an optimizer.state that reports changes",
         edits=(
             Edit(
-                "python/plan.cpp",
+                "python/plan_guard.cpp",
                 "  if (PyDict_Check(state)) {\n    PyObject *key",
                 "  if (false) {\n    PyObject *key",
             ),
@@ -146,21 +146,21 @@ TRICKS = (
     ),
     Trick(
         "version counters are predicted; without that read after each update",
-        "version_step in csrc/python/plan.cpp",
+        "version_step in csrc/python/plan_guard.cpp",
         "an increment_version that returns the versions",
-        edits=(Edit("python/plan.cpp", "if (!same) entry.version_step =", "entry.version_step ="),),
+        edits=(Edit("python/plan_guard.cpp", "if (!same) entry.version_step =", "entry.version_step ="),),
     ),
     Trick(
         "the list for increment_version is kept",
-        "updated_ in csrc/python/plan.cpp",
+        "updated_ in csrc/python/plan_guard.cpp",
         "a stable function that increments one version",
-        edits=(Edit("python/plan.cpp", "if (!same) {\n    updated_", "{\n    updated_"),),
+        edits=(Edit("python/plan_guard.cpp", "if (!same) {\n    updated_", "{\n    updated_"),),
     ),
     Trick(
         "the addresses around a gradient that nothing writes are remembered",
-        "unwritten in csrc/python/plan.cpp",
+        "unwritten in csrc/python/plan_guard.cpp",
         "a cheaper search than 9 comparisons for each gradient",
-        edits=(Edit("python/plan.cpp", "if (is_within(entry.unwritten)) return true;", ""),),
+        edits=(Edit("python/plan_guard.cpp", "if (is_within(entry.unwritten)) return true;", ""),),
     ),
     Trick(
         "a second owner of each state tensor in C++",

@@ -59,7 +59,7 @@ FUSED_TRICKS_INLINE Rule<T> make_rule(const Group& group, double lr, bool is_mat
   rule.gradient_weight = static_cast<T>(1.0 - group.dampening);
   rule.minus_lr = static_cast<T>(-lr);
   rule.unscales = request.unscales;
-  rule.clips = request.clips;
+  rule.clips = request.wants_norm;
   rule.maximizes = group.maximize;
   rule.decays = decays && !group.decoupled_weight_decay;
   rule.is_decoupled = decays && group.decoupled_weight_decay;

@@ -15,7 +15,7 @@ struct StepState {
   float scale;
   int32_t growth_tracker;
   int32_t hysteresis_tracker;
-  int32_t found;  // used within a launch on a GPU
+  int32_t found_inf;  // used within a launch on a GPU
   int64_t applied_steps;
   int64_t skipped_steps;
   int32_t skip;  // the last decision
@@ -42,14 +42,14 @@ struct StepRequest {
   bool external;     // the factor and its adjustment belong to a GradScaler
   float grad_scale;  // the external factor
   bool found_inf;    // the GradScaler's verdict
-  bool clips;        // measure the norm and clip to max_norm
+  bool wants_norm;   // measure the norm and clip to max_norm
   bool in_double;    // an FP64 gradient takes part, so that the norm is one in FP64
   double max_norm;
   bool dynamic;  // adjust the scale by `rule`
   ScaleRule rule;
 
   // Whether the gradients must be read once before any is used. A GradScaler has looked for non-finite ones itself.
-  FUSED_TRICKS_INLINE bool scans() const { return (unscales && !external) || clips; }
+  FUSED_TRICKS_INLINE bool scans() const { return (unscales && !external) || wants_norm; }
 };
 
 // GradScaler's rule with Apex's hysteresis, then the floor and the ceiling.
@@ -91,7 +91,7 @@ FUSED_TRICKS_INLINE void decide_step(StepState& state, bool found, double square
   found = found || request.found_inf;
   state.inverse_scale = request.unscales ? 1.0f / (request.external ? request.grad_scale : state.scale) : 1.0f;
   state.clip = 1.0;
-  if (request.clips) {
+  if (request.wants_norm) {
     const double norm = std::sqrt(squares) * static_cast<double>(state.inverse_scale);
     if (request.in_double) {
       state.grad_norm = norm;

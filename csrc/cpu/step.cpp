@@ -24,8 +24,7 @@ bool is_first_update(const Entry& entry, const Group& group) { return group.mome
 template <typename T>
 Rule<T> rule_of(const Plan& plan, const Entry& entry, const StepRequest& request) {
   const Group& group = plan.groups[entry.group];
-  return make_rule<T>(group, group.lr, entry.layout.shape.size() > 1, is_first_update(entry, group), *plan.state,
-                      request);
+  return make_rule<T>(group, group.lr, entry.is_matrix, is_first_update(entry, group), *plan.state, request);
 }
 
 const void* at(const void* base, DType type, int64_t index) {
@@ -57,14 +56,12 @@ void note_first_updates(const Plan& plan) {
   }
 }
 
-void agree(const Agreement& agreement, std::vector<double>& verdict) {
-  if (agreement.object == nullptr) return;
-  std::copy(verdict.begin(), verdict.end(), agreement.verdict);
-  {
-    const py::gil_scoped_acquire acquire;
-    agreement.reach();
-  }
-  std::copy_n(agreement.verdict, verdict.size(), verdict.begin());
+// Makes the partials those of all processes together.
+void all_reduce(const Reduction& reduction, std::vector<double>& partials) {
+  if (reduction.partials == nullptr) return;
+  std::copy(partials.begin(), partials.end(), reduction.partials);
+  reduction.all_reduce();
+  std::copy_n(reduction.partials, partials.size(), partials.begin());
 }
 
 }  // namespace
@@ -78,12 +75,12 @@ Step::Step(const Plan& plan) {
   }
 }
 
-// What the scan found: whether an element is not finite, whether one is FP64, then the squares of each part.
+// Returns this process's partials: found_inf, whether a gradient is FP64, then the squares of each shard class.
 std::vector<double> Step::scan(const Plan& plan, const StepRequest& request) const {
   const Kernels& kernels = selected_kernels();
   const int64_t chunk_count = static_cast<int64_t>(chunks_.size());
   std::atomic<bool> any{false};
-  std::vector<double> partial(request.clips ? chunks_.size() : 0);
+  std::vector<double> squares(request.wants_norm ? chunks_.size() : 0);
   parallel_for(chunk_count, total_count_ <= kSmall, [&](int64_t begin, int64_t end) {
     for (size_t i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
       const Chunk& chunk = chunks_[i];
@@ -91,16 +88,16 @@ std::vector<double> Step::scan(const Plan& plan, const StepRequest& request) con
       if (entry.grad == nullptr) continue;
       const void* grad = at(entry.grad, entry.grad_type, chunk.begin);
       if (kernels.has_non_finite(grad, entry.grad_type, chunk.count)) any.store(true, std::memory_order_relaxed);
-      if (request.clips) partial[i] = kernels.sum_of_squares(grad, entry.grad_type, chunk.count);
+      if (request.wants_norm) squares[i] = kernels.sum_of_squares(grad, entry.grad_type, chunk.count);
     }
   });
-  std::vector<double> verdict(2 + static_cast<size_t>(plan.agreement.parts));
-  verdict[0] = any.load();
-  verdict[1] = request.in_double;
-  for (size_t i = 0; i < partial.size(); ++i) {
-    verdict[2 + static_cast<size_t>(plan.entries[chunks_[i].entry].part)] += partial[i];
+  std::vector<double> partials(2 + static_cast<size_t>(plan.reduction.shard_classes));
+  partials[0] = any.load();
+  partials[1] = request.in_double;
+  for (size_t i = 0; i < squares.size(); ++i) {
+    partials[2 + static_cast<size_t>(plan.entries[chunks_[i].entry].shard_class)] += squares[i];
   }
-  return verdict;
+  return partials;
 }
 
 void Step::update(const Plan& plan, const StepRequest& request) const {
@@ -122,24 +119,18 @@ void Step::update(const Plan& plan, const StepRequest& request) const {
   });
 }
 
-bool Step::run(Plan& plan, StepRequest request) const {
-  {
-    const py::gil_scoped_release release;
-    std::vector<double> verdict(2);
-    if (request.scans()) {
-      verdict = scan(plan, request);
-      agree(plan.agreement, verdict);
-    }
-    request.in_double = verdict[1] != 0;
-    const double squares = std::accumulate(verdict.begin() + 2, verdict.end(), 0.0);
-    decide_step(*plan.state, verdict[0] != 0, squares, request);
-    if (!plan.state->skip) {
-      update(plan, request);
-      note_first_updates(plan);
-    }
+bool Step::run(const Plan& plan, StepRequest request) const {
+  std::vector<double> partials(2);
+  if (request.scans()) {
+    partials = scan(plan, request);
+    all_reduce(plan.reduction, partials);
   }
+  request.in_double = partials[1] != 0;
+  const double squares = std::accumulate(partials.begin() + 2, partials.end(), 0.0);
+  decide_step(*plan.state, partials[0] != 0, squares, request);
   if (plan.state->skip) return false;
-  plan.mark_updated();
+  update(plan, request);
+  note_first_updates(plan);
   return true;
 }
 

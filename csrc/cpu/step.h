@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../python/plan.h"
+#include "../core/plan.h"
 
 namespace fused_tricks::cpu {
 
@@ -21,7 +21,7 @@ class Step {
   explicit Step(const Plan& plan);
 
   // Scan (where the request needs one), decision, update. Returns whether the update was applied.
-  bool run(Plan& plan, StepRequest request) const;
+  bool run(const Plan& plan, StepRequest request) const;
 
  private:
   std::vector<double> scan(const Plan& plan, const StepRequest& request) const;

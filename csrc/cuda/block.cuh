@@ -63,7 +63,7 @@ __device__ inline StepState decided(const Args& args, StepState state, bool foun
   if (args.external_scale != nullptr) request.grad_scale = load(args.external_scale);
   if (args.external_found_inf != nullptr) request.found_inf = load(args.external_found_inf) != 0.0f;
   decide_step(state, found, squares, request);
-  state.found = 0;
+  state.found_inf = 0;
   return state;
 }
 

@@ -90,7 +90,7 @@ __device__ inline double squares_in_double(const T* grad, int vectors) {
 
 // Looks for non-finite elements in this thread's share and adds to the squares.
 template <typename T>
-__device__ inline bool scan_span(const T* grad, int count, bool measures, double& squares) {
+__device__ inline bool scan_span(const T* grad, int count, bool wants_norm, double& squares) {
   bool found = false;
   int done = 0;
   if constexpr (sizeof(T) <= 4) {
@@ -112,7 +112,7 @@ __device__ inline bool scan_span(const T* grad, int count, bool measures, double
 #pragma unroll
         for (int k = 0; k < kRound; ++k) {
           joined |= carries<T>(words[k].x) | carries<T>(words[k].y) | carries<T>(words[k].z) | carries<T>(words[k].w);
-          if (measures) {
+          if (wants_norm) {
             magnitudes |= words[k].x | words[k].y | words[k].z | words[k].w;
             sum.add_word<T>(words[k].x);
             sum.add_word<T>(words[k].y);
@@ -134,7 +134,7 @@ __device__ inline bool scan_span(const T* grad, int count, bool measures, double
     const T element = load_element(grad + i);
     found = found || !is_finite(element);
     const double value = to_double(element);
-    if (measures) squares += value * value;
+    if (wants_norm) squares += value * value;
   }
   return found;
 }
@@ -153,20 +153,20 @@ __device__ inline double block_sum(double value, double* per_warp) {
 }
 
 // Writes what this process found, for others to add to.
-__device__ inline void report(const Tables& tables, bool measures, bool in_double, double* per_warp) {
-  for (int part = 0; part < tables.parts; ++part) {
+__device__ inline void report(const Tables& tables, bool wants_norm, bool in_double, double* per_warp) {
+  for (int shard_class = 0; shard_class < tables.shard_classes; ++shard_class) {
     double total = 0;
-    for (int64_t i = threadIdx.x; measures && i < tables.chunk_count; i += kThreads) {
-      if (load(&tables.chunks[i].part) == part) total += load_fresh(&tables.partial_squares[i]);
+    for (int64_t i = threadIdx.x; wants_norm && i < tables.chunk_count; i += kThreads) {
+      if (load(&tables.chunks[i].shard_class) == shard_class) total += load_fresh(&tables.partial_squares[i]);
     }
     total = block_sum(total, per_warp);
-    if (threadIdx.x == 0) store(&tables.verdict[2 + part], total);
+    if (threadIdx.x == 0) store(&tables.partials[2 + shard_class], total);
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    store(tables.verdict, load_fresh(&tables.state->found) != 0 ? 1.0 : 0.0);
-    store(tables.verdict + 1, in_double ? 1.0 : 0.0);
-    store(&tables.state->found, 0);
+    store(tables.partials, load_fresh(&tables.state->found_inf) != 0 ? 1.0 : 0.0);
+    store(tables.partials + 1, in_double ? 1.0 : 0.0);
+    store(&tables.state->found_inf, 0);
   }
 }
 
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
   __shared__ BlockWork work;
   __shared__ double per_warp[kWarps];
   const Tables& tables = args.tables;
-  const bool measures = args.request.clips;
+  const bool wants_norm = args.request.wants_norm;
   if (threadIdx.x == 0) {
     work.grad = nullptr;
     if (blockIdx.x < tables.chunk_count) {
@@ -189,38 +189,38 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
   if (work.grad != nullptr) {
     switch (work.grad_type) {
       case DType::kFloat16:
-        found = scan_span(reinterpret_cast<const Half*>(work.grad), work.count, measures, squares);
+        found = scan_span(reinterpret_cast<const Half*>(work.grad), work.count, wants_norm, squares);
         break;
       case DType::kBFloat16:
-        found = scan_span(reinterpret_cast<const BFloat16*>(work.grad), work.count, measures, squares);
+        found = scan_span(reinterpret_cast<const BFloat16*>(work.grad), work.count, wants_norm, squares);
         break;
       case DType::kFloat32:
-        found = scan_span(reinterpret_cast<const float*>(work.grad), work.count, measures, squares);
+        found = scan_span(reinterpret_cast<const float*>(work.grad), work.count, wants_norm, squares);
         break;
       case DType::kFloat64:
-        found = scan_span(reinterpret_cast<const double*>(work.grad), work.count, measures, squares);
+        found = scan_span(reinterpret_cast<const double*>(work.grad), work.count, wants_norm, squares);
         break;
     }
   }
   const bool any_found = __syncthreads_or(found) != 0;
-  if (any_found && threadIdx.x == 0) atomicOr(&tables.state->found, 1);
-  if (measures && blockIdx.x < tables.chunk_count) {
+  if (any_found && threadIdx.x == 0) atomicOr(&tables.state->found_inf, 1);
+  if (wants_norm && blockIdx.x < tables.chunk_count) {
     const double sum = block_sum(squares, per_warp);
     if (threadIdx.x == 0) store(&tables.partial_squares[blockIdx.x], sum);
   }
   if (!arrives_last(tables.state)) return;
-  if (tables.verdict != nullptr) {
-    report(tables, measures, args.request.in_double, per_warp);
+  if (tables.partials != nullptr) {
+    report(tables, wants_norm, args.request.in_double, per_warp);
     return;
   }
   double total = 0;
-  if (measures) {
+  if (wants_norm) {
     for (int64_t i = threadIdx.x; i < tables.chunk_count; i += kThreads)
       total += load_fresh(&tables.partial_squares[i]);
     total = block_sum(total, per_warp);
   }
   if (threadIdx.x == 0) {
-    const bool found = load_fresh(&tables.state->found) != 0;
+    const bool found = load_fresh(&tables.state->found_inf) != 0;
     store_decision(tables.state, decided(args, load(tables.state), found, args.request.in_double, total));
   }
 }
@@ -230,8 +230,9 @@ __global__ void __launch_bounds__(kThreads) decide_kernel(const __grid_constant_
   if (threadIdx.x != 0) return;
   const Tables& tables = args.tables;
   double squares = 0;
-  for (int part = 0; part < tables.parts; ++part) squares += load(&tables.verdict[2 + part]);
-  const bool found = load(tables.verdict) != 0, in_double = load(tables.verdict + 1) != 0;
+  for (int shard_class = 0; shard_class < tables.shard_classes; ++shard_class)
+    squares += load(&tables.partials[2 + shard_class]);
+  const bool found = load(tables.partials) != 0, in_double = load(tables.partials + 1) != 0;
   store_decision(tables.state, decided(args, load(tables.state), found, in_double, squares));
 }
 

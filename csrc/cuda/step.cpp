@@ -51,8 +51,8 @@ void update(Record* to, const std::vector<Record>& records, std::vector<Record>&
 
 Step::Step(const Plan& plan) {
   tables_.state = plan.state;
-  tables_.verdict = plan.agreement.verdict;
-  tables_.parts = plan.agreement.parts;
+  tables_.partials = plan.reduction.partials;
+  tables_.shard_classes = plan.reduction.shard_classes;
   grads_.resize(plan.entries.size());
   for (size_t i = 0; i < plan.entries.size(); ++i) {
     const Entry& entry = plan.entries[i];
@@ -66,7 +66,7 @@ Step::Step(const Plan& plan) {
       record.group = static_cast<int32_t>(entry.group);
       record.type = entry.type;
       record.grad_type = entry.grad_type;
-      record.is_matrix = entry.layout.shape.size() > 1;
+      record.is_matrix = entry.is_matrix;
     }
     tensor_records_.push_back(record);
     if (groups_.size() <= entry.group) groups_.resize(entry.group + 1);
@@ -74,7 +74,7 @@ Step::Step(const Plan& plan) {
       auto chunk = zeroed<ChunkRecord>();
       chunk.begin = begin;
       chunk.tensor = static_cast<int32_t>(i);
-      chunk.part = entry.part;
+      chunk.shard_class = entry.shard_class;
       chunk_records_.push_back(chunk);
     }
   }
@@ -108,7 +108,7 @@ void Step::set_scratch(void* memory) {
 }
 
 template <typename Args>
-void Step::launch(const Agreement& agreement, const StepRequest& request, const External& external,
+void Step::launch(const Reduction& reduction, const StepRequest& request, const External& external,
                   const Target& target) {
   // Kept between steps: most of it is the same, and it is large.
   static thread_local const std::unique_ptr<Args> args = std::make_unique<Args>(zeroed<Args>());
@@ -135,8 +135,8 @@ void Step::launch(const Agreement& agreement, const StepRequest& request, const 
   const int64_t blocks = tables_.chunk_count > 0 ? tables_.chunk_count : 1;
   if (args->scanned) {
     launch_scan(*args, blocks, target);
-    if (agreement.object != nullptr) {
-      agreement.reach();
+    if (reduction.partials != nullptr) {
+      reduction.all_reduce();
       launch_decide({tables_, request, external.scale, external.found_inf}, target);
     }
   }
@@ -149,11 +149,11 @@ void Step::run(const Plan& plan, const StepRequest& request, const External& ext
     std::memcpy(static_cast<void*>(&groups_[i]), &plan.groups[i], sizeof(Group));
   }
   if (grads_.size() <= kGradCapacity<SmallArguments> && groups_.size() <= kGroupCapacity<SmallArguments>) {
-    launch<SmallArguments>(plan.agreement, request, external, target);
+    launch<SmallArguments>(plan.reduction, request, external, target);
   } else if (grads_.size() <= kGradCapacity<MediumArguments> && groups_.size() <= kGroupCapacity<MediumArguments>) {
-    launch<MediumArguments>(plan.agreement, request, external, target);
+    launch<MediumArguments>(plan.reduction, request, external, target);
   } else {
-    launch<LargeArguments>(plan.agreement, request, external, target);
+    launch<LargeArguments>(plan.reduction, request, external, target);
   }
 }
 

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../python/plan.h"
+#include "../core/plan.h"
 #include "launch.h"
 #include "tables.h"
 
@@ -32,7 +32,7 @@ class Step {
 
  private:
   template <typename Args>
-  void launch(const Agreement& agreement, const StepRequest& request, const External& external, const Target& target);
+  void launch(const Reduction& reduction, const StepRequest& request, const External& external, const Target& target);
 
   std::vector<TensorRecord> tensor_records_;
   std::vector<ChunkRecord> chunk_records_;

@@ -30,7 +30,7 @@ struct TensorRecord {
 struct ChunkRecord {
   int64_t begin;
   int32_t tensor;
-  int32_t part;  // which of the verdict's sums of squares its gradient belongs to
+  int32_t shard_class;  // which of the partials' sums of squares its gradient belongs to
 };
 
 struct Tables {
@@ -39,8 +39,8 @@ struct Tables {
   int64_t chunk_count;
   StepState* state;
   double* partial_squares;  // one for each chunk
-  double* verdict;          // Agreement's; null: this process decides alone
-  int32_t parts;
+  double* partials;         // StepReduction's; null: this process decides alone
+  int32_t shard_classes;
 };
 
 // kGrads addresses and kGroups groups travel in the argument itself; models with more use the arrays behind the
@@ -63,7 +63,7 @@ using SmallArguments = Arguments<256, 4>;
 using MediumArguments = Arguments<1024, 16>;
 using LargeArguments = Arguments<3584, 48>;
 
-// For the decision by itself, where other processes have a part in it.
+// For the decision by itself, after a reduction over processes.
 struct DecideArguments {
   Tables tables;
   StepRequest request;

@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../cpu/kernels.h"
 #include "../cpu/step.h"
@@ -11,7 +12,7 @@
 #include "../cuda/step.h"
 #endif
 #include "../cpu/threads.h"
-#include "plan.h"
+#include "plan_guard.h"
 
 // The emulation of the CUDA kernels is built from the same sources under another name.
 #if !defined(FUSED_TRICKS_MODULE)
@@ -78,8 +79,8 @@ StepRequest request_of(const py::object& asked) {
   request.unscales = asked.attr(names().unscales).ptr() == Py_True;
   request.external = !asked.attr(names().grad_scale).is_none();
   request.grad_scale = 1.0f;
-  request.clips = !max_norm.is_none();
-  if (request.clips) request.max_norm = number(max_norm);
+  request.wants_norm = !max_norm.is_none();
+  if (request.wants_norm) request.max_norm = number(max_norm);
   request.dynamic = !rule.is_none();
   if (request.dynamic) request.rule = rule_of(rule);
   return request;
@@ -88,45 +89,55 @@ StepRequest request_of(const py::object& asked) {
 // A step over a plan, which is refused where one runs already.
 class Running {
  public:
-  explicit Running(Plan& plan) : plan_(plan), began_(!plan.is_running) { plan.is_running = true; }
+  explicit Running(PlanGuard& guard) : guard_(guard), began_(!guard.is_running) { guard.is_running = true; }
   Running(const Running&) = delete;
   Running& operator=(const Running&) = delete;
   ~Running() {
     if (!began_) return;
-    plan_.release_gradients();
-    plan_.is_running = false;
+    guard_.release_gradients();
+    guard_.is_running = false;
   }
 
   bool began() const { return began_; }
 
  private:
-  Plan& plan_;
+  PlanGuard& guard_;
   bool began_;
 };
 
 // For kernels that Python launches: the addresses of this step's gradients, which live until they are released, 0 where
 // there is none, and whether one is FP64; None where a new plan is needed.
-py::object gradient_addresses(Plan& plan, const py::list& groups, const py::dict& state) {
-  plan.release_gradients();
-  if (!plan.refresh(groups, state)) {
-    plan.release_gradients();
+py::object gradient_addresses(PlanGuard& guard, const py::list& groups, const py::dict& state) {
+  guard.release_gradients();
+  if (!guard.refresh(groups, state)) {
+    guard.release_gradients();
     return py::none();
   }
-  py::list addresses(plan.entries.size());
-  for (size_t i = 0; i < plan.entries.size(); ++i) addresses[i] = reinterpret_cast<uintptr_t>(plan.entries[i].grad);
-  return py::make_tuple(addresses, plan.in_double);
+  const std::vector<Entry>& entries = guard.plan.entries;
+  py::list addresses(entries.size());
+  for (size_t i = 0; i < entries.size(); ++i) addresses[i] = reinterpret_cast<uintptr_t>(entries[i].grad);
+  return py::make_tuple(addresses, guard.plan.in_double);
 }
 
-int cpu_step(const cpu::Step& step, Plan& plan, const py::list& groups, const py::dict& state,
+cpu::Step make_cpu_step(const PlanGuard& guard) { return cpu::Step(guard.plan); }
+
+int cpu_step(const cpu::Step& step, PlanGuard& guard, const py::list& groups, const py::dict& state,
              const py::object& asked) {
   StepRequest request = request_of(asked);
   if (request.external) request.grad_scale = static_cast<float>(number(asked.attr(names().grad_scale)));
   const py::object found_inf = asked.attr(names().found_inf);
   request.found_inf = !found_inf.is_none() && number(found_inf) != 0;
-  const Running running(plan);
-  if (!running.began() || !plan.refresh(groups, state)) return kStale;
-  request.in_double = plan.in_double;
-  return step.run(plan, request) ? kApplied : kSkipped;
+  const Running running(guard);
+  if (!running.began() || !guard.refresh(groups, state)) return kStale;
+  request.in_double = guard.plan.in_double;
+  bool is_applied;
+  {
+    const py::gil_scoped_release release;
+    is_applied = step.run(guard.plan, request);
+  }
+  if (!is_applied) return kSkipped;
+  guard.mark_updated();
+  return kApplied;
 }
 
 // The offset of each field of StepState by name.
@@ -136,7 +147,7 @@ py::dict step_state_offsets() {
   FUSED_TRICKS_FIELD(scale);
   FUSED_TRICKS_FIELD(growth_tracker);
   FUSED_TRICKS_FIELD(hysteresis_tracker);
-  FUSED_TRICKS_FIELD(found);
+  FUSED_TRICKS_FIELD(found_inf);
   FUSED_TRICKS_FIELD(applied_steps);
   FUSED_TRICKS_FIELD(skipped_steps);
   FUSED_TRICKS_FIELD(skip);
@@ -151,23 +162,26 @@ py::dict step_state_offsets() {
 
 #if defined(FUSED_TRICKS_CUDA)
 
-cuda::Target target_of(const Plan& plan) { return {plan.device.index, current_stream(plan.device)}; }
+cuda::Target target_of(const PlanGuard& guard) { return {guard.device.index, current_stream(guard.device)}; }
 
-void set_cuda_tables(cuda::Step& step, const Plan& plan, const py::object& memory) {
-  step.set_tables(data_of(memory), target_of(plan));
+cuda::Step make_cuda_step(const PlanGuard& guard) { return cuda::Step(guard.plan); }
+
+void set_cuda_tables(cuda::Step& step, const PlanGuard& guard, const py::object& memory) {
+  step.set_tables(data_of(memory), target_of(guard));
 }
 
 void set_cuda_scratch(cuda::Step& step, const py::object& memory) { step.set_scratch(data_of(memory)); }
 
-int cuda_step(cuda::Step& step, Plan& plan, const py::list& groups, const py::dict& state, const py::object& asked) {
+int cuda_step(cuda::Step& step, PlanGuard& guard, const py::list& groups, const py::dict& state,
+              const py::object& asked) {
   StepRequest request = request_of(asked);
-  const Running running(plan);
-  if (!running.began() || !plan.refresh(groups, state)) return kStale;
-  request.in_double = plan.in_double;
+  const Running running(guard);
+  if (!running.began() || !guard.refresh(groups, state)) return kStale;
+  request.in_double = guard.plan.in_double;
   const cuda::External external{static_cast<const float*>(data_of(asked.attr(names().grad_scale))),
                                 static_cast<const float*>(data_of(asked.attr(names().found_inf)))};
-  step.run(plan, request, external, target_of(plan));
-  plan.mark_updated();
+  step.run(guard.plan, request, external, target_of(guard));
+  guard.mark_updated();
   return kApplied;
 }
 
@@ -180,24 +194,24 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("selected_instruction_set", &cpu::selected_instruction_set);
   module.def("select_instruction_set", &cpu::select_instruction_set, py::arg("name"));
-  py::class_<Plan>(module, "Plan", py::module_local())
+  py::class_<PlanGuard>(module, "PlanGuard", py::module_local())
       .def(py::init<const py::list&, const py::object&, bool, const py::list&, const py::object&>(), py::arg("entries"),
-           py::arg("step_state"), py::arg("reads_lr"), py::arg("rates"), py::arg("agreement"))
+           py::arg("step_state"), py::arg("reads_lr"), py::arg("rates"), py::arg("reduction"))
       .def("gradient_addresses", &gradient_addresses, py::arg("groups"), py::arg("state"))
-      .def("release_gradients", &Plan::release_gradients)
-      .def("mark_updated", &Plan::mark_updated);
+      .def("release_gradients", &PlanGuard::release_gradients)
+      .def("mark_updated", &PlanGuard::mark_updated);
   py::class_<cpu::Step>(module, "CpuStep", py::module_local())
-      .def(py::init<const Plan&>(), py::arg("plan"))
-      .def("run", &cpu_step, py::arg("plan"), py::arg("groups"), py::arg("state"), py::arg("request"));
+      .def(py::init(&make_cpu_step), py::arg("guard"))
+      .def("run", &cpu_step, py::arg("guard"), py::arg("groups"), py::arg("state"), py::arg("request"));
 #if defined(FUSED_TRICKS_CUDA)
   module.def("cuda_unusable_because", &cuda::unusable_because, py::arg("device"));
   py::class_<cuda::Step>(module, "CudaStep", py::module_local())
-      .def(py::init<const Plan&>(), py::arg("plan"))
+      .def(py::init(&make_cuda_step), py::arg("guard"))
       .def("table_size", &cuda::Step::table_size)
-      .def("set_tables", &set_cuda_tables, py::arg("plan"), py::arg("memory"))
+      .def("set_tables", &set_cuda_tables, py::arg("guard"), py::arg("memory"))
       .def("scratch_size", &cuda::Step::scratch_size)
       .def("set_scratch", &set_cuda_scratch, py::arg("memory"))
-      .def("run", &cuda_step, py::arg("plan"), py::arg("groups"), py::arg("state"), py::arg("request"));
+      .def("run", &cuda_step, py::arg("guard"), py::arg("groups"), py::arg("state"), py::arg("request"));
 #endif
 #if defined(FUSED_TRICKS_VERSION)
   module.attr("__version__") = FUSED_TRICKS_VERSION;

@@ -41,29 +41,35 @@ class Backend(NamedTuple):
         unavailable_because: Returns why it cannot be used in this process; None when it can.
         device_type: The only type of device that it serves; None for any.
         unusable_on: Returns why it cannot be used on one device of that type; None when it can.
+        is_automatic: True if ``"auto"`` may choose it.
     """
 
     stepper: Callable[[Plan, StepState], Stepper]
     unavailable_because: Callable[[], str | None]
     device_type: str | None
     unusable_on: Callable[[torch.device], str | None] = lambda device: None
+    is_automatic: bool = True
 
     def missing_on(self, device: torch.device) -> str | None:
         """Returns why it cannot be used on a device; None when it can."""
         return self.unavailable_because() or self.unusable_on(device)
 
 
-# The fastest first; "auto" looks no further than the reference.
+REFERENCE = "reference"
+
+# The fastest first: "auto" takes the first that serves the parameters.
 BACKENDS = {
     "cuda": Backend(cuda.CudaStepper, cuda.unavailable_because, "cuda", cuda.unusable_on),
     "triton": Backend(
-        triton.make_stepper, triton.unavailable_because, triton.DEVICE_TYPE, triton.unusable_on
+        triton.make_stepper,
+        triton.unavailable_because,
+        triton.DEVICE_TYPE,
+        triton.unusable_on,
+        is_automatic=not triton.IS_INTERPRETED,
     ),
     "cpu": Backend(cpu.CpuStepper, cpu.unavailable_because, "cpu"),
-    "reference": Backend(reference.ReferenceStepper, lambda: None, None),
+    REFERENCE: Backend(reference.ReferenceStepper, lambda: None, None),
 }
-if triton.IS_INTERPRETED:
-    BACKENDS["triton"] = BACKENDS.pop("triton")
 
 
 def availability() -> dict[str, str | None]:
@@ -103,11 +109,15 @@ def check_backend(name: str) -> None:
         raise RuntimeError(f"backend={name!r} is not usable here: {reason}")
 
 
-def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan, StepState], Stepper]:
-    """The backend called ``name`` for parameters with names; ``"auto"`` takes the fastest that serves them.
+def choose_backend(name: str, named: list[tuple[str, Tensor]]) -> str:
+    """Returns the name of the backend that runs steps over parameters.
 
-    Where there are no parameters there is nothing to choose, and the reference counts the steps. It also runs where one
-    has no memory: on ``meta``, or as a ``FakeTensor``.
+    Without parameters there is nothing to choose, and the reference counts the steps. The reference also runs where a
+    parameter has no memory: on ``meta``, or as a ``FakeTensor``.
+
+    Args:
+        name: A backend, or ``"auto"`` for the fastest that serves the parameters.
+        named: The parameters, with what errors call them.
 
     Raises:
         RuntimeError: The backend does not serve one of them.
@@ -118,19 +128,9 @@ def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan,
     has_shapes_only = not all(has_memory(tensor) for _, tensor in tensors)
     wrappers = [(who, type(tensor)) for who, tensor in tensors if is_wrapper(tensor)]
     if has_shapes_only and name == "auto":
-        return BACKENDS["reference"].stepper
+        return REFERENCE
     if name == "auto" or not named:
-        missing: list[str] = []
-        for backend_name, backend in BACKENDS.items():
-            if backend.device_type is None:
-                if missing:
-                    _warn_of_reference(*missing)
-                return backend.stepper
-            if not wrappers and _serves(backend, devices):
-                reason = backend.missing_on(next(iter(devices)))
-                if reason is None:
-                    return backend.stepper
-                missing.append(f"backend={backend_name!r}: {reason}")
+        return _fastest(devices, has_wrappers=bool(wrappers))
     backend = BACKENDS[name]
     if not _serves(backend, devices):
         home = next((device for device in devices if device.type == backend.device_type), None)
@@ -140,7 +140,7 @@ def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan,
             f"{', '.join(sorted(map(str, devices)))}: {who} is on {device}; use backend='auto', or move them"
         )
     if has_shapes_only:
-        return BACKENDS["reference"].stepper
+        return REFERENCE
     if wrappers and backend.device_type is not None:
         who, kind = wrappers[0]
         raise RuntimeError(
@@ -151,7 +151,23 @@ def stepper_class(name: str, named: list[tuple[str, Tensor]]) -> Callable[[Plan,
         reason = backend.missing_on(device)
         if reason is not None:
             raise RuntimeError(f"backend={name!r} is not usable on {device}: {reason}")
-    return backend.stepper
+    return name
+
+
+def _fastest(devices: set[torch.device], *, has_wrappers: bool) -> str:
+    missing: list[str] = []
+    for name, backend in BACKENDS.items():
+        if not backend.is_automatic or not _serves(backend, devices):
+            continue
+        if has_wrappers and backend.device_type is not None:
+            continue
+        reason = None if backend.device_type is None else backend.missing_on(next(iter(devices)))
+        if reason is None:
+            if name == REFERENCE and missing:
+                _warn_of_reference(*missing)
+            return name
+        missing.append(f"backend={name!r}: {reason}")
+    return REFERENCE
 
 
 @functools.cache

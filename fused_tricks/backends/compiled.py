@@ -1,4 +1,4 @@
-"""A plan as the extension holds it, which notices by itself when it is out of date."""
+"""The plan guard of the extension."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..step.device_lr import applied_rate_of
+from ..step.device_lr import device_lr_of
 from ..step.device_state import StepState
 from ..step.plan import Plan
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class CompiledEntry(NamedTuple):
-    """An entry of a plan, as csrc/python/plan.cpp reads it by the names of its fields.
+    """An entry of a plan, as csrc/python/plan_guard.cpp reads it by the names of its fields.
 
     Attributes:
         alias: A tensor that shares the parameter's version counter; None where the caller writes the parameter.
@@ -35,11 +35,11 @@ class CompiledEntry(NamedTuple):
     buffer: Tensor | None
     watches_version: bool
     first_update: Tensor | None
-    part: int
+    shard_class: int
 
 
-class CompiledRate(NamedTuple):
-    """A learning rate that follows the updates applied, as csrc/python/plan.cpp reads it by the names of its fields."""
+class CompiledLR(NamedTuple):
+    """A learning rate that follows the updates applied, as csrc/python/plan_guard.cpp reads it by its fields' names."""
 
     lr: Tensor
     base: float
@@ -47,8 +47,20 @@ class CompiledRate(NamedTuple):
     origin: int
 
 
-class CompiledPlan:
-    """Hands a plan to the extension and keeps alive what it only borrows.
+class Gradients(NamedTuple):
+    """The gradients of one step.
+
+    Attributes:
+        addresses: The address of each entry's gradient; 0 where an entry has none.
+        in_double: True if one of them is FP64.
+    """
+
+    addresses: list[int]
+    in_double: bool
+
+
+class CompiledPlanGuard:
+    """The plan guard in C++: it notices that a plan no longer holds, and reads each step's gradients.
 
     Args:
         extension: The extension module.
@@ -73,7 +85,7 @@ class CompiledPlan:
         state = [tensor for entry in plan.entries for tensor in (entry.master, entry.buffer)]
         self._second_owners = [_owner_of(tensor) for tensor in (*aliases, *state) if tensor is not None]
         self._step_state = step_state
-        self._agreement = plan.agreement
+        self._reduction = plan.reduction
         # The extension only borrows these, so that the garbage collector sees who holds what.
         self._specified = [
             CompiledEntry(
@@ -87,42 +99,26 @@ class CompiledPlan:
                 buffer=entry.buffer,
                 watches_version=entry.master is not None and not entry.is_staged,
                 first_update=entry.first_update,
-                part=entry.part,
+                shard_class=entry.shard_class,
             )
             for entry, alias in zip(plan.entries, aliases, strict=True)
         ]
-        self._rates = [_compiled_rate(lr, step_state.block.device) for lr in plan.lrs]
-        self.handle: _extension.Plan = extension.Plan(
+        self._rates = [_compiled_lr(lr, step_state.block.device) for lr in plan.lrs]
+        self.handle: _extension.PlanGuard = extension.PlanGuard(
             self._specified,
             step_state.block,
             reads_lr=reads_lr,
             rates=self._rates,
-            agreement=plan.agreement,
+            reduction=plan.reduction,
         )
 
-
-class Gradients(NamedTuple):
-    """The gradients of one step.
-
-    Attributes:
-        addresses: The address of each entry's gradient; 0 where an entry has none.
-        in_double: True if one of them is FP64.
-    """
-
-    addresses: list[int]
-    in_double: bool
-
-
-class CompiledWatch(CompiledPlan):
-    """A plan for kernels that Python launches: the extension notices whether it holds, and reads the gradients."""
-
     def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> Gradients | None:
-        """As :meth:`fused_tricks.backends.triton.watch.PlanWatch.gradients`."""
+        """As :meth:`fused_tricks.backends.triton.plan_guard.PlanGuard.gradients`."""
         found = self.handle.gradient_addresses(groups, state)
         return None if found is None else Gradients(*found)
 
     def release_gradients(self) -> None:
-        """As :meth:`fused_tricks.backends.triton.watch.PlanWatch.release_gradients`."""
+        """As :meth:`fused_tricks.backends.triton.plan_guard.PlanGuard.release_gradients`."""
         self.handle.release_gradients()
 
     def mark_updated(self) -> None:
@@ -130,9 +126,9 @@ class CompiledWatch(CompiledPlan):
         self.handle.mark_updated()
 
 
-def _compiled_rate(lr: Any, device: torch.device) -> CompiledRate | None:
-    rate = applied_rate_of(lr)
-    return None if rate is None else CompiledRate(lr, rate.base, rate.factors.on(device), rate.origin)
+def _compiled_lr(lr: Any, device: torch.device) -> CompiledLR | None:
+    rate = device_lr_of(lr)
+    return None if rate is None else CompiledLR(lr, rate.base, rate.factors.on(device), rate.origin)
 
 
 def _owner_of(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from ..extension import load_extension, missing_because
 from ..step.device_state import StepState
 from ..step.plan import Plan
 from ..step.request import StepRequest
-from .compiled import CompiledPlan
+from .compiled import CompiledPlanGuard
 
 if TYPE_CHECKING:
     from .. import _extension
@@ -26,8 +26,8 @@ class CpuStepper:
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         extension = load_extension()
-        self._plan = CompiledPlan(extension, plan, step_state, reads_lr=False)
-        self._step: _extension.CpuStep = extension.CpuStep(self._plan.handle)
+        self._guard = CompiledPlanGuard(extension, plan, step_state, reads_lr=False)
+        self._step: _extension.CpuStep = extension.CpuStep(self._guard.handle)
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
-        return self._step.run(self._plan.handle, groups, state, request)
+        return self._step.run(self._guard.handle, groups, state, request)

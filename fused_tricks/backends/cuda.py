@@ -11,7 +11,7 @@ from ..extension import load_extension, missing_because
 from ..step.device_state import StepState
 from ..step.plan import Plan
 from ..step.request import StepRequest
-from .compiled import CompiledPlan
+from .compiled import CompiledPlanGuard
 from .gpu import GpuStepper, current_stream, is_capturing
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ class CudaStepper(GpuStepper):
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         super().__init__(plan, step_state)
         extension = self.extension()
-        self._plan = CompiledPlan(extension, plan, step_state, reads_lr=True)
-        self._step: _extension.CudaStep = extension.CudaStep(self._plan.handle)
+        self._guard = CompiledPlanGuard(extension, plan, step_state, reads_lr=True)
+        self._step: _extension.CudaStep = extension.CudaStep(self._guard.handle)
         self._tables = self._empty(self._step.table_size(), torch.uint8)
         self._scratch = self._empty(self._step.scratch_size(), torch.uint8)
         with self._device_guard():
-            self._step.set_tables(self._plan.handle, self._tables)
+            self._step.set_tables(self._guard.handle, self._tables)
         self._step.set_scratch(self._scratch)
 
     @staticmethod
@@ -95,4 +95,4 @@ class CudaStepper(GpuStepper):
             request = request._replace(
                 grad_scale=self._on_device(request.grad_scale), found_inf=self._on_device(request.found_inf)
             )
-        return self._step.run(self._plan.handle, groups, state, request)
+        return self._step.run(self._guard.handle, groups, state, request)

@@ -48,14 +48,14 @@ class GpuStepper:
                 "gradients of the same shapes and strides before the capture"
             )
         self._entries = plan.entries
-        self._agreement = plan.agreement
+        self._reduction = plan.reduction
         # Launches of another plan that overlapped by mistake may have left it wrong.
         step_state.block[OFFSETS["arrivals"] :][:4].zero_()
         stand_ins = [entry.source for entry in plan.entries if entry.is_copy]
         notes = [entry.first_update for entry in plan.entries if entry.first_update is not None]
         self._memory: list[Tensor] = [*notes, *stand_ins]
-        if plan.agreement is not None:
-            self._memory.append(plan.agreement.verdict)
+        if plan.reduction is not None:
+            self._memory.append(plan.reduction.partials)
         self._streams = {current_stream(self._device)}
         finalizer = weakref.finalize(
             self, _release, self._memory, self._streams, current_stream(self._device)
@@ -71,7 +71,7 @@ class GpuStepper:
     def _keep(self, groups: list[dict[str, Any]], *tables: object) -> None:
         """Keeps alive what a captured step works on, since its graph may be replayed after the plan is replaced."""
         rates = [group["lr"] for group in groups]
-        self._step_state.keep(self._entries, self._agreement, rates, *tables)
+        self._step_state.keep(self._entries, self._reduction, rates, *tables)
 
     def _device_guard(self) -> contextlib.AbstractContextManager[Any]:
         """Makes the device current; afterwards the one before is, without a context on it where it has none yet."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..step.device_lr import applied_rate_of
+from ..step.device_lr import device_lr_of
 from ..step.device_state import StepState, to_float32
 from ..step.group_options import as_float
 from ..step.options import FLAGS, NUMBERS
@@ -77,8 +77,8 @@ class ReferenceStepper:
 
     def _scan(self, request: StepRequest, entries: list[tuple[Entry, Tensor]]) -> tuple[bool, bool, float]:
         """Whether a gradient is not finite, whether one is FP64, and the sum of all squares where it is asked for."""
-        agreement = self._plan.agreement
-        squares = [0.0] * (1 if agreement is None else agreement.parts)
+        reduction = self._plan.reduction
+        squares = [0.0] * (1 if reduction is None else reduction.shard_classes)
         found = in_double = False
         for entry, grad in entries:
             in_double = in_double or (grad.dtype == torch.float64 and grad.numel() > 0)
@@ -86,13 +86,13 @@ class ReferenceStepper:
                 continue
             found = found or not _is_finite(grad)
             if request.max_norm is not None:
-                squares[entry.part] += float(grad.double().square().sum())
-        if agreement is None:
+                squares[entry.shard_class] += float(grad.double().square().sum())
+        if reduction is None:
             return found, in_double, sum(squares)
-        verdict = [float(found), float(in_double), *squares]
-        agreement.verdict.copy_(torch.tensor(verdict, dtype=torch.float64))
-        agreement.reach()
-        any_found, any_in_double, *squares = agreement.verdict.tolist()
+        partials = [float(found), float(in_double), *squares]
+        reduction.partials.copy_(torch.tensor(partials, dtype=torch.float64))
+        reduction.all_reduce()
+        any_found, any_in_double, *squares = reduction.partials.tolist()
         return any_found != 0, any_in_double != 0, sum(squares)
 
     def _factors(self, request: StepRequest, in_double: bool, squares: float) -> tuple[float, float | None]:
@@ -155,7 +155,7 @@ def _advance_scale(
 
 def _numbers(group: dict[str, Any], applied: int) -> dict[str, Any]:
     """The options as Python numbers; one that is not a number is refused before anything is changed."""
-    rate = applied_rate_of(group["lr"])
+    rate = device_lr_of(group["lr"])
     lr = group["lr"] if rate is None else rate.after(applied)
     numbers = {name: as_float(lr if name == "lr" else group[name]) for name in NUMBERS}
     return numbers | {name: bool(group[name]) for name in FLAGS}

@@ -1,4 +1,4 @@
-"""How processes that hold parts of one model decide together whether to skip a step, and by which norm to clip."""
+"""The reduction of ``found_inf`` and of the gradient norm over the processes that hold parts of one model."""
 
 from __future__ import annotations
 
@@ -38,117 +38,121 @@ class SharedGroup:
         return self
 
 
-class Agreement:
-    """Adds up what each process has found, between the scan and the update, without waiting for a device.
+class StepReduction:
+    """Adds up ``found_inf`` and squares over processes, between scan and update, without waiting for a device.
 
-    A ``DTensor`` is divided over some dimensions of its mesh and repeated over the others. Squares are added over the
-    former only, so that a replica is not counted twice; parameters that are divided alike are a *part*, with a sum of
-    squares of its own. An overflow counts wherever it was found.
+    A ``DTensor`` is sharded over some dimensions of its mesh and replicated over the others. Squares are added over the
+    sharded dimensions alone, so that replicas do not count twice. Parameters that are sharded alike are one *shard
+    class*, with a sum of squares of its own. ``found_inf`` is added over all dimensions.
 
     Attributes:
-        verdict: FP64 tensor of (2 + ``parts``,), written by the scan: whether a gradient is not finite, whether one is
-            FP64, then the sum of squares of each part.
-        parts: How many.
-        part_of: For each parameter, which part it belongs to.
+        partials: FP64 tensor of (2 + ``shard_classes``,), written by the scan: ``found_inf``, whether a gradient is
+            FP64, then the sum of squares of each shard class.
+        shard_classes: The number of shard classes.
+        shard_class_of: The shard class of each parameter.
     """
 
     def __init__(
         self,
-        parts: list[set[str]],
-        part_of: list[int],
+        shard_groups: list[set[str]],
+        shard_class_of: list[int],
         groups: dict[str, ProcessGroup],
         partition_group: ProcessGroup | None,
         device: torch.device,
     ) -> None:
-        self.parts = max(1, len(parts))
-        self.part_of = part_of
-        self.verdict = torch.zeros(2 + self.parts, dtype=torch.float64, device=device)
+        self.shard_classes = max(1, len(shard_groups))
+        self.shard_class_of = shard_class_of
+        self.partials = torch.zeros(2 + self.shard_classes, dtype=torch.float64, device=device)
         self._partition_group = partition_group
         self._sums: list[tuple[ProcessGroup, slice | Tensor]] = []
         self._spreads: list[tuple[ProcessGroup, slice | Tensor]] = []
         for name, group in groups.items():
-            for is_divided, reductions in ((True, self._sums), (False, self._spreads)):
-                fields = [2 + part for part, dividing in enumerate(parts) if (name in dividing) == is_divided]
+            for is_sharded, reductions in ((True, self._sums), (False, self._spreads)):
+                fields = [
+                    2 + index for index, names in enumerate(shard_groups) if (name in names) == is_sharded
+                ]
                 if fields:
-                    is_all = len(fields) == len(parts)
+                    is_all = len(fields) == len(shard_groups)
                     reductions.append(
                         (group, slice(None) if is_all else torch.tensor([0, 1, *fields], device=device))
                     )
 
-    def reach(self) -> None:
-        """Makes ``verdict`` that of all processes together. All of them must call it."""
-        verdict = self.verdict
+    def all_reduce(self) -> None:
+        """Reduces ``partials`` in place. A collective: every process must call it."""
+        partials = self.partials
         for group, fields in self._sums:
-            verdict[fields] = _reduced(verdict[fields], torch.distributed.ReduceOp.SUM, group)
-        # Replicas have the same sum already. Processes that have no part of it, not even an empty one, have nothing.
+            partials[fields] = _reduced(partials[fields], torch.distributed.ReduceOp.SUM, group)
+        # Replicas have equal sums. A process outside the mesh of a shard class has 0.
         for group, fields in self._spreads:
-            verdict[fields] = _reduced(verdict[fields], torch.distributed.ReduceOp.MAX, group)
+            partials[fields] = _reduced(partials[fields], torch.distributed.ReduceOp.MAX, group)
         if self._partition_group is not None:
-            # Processes of other parts of the model may divide theirs otherwise.
-            whole = torch.stack((verdict[0], verdict[1], verdict[2:].sum()))
-            verdict.zero_()[:3] = _reduced(whole, torch.distributed.ReduceOp.SUM, self._partition_group)
+            # Other processes of the partition may have other shard classes.
+            whole = torch.stack((partials[0], partials[1], partials[2:].sum()))
+            partials.zero_()[:3] = _reduced(whole, torch.distributed.ReduceOp.SUM, self._partition_group)
 
 
-def find_agreement(
+def find_reduction(
     params: Sequence[Tensor], partition_group: ProcessGroup | None, device: torch.device
-) -> Agreement | None:
-    """What the process that has these parameters must agree upon with others; None where it decides alone.
+) -> StepReduction | None:
+    """Returns the reduction that the steps over some parameters need; None where this process decides alone.
 
-    It does so where no parameter has memory, and so no gradient has values.
-
-    Every process finds the same parts, whichever gradients and elements it has.
+    A process decides alone, too, if no parameter has memory, because no gradient has values then. Every process finds
+    the same shard classes, whichever gradients and elements it has.
 
     Args:
         params: All parameters of an optimizer.
         partition_group: The group over which the parameters of the model are partitioned, if they are.
-        device: Where the verdict is needed.
+        device: The device of ``partials``.
     """
     if params and not any(map(has_memory, params)):
         return None
-    places: dict[Any, int] = {}
-    parts: list[set[str]] = []
+    classes: dict[Any, int] = {}
+    shard_groups: list[set[str]] = []
     groups: dict[str, ProcessGroup] = {}
-    part_of = []
+    shard_class_of = []
     for param in params:
-        place = (param.device_mesh, _divided_dimensions(param)) if is_distributed(param) else None
-        if place not in places:
-            places[place] = len(parts)
-            along = [] if place is None else _groups_along(*place)
-            parts.append({group.group_name for group, is_divided in along if is_divided})
+        sharding = (param.device_mesh, _sharded_dimensions(param)) if is_distributed(param) else None
+        if sharding not in classes:
+            classes[sharding] = len(shard_groups)
+            along = [] if sharding is None else _groups_along(*sharding)
+            shard_groups.append({group.group_name for group, is_sharded in along if is_sharded})
             groups |= {group.group_name: group for group, _ in along}
-        part_of.append(places[place])
+        shard_class_of.append(classes[sharding])
     if not groups and partition_group is None:
         return None
-    return Agreement(parts, part_of, groups, partition_group, device)
+    return StepReduction(shard_groups, shard_class_of, groups, partition_group, device)
 
 
-def _divided_dimensions(param: DTensor) -> tuple[int, ...]:
-    """The dimensions of its mesh over which a tensor is divided."""
+def _sharded_dimensions(param: DTensor) -> tuple[int, ...]:
+    """Returns the dimensions of its mesh over which a tensor is sharded."""
     return tuple(
         dimension for dimension, placement in enumerate(param.placements) if not placement.is_replicate()
     )
 
 
-def _groups_along(mesh: DeviceMesh, divided: tuple[int, ...]) -> list[tuple[ProcessGroup, bool]]:
-    """The processes along each dimension of a mesh to which this one belongs, and whether that is a divided one."""
+def _groups_along(mesh: DeviceMesh, sharded: tuple[int, ...]) -> list[tuple[ProcessGroup, bool]]:
+    """Returns this process's group along each dimension of a mesh, and whether the dimension is a sharded one."""
     if mesh.get_coordinate() is None:
         return []
     return [
-        (mesh.get_group(dimension), dimension in divided)
+        (mesh.get_group(dimension), dimension in sharded)
         for dimension in range(mesh.ndim)
         if mesh.size(dimension) > 1
     ]
 
 
 def _reduced(values: Tensor, operation: Any, group: ProcessGroup) -> Tensor:
-    """The sum or maximum over the group's processes, where ``values`` are; they may be lost."""
+    """Returns the sum or maximum over a group's processes on the device of ``values``, which it may overwrite."""
     within_reach = values.to(_device_within_reach(group, values.device))
     torch.distributed.all_reduce(within_reach, operation, group)
     return within_reach.to(values.device)
 
 
 def _device_within_reach(group: ProcessGroup, device: torch.device) -> torch.device:
-    """Where the group can communicate: on ``device``, if it can, which may be that of offloaded parameters."""
+    """Returns a device on which a group communicates: ``device`` if it can, otherwise the accelerator.
+
+    The parameters of a group that communicates on GPUs may be offloaded to the CPU.
+    """
     kinds = [pair.split(":")[0] for pair in torch.distributed.get_backend_config(group).split(",")]
     if device.type in kinds:
         return device

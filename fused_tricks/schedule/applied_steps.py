@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..optimizer import FusedSGD
-from ..step.device_lr import AppliedRate, FactorTable, applied_rate_of, following
+from ..step.device_lr import DeviceLR, FactorTable, device_lr_of, following
 from .curve import WarmupCosine
 
 
-class AppliedUpdates:
+class AppliedCount:
     """Where an optimizer is in a schedule, and how its groups follow it.
 
     Args:
@@ -83,8 +83,8 @@ class AppliedUpdates:
         applied_steps = self._optimizer._step_state.applied_steps
         # A tensor may be on a GPU, and would have to be read in every step.
         group["initial_lr"] = float(base)
-        rate = AppliedRate(group["initial_lr"], self._factors, self.origin)
-        if applied_rate_of(group["lr"]) != rate or group["lr"].device != applied_steps.device:
+        rate = DeviceLR(group["initial_lr"], self._factors, self.origin)
+        if device_lr_of(group["lr"]) != rate or group["lr"].device != applied_steps.device:
             group["lr"] = following(rate, applied_steps.device)
             self._optimizer._replan()
         rate.write(group["lr"], applied_steps)

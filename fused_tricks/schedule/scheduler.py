@@ -18,12 +18,12 @@ from .._torch import disable_dynamo
 from ..step.diagnostics import warn_user
 from ..step.shared_memory import missing_bytes
 from ..validation import as_double, integer, shown
-from .applied_steps import AppliedUpdates
+from .applied_steps import AppliedCount
 from .call_count import CallCount
 from .curve import WarmupCosine
 
 # So that an INT64 holds its difference to any number of updates made.
-_COUNTERS = {counter.name: counter for counter in (CallCount, AppliedUpdates)}
+_COUNTERS = {counter.name: counter for counter in (CallCount, AppliedCount)}
 LAST_UPDATE = 2**62
 
 
@@ -137,7 +137,7 @@ class WarmupCosineLR(LRScheduler):
         _check_initial_rates(optimizer.param_groups)
         _check_rates_have_memory(optimizer.param_groups)
         first = integer("last_epoch", last_epoch, least=-1, most=LAST_UPDATE - 1) + 1
-        self._counter: CallCount | AppliedUpdates = _COUNTERS[count](optimizer, self.curve)
+        self._counter: CallCount | AppliedCount = _COUNTERS[count](optimizer, self.curve)
         if self.curve.warmup_steps == self.curve.total_steps:
             warn_user(
                 f"warmup_steps equals total_steps={self.curve.total_steps}: the warm-up takes all updates and no "

@@ -35,7 +35,7 @@ class FactorTable:
 
 
 @dataclass(frozen=True)
-class AppliedRate:
+class DeviceLR:
     """What a tensor in a group's ``lr`` stands for: ``base`` times a factor.
 
     Attributes:
@@ -67,17 +67,17 @@ class AppliedRate:
             torch.mul(factors.take(due), self.base, out=lr)
 
 
-def following(rate: AppliedRate, device: torch.device) -> Tensor:
+def following(rate: DeviceLR, device: torch.device) -> Tensor:
     """A tensor for a group's ``lr`` that the kernels take for ``rate``.
 
-    Its own value, FP64 of no dimension, is for people and other code to read; :meth:`AppliedRate.write` renews it.
+    Its own value, FP64 of no dimension, is for people and other code to read; :meth:`DeviceLR.write` renews it.
     """
     with outside_all_modes():
         lr = torch.zeros((), dtype=torch.float64, device=device)
-    lr._applied_rate = rate  # type: ignore[attr-defined]
+    lr._device_lr = rate  # type: ignore[attr-defined]
     return lr
 
 
-def applied_rate_of(lr: Any) -> AppliedRate | None:
+def device_lr_of(lr: Any) -> DeviceLR | None:
     """What a group's ``lr`` stands for; None where it is just a number or a tensor."""
-    return getattr(lr, "_applied_rate", None) if isinstance(lr, Tensor) else None
+    return getattr(lr, "_device_lr", None) if isinstance(lr, Tensor) else None

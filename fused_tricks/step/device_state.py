@@ -16,7 +16,7 @@ _FIELDS = {
     "scale": "f",
     "growth_tracker": "i",
     "hysteresis_tracker": "i",
-    "found": "i",
+    "found_inf": "i",
     "applied_steps": "q",
     "skipped_steps": "q",
     "skip": "i",

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._torch import is_called_by_distributed_checkpoint
 from ..distributed.sharding import distributed_like, local_part, placed_like
 from ..loss_scale import DynamicLossScale, check_count
-from .device_lr import applied_rate_of
+from .device_lr import device_lr_of
 from .device_state import StepState
 from .group_options import check_numbers, check_range, check_readable
 from .parameters import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
@@ -77,7 +77,7 @@ def finish_state_dict(
     update has written. Only ``torch.distributed.checkpoint``, which demands the same keys at all times, gets those.
     """
     for group in packed["param_groups"]:
-        rate = applied_rate_of(group["lr"])
+        rate = device_lr_of(group["lr"])
         if rate is not None:
             group["lr"] = rate.after(int(progress["applied_steps"]))
         group.update(progress)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch import is_zero_tensor
-from ..distributed.found_inf_reduction import Agreement
+from ..distributed.found_inf_reduction import StepReduction
 from ..distributed.sharding import distributed_like, is_distributed, local_part, placed_like
 from .device_state import StepState
 from .new_state import NewState
@@ -52,8 +52,7 @@ class Entry:
             has other strides.
         grad_dtype: The type of its gradients; one of another type needs another plan.
         is_copy: The stand-in has memory of its own.
-        part: Which part of the model the parameter belongs to, as
-            :class:`~fused_tricks.distributed.found_inf_reduction.Agreement` says.
+        shard_class: Its class in :class:`~fused_tricks.distributed.found_inf_reduction.StepReduction`.
         master: FP32 weights of an FP16 or BF16 parameter, with the strides of ``source``.
         buffer: Momentum in the type of the arithmetic, with the strides of ``source``.
         distributed: ``DTensor``s of which ``master`` and ``buffer`` are the parts that are here, where the parameter is
@@ -69,7 +68,7 @@ class Entry:
     source: Tensor
     grad_dtype: torch.dtype | None = None
     is_copy: bool = False
-    part: int = 0
+    shard_class: int = 0
     master: Tensor | None = None
     buffer: Tensor | None = None
     distributed: dict[str, Tensor] = field(default_factory=dict)
@@ -96,14 +95,14 @@ class Plan:
         stand_ins: The stand-ins among the entries' sources.
         placed: The keys of masters and buffers that the plan has put into the optimizer's state, by parameter.
         lrs: The groups' learning rates as they were, tensors that follow the updates applied among them.
-        agreement: How to decide with other processes; None where this one decides alone.
+        reduction: How to decide with other processes; None where this one decides alone.
         is_in_order: Parameters have to be updated one after the other, because some share memory.
         is_outdated: What the plan was made from has changed in a way that backends do not look for.
     """
 
     entries: list[Entry]
     lrs: list[Any]
-    agreement: Agreement | None = None
+    reduction: StepReduction | None = None
     is_in_order: bool = False
     placed: dict[Tensor, list[str]] = field(default_factory=dict)
     stand_ins: StandIns = field(init=False)
@@ -150,7 +149,7 @@ def build_plan(
     new_state: NewState,
     device: torch.device,
     former: Plan | None = None,
-    agreement: Agreement | None = None,
+    reduction: StepReduction | None = None,
 ) -> Plan:
     """Makes a plan from an optimizer's groups, gradients and state.
 
@@ -165,7 +164,7 @@ def build_plan(
         new_state: The record of what no update has written, to which new masters and buffers are added.
         device: The device on which a backend notes their first updates.
         former: The plan before; parameters that it can update stay so while they have no gradient.
-        agreement: How to decide with other processes, if that is needed.
+        reduction: How to decide with other processes, if that is needed.
 
     Raises:
         RuntimeError: A parameter or gradient cannot be updated. Then nothing is changed at all.
@@ -173,10 +172,10 @@ def build_plan(
     """
     with torch.no_grad():
         plan = _Builder(groups, state, step_state, new_state, device).build(former)
-    if agreement is not None:
-        for entry, part in zip(plan.entries, agreement.part_of, strict=True):
-            entry.part = part
-        plan.agreement = agreement
+    if reduction is not None:
+        for entry, part in zip(plan.entries, reduction.shard_class_of, strict=True):
+            entry.shard_class = part
+        plan.reduction = reduction
     plan.place_state(state)
     return plan
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn import Parameter
 
 from fused_tricks import FusedSGD
-from fused_tricks.backends import BACKENDS, availability, stepper_class
+from fused_tricks.backends import BACKENDS, availability, choose_backend
 from fused_tricks.extension import load_extension, missing_because
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_no_gpu_backend_for_cpu_parameters_without_gradients() -> None:
     optimizer = FusedSGD([Parameter(torch.zeros(3))], lr=0.1)
     optimizer.step()
-    assert type(optimizer._prepared.stepper) is stepper_class("auto", [("p", torch.zeros(3))])
+    assert optimizer.backend == choose_backend("auto", [("p", torch.zeros(3))])
     assert optimizer.stats().applied_steps == 1
 
 
@@ -93,8 +93,7 @@ for device, usable, refusing in json.load(sys.stdin):
         for name, backend in backends.BACKENDS.items()
     }
     backends.BACKENDS.update(changed)
-    stepper = backends.stepper_class("auto", [("weight", param)])
-    chosen.append(next(name for name, backend in changed.items() if backend.stepper is stepper))
+    chosen.append(backends.choose_backend("auto", [("weight", param)]))
 print(json.dumps(chosen))
 """
 

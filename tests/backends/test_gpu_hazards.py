@@ -88,7 +88,7 @@ def test_the_counter_is_zero_between_steps(backend: str) -> None:
     for options in ({}, {"loss_scale": "dynamic"}, {"max_grad_norm": 1.0}):
         _, optimizer = prepared(backend, (8193, 40_000, 3), **options)
         block = optimizer._step_state.block
-        for field in ("found", "arrivals"):
+        for field in ("found_inf", "arrivals"):
             assert block[OFFSETS[field] :][:4].tolist() == [0] * 4
 
 

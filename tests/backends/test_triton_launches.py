@@ -60,7 +60,7 @@ def test_the_extension_watches_the_plan_where_there_is_one(launches, monkeypatch
             with torch.no_grad():
                 params[1].fill_(8.0)
         optimizer.step()
-    assert type(optimizer._prepared.stepper._watch).__name__ == "CompiledWatch"
+    assert type(optimizer._prepared.stepper._guard).__name__ == "CompiledPlanGuard"
     assert params[0].tolist() == [-3.0625, -3.0625]
     assert params[1].tolist() == [8.0 - 0.875, 8.0 - 0.875]
     assert params[0]._version == 4

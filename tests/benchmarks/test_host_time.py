@@ -56,7 +56,7 @@ def test_an_edit_of_text_that_is_gone_names_it(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"csrc/plan\.cpp no longer has 'int gone;'.*benchmarks/host_tricks\.py"
     ):
-        Edit("python/plan.cpp", "int gone;", "").apply(source)
+        Edit("python/plan_guard.cpp", "int gone;", "").apply(source)
 
 
 def test_every_trick_is_switched_off_by_something() -> None:

@@ -10,7 +10,7 @@ from ...step.device_state import OFFSETS
 SCALE = tl.constexpr(OFFSETS["scale"])
 GROWTH_TRACKER = tl.constexpr(OFFSETS["growth_tracker"])
 HYSTERESIS_TRACKER = tl.constexpr(OFFSETS["hysteresis_tracker"])
-FOUND = tl.constexpr(OFFSETS["found"])
+FOUND_INF = tl.constexpr(OFFSETS["found_inf"])
 APPLIED_STEPS = tl.constexpr(OFFSETS["applied_steps"])
 SKIPPED_STEPS = tl.constexpr(OFFSETS["skipped_steps"])
 SKIP = tl.constexpr(OFFSETS["skip"])
@@ -79,19 +79,19 @@ def decide(
     in_double,
     is_dynamic,
     scale_rule,
-    CLIPS: tl.constexpr,
+    WANTS_NORM: tl.constexpr,
 ):
     """Takes the decision after a scan.
 
     Args:
         found: Whether a gradient is not finite.
-        squares: The sum of all squared elements as they are stored, where ``CLIPS``.
+        squares: The sum of all squared elements as they are stored, where ``WANTS_NORM``.
         in_double: Whether an FP64 gradient takes part, so that the norm is one in FP64.
     """
     found = found | verdict_of(found_inf)
     inverse_scale = inverse_scale_of(state, unscales, grad_scale)
     clip = float64(1.0)
-    if CLIPS:
+    if WANTS_NORM:
         norm = tl.sqrt(squares) * inverse_scale.to(tl.float64)
         rounded = norm.to(tl.float32)
         ratio = float64(max_norm) / (norm + float64(1e-6))
@@ -107,7 +107,7 @@ def decide(
 @triton.jit
 def record_decision(state, found, inverse_scale, clip):
     """Stores what the update needs, counts the step, and forgets what the scan found."""
-    tl.store(field(state, FOUND, tl.int32), 0)
+    tl.store(field(state, FOUND_INF, tl.int32), 0)
     tl.store(
         field(state, APPLIED_STEPS, tl.int64),
         tl.load(field(state, APPLIED_STEPS, tl.int64)) + tl.where(found != 0, 0, 1),

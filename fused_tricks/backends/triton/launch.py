@@ -44,10 +44,10 @@ def pair_bits(pairs: Iterable[tuple[int, int]]) -> int:
     return kind_bits(kind * KINDS + grad_kind for kind, grad_kind in pairs)
 
 
-def scan_source(grad_kinds: int, clips: bool, parts: int) -> ASTSource:
+def scan_source(grad_kinds: int, wants_norm: bool, shard_classes: int) -> ASTSource:
     """The scan for gradients of these kinds (:func:`kind_bits`), with or without the norm.
 
-    ``parts``: into how many it divides the squares for others to add to; 0: it decides by itself.
+    ``shard_classes``: the sums of squares that it writes for a reduction; 0: it decides by itself.
     """
     signature = {
         "chunks": "i64",
@@ -56,16 +56,20 @@ def scan_source(grad_kinds: int, clips: bool, parts: int) -> ASTSource:
         "chunk_count": "i32",
         **_REQUEST,
         "partial_squares": "i64",
-        "verdict": "i64",
+        "partials": "i64",
         **_RULES,
     }
-    return ASTSource(scan_kernel, signature, {"GRAD_KINDS": grad_kinds, "CLIPS": clips, "PARTS": parts})
+    return ASTSource(
+        scan_kernel,
+        signature,
+        {"GRAD_KINDS": grad_kinds, "WANTS_NORM": wants_norm, "SHARD_CLASSES": shard_classes},
+    )
 
 
-def decide_source(clips: bool, parts: int) -> ASTSource:
-    """The decision by itself, where other processes have a part in it."""
-    signature = {**_REQUEST, "verdict": "i64", **_RULES}
-    return ASTSource(decide_kernel, signature, {"CLIPS": clips, "PARTS": parts})
+def decide_source(wants_norm: bool, shard_classes: int) -> ASTSource:
+    """The decision by itself, after a reduction over processes."""
+    signature = {**_REQUEST, "partials": "i64", **_RULES}
+    return ASTSource(decide_kernel, signature, {"WANTS_NORM": wants_norm, "SHARD_CLASSES": shard_classes})
 
 
 def update_source(kinds: int, group_count: int) -> ASTSource:

@@ -28,7 +28,7 @@ KIND = tl.constexpr(5)
 GRAD_KIND = tl.constexpr(6)
 IS_MATRIX = tl.constexpr(7)  # more than one dimension: decays whatever bias_decay is
 GROUP = tl.constexpr(8)
-PART = tl.constexpr(9)
+SHARD_CLASS = tl.constexpr(9)
 RECORD_WORDS = tl.constexpr(10)
 
 
@@ -62,9 +62,9 @@ def record_of(tensors, tensor):
 
 
 @triton.jit
-def part_of(tensors, tensor):
-    """Which of the verdict's sums of squares the tensors' gradients belong to."""
-    return tl.load(pointer_to(tensors, tl.int64) + (tensor * RECORD_WORDS + PART))
+def shard_class_of(tensors, tensor):
+    """The shard class of tensors: which of the partials' sums of squares their gradients belong to."""
+    return tl.load(pointer_to(tensors, tl.int64) + (tensor * RECORD_WORDS + SHARD_CLASS))
 
 
 @triton.jit

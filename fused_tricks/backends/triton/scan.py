@@ -6,7 +6,7 @@ import triton.language as tl
 from . import IS_INTERPRETED
 from .arithmetic import fma, two_sum
 from .decision import (
-    FOUND,
+    FOUND_INF,
     arrives_last,
     decide,
     field,
@@ -23,9 +23,9 @@ from .records import (
     aligned_pointer_to,
     chunk_at,
     count_from,
-    part_of,
     pointer_to,
     record_of,
+    shard_class_of,
     size_of,
     table_item,
 )
@@ -151,13 +151,13 @@ def squares_in_fp64(words, count, kind: tl.constexpr):
 @triton.jit
 def scan_kernel(
     chunks, tensors, grads, chunk_count, state, unscales, grad_scale, found_inf,
-    partial_squares, verdict, max_norm, in_double, is_dynamic, scale_rule,
-    GRAD_KINDS: tl.constexpr, CLIPS: tl.constexpr, PARTS: tl.constexpr,
+    partial_squares, partials, max_norm, in_double, is_dynamic, scale_rule,
+    GRAD_KINDS: tl.constexpr, WANTS_NORM: tl.constexpr, SHARD_CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Looks for gradients that are not finite and adds up their squares.
 
-    The last program decides about the step or, where other processes have a part in that, reports to ``verdict`` with
-    its squares of each of ``PARTS`` parts.
+    The last program decides about the step or, before a reduction over processes, writes ``partials`` with the squares
+    of each of ``SHARD_CLASSES`` shard classes.
     """
     index = tl.program_id(0)
     if index < chunk_count:
@@ -172,16 +172,16 @@ def scan_kernel(
             for kind in tl.static_range(KIND_COUNT):
                 if (GRAD_KINDS >> kind) & 1:
                     if grad_kind == kind:
-                        found, squares = scan_span(grad + begin * size_of(kind), count, kind, CLIPS)
+                        found, squares = scan_span(grad + begin * size_of(kind), count, kind, WANTS_NORM)
         if found != 0:
-            tl.atomic_or(field(state, FOUND, tl.int32), 1, sem="relaxed")
-        if CLIPS:
+            tl.atomic_or(field(state, FOUND_INF, tl.int32), 1, sem="relaxed")
+        if WANTS_NORM:
             tl.store(pointer_to(partial_squares, tl.float64) + index, squares)
     if arrives_last(state):
-        found = tl.load(field(state, FOUND, tl.int32), volatile=True)
+        found = tl.load(field(state, FOUND_INF, tl.int32), volatile=True)
         total = float64(0.0)
-        if PARTS == 0:
-            if CLIPS:
+        if SHARD_CLASSES == 0:
+            if WANTS_NORM:
                 total = sum_of(partial_squares, chunks, tensors, chunk_count, None)
             decide(
                 state,
@@ -194,29 +194,29 @@ def scan_kernel(
                 in_double,
                 is_dynamic,
                 scale_rule,
-                CLIPS,
+                WANTS_NORM,
             )
         else:
-            for part in tl.static_range(PARTS):
-                if CLIPS:
-                    total = sum_of(partial_squares, chunks, tensors, chunk_count, part)
-                tl.store(pointer_to(verdict, tl.float64) + 2 + part, total)
-            tl.store(pointer_to(verdict, tl.float64), found.to(tl.float64))
-            tl.store(pointer_to(verdict, tl.float64) + 1, in_double.to(tl.float64))
-            tl.store(field(state, FOUND, tl.int32), 0)
+            for shard_class in tl.static_range(SHARD_CLASSES):
+                if WANTS_NORM:
+                    total = sum_of(partial_squares, chunks, tensors, chunk_count, shard_class)
+                tl.store(pointer_to(partials, tl.float64) + 2 + shard_class, total)
+            tl.store(pointer_to(partials, tl.float64), found.to(tl.float64))
+            tl.store(pointer_to(partials, tl.float64) + 1, in_double.to(tl.float64))
+            tl.store(field(state, FOUND_INF, tl.int32), 0)
 
 
 @triton.jit
 def decide_kernel(
-    state, unscales, grad_scale, found_inf, verdict, max_norm, in_double, is_dynamic, scale_rule,
-    CLIPS: tl.constexpr, PARTS: tl.constexpr,
+    state, unscales, grad_scale, found_inf, partials, max_norm, in_double, is_dynamic, scale_rule,
+    WANTS_NORM: tl.constexpr, SHARD_CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Takes the decision, after the verdicts of other processes were added."""
-    found = (tl.load(pointer_to(verdict, tl.float64)) != 0).to(tl.int32)
-    in_double = (tl.load(pointer_to(verdict, tl.float64) + 1) != 0).to(tl.int32)
+    found = (tl.load(pointer_to(partials, tl.float64)) != 0).to(tl.int32)
+    in_double = (tl.load(pointer_to(partials, tl.float64) + 1) != 0).to(tl.int32)
     squares = float64(0.0)
-    for part in tl.static_range(PARTS):
-        squares += tl.load(pointer_to(verdict, tl.float64) + 2 + part)
+    for shard_class in tl.static_range(SHARD_CLASSES):
+        squares += tl.load(pointer_to(partials, tl.float64) + 2 + shard_class)
     decide(
         state,
         found,
@@ -228,20 +228,20 @@ def decide_kernel(
         in_double,
         is_dynamic,
         scale_rule,
-        CLIPS,
+        WANTS_NORM,
     )
 
 
 @triton.jit
-def sum_of(partial_squares, chunks, tensors, count, part: tl.constexpr):
-    """The sum over all chunks, or over those of tensors that belong to ``part``."""
+def sum_of(partial_squares, chunks, tensors, count, shard_class: tl.constexpr):
+    """The sum over all chunks, or over those of tensors that belong to ``shard_class``."""
     lane = tl.arange(0, SCALAR_TILE)
     total = tl.full((SCALAR_TILE,), 0, tl.float64)
     for i in range(0, count, SCALAR_TILE):
         mask = i + lane < count
-        if part is not None:
+        if shard_class is not None:
             tensor = tl.load(pointer_to(chunks, tl.int64) + (i + lane), mask=mask, other=0) >> 32
-            mask &= part_of(tensors, tensor) == part
+            mask &= shard_class_of(tensors, tensor) == shard_class
         total += tl.load(
             pointer_to(partial_squares, tl.float64) + (i + lane), mask=mask, other=0.0, volatile=True
         )

@@ -21,7 +21,7 @@ class Rule(NamedTuple):
     """The hyper-parameters of one tensor in one step: FP64 numbers, or the same rounded once to FP32.
 
     Attributes:
-        clip: The factor that clips, negative to maximize.
+        clip: The factor that wants_norm, negative to maximize.
         weight_factor: A factor of the weight: ``1 - lr * weight_decay`` where the decay is decoupled, else 1.
         gradient_weight: ``1 - dampening``.
         decays: True if the decay adds to the gradient.

@@ -11,11 +11,11 @@ from ...loss_scale import ScaleRule
 from ...step.device_state import StepState
 from ...step.plan import Plan
 from ...step.request import Outcome, StepRequest
-from ..compiled import CompiledWatch, Gradients
+from ..compiled import CompiledPlanGuard, Gradients
 from ..gpu import GpuStepper, current_stream, is_capturing
 from .launch import MAX_GROUPS, decide_source, launch, load, scan_source, update_source
-from .tables import GROUP_WORDS, GroupWords, PlanTables, StepTable, group_words, table_words
-from .watch import PlanWatch
+from .plan_guard import PlanGuard
+from .tables import GROUP_WORDS, DeviceTables, GroupWords, StepTable, group_words, table_words
 
 _NO_SCALE_RULE = ScaleRule(1.0, 1.0, 0.0, 0.0, 0, 0)
 
@@ -25,28 +25,28 @@ class TritonStepper(GpuStepper):
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         super().__init__(plan, step_state)
-        self._watch = self._make_watch(plan)
-        self._tables = PlanTables(plan, self._device)
+        self._guard = self._make_guard(plan)
+        self._tables = DeviceTables(plan, self._device)
         self._grads = StepTable(len(plan.entries), self._device)
         self._groups: StepTable | None = None
         tables = self._tables
         self._memory += [tables.tensors, tables.chunks, tables.partial_squares, self._grads.table]
         self._loaded: set[tuple[int, int]] = set()
 
-    def _make_watch(self, plan: Plan) -> PlanWatch | CompiledWatch:
+    def _make_guard(self, plan: Plan) -> PlanGuard | CompiledPlanGuard:
         """In C++ where the extension was built, which is several times faster."""
         if missing_because() is None:
-            return CompiledWatch(load_extension(), plan, self._step_state, reads_lr=True)
-        return PlanWatch(plan)
+            return CompiledPlanGuard(load_extension(), plan, self._step_state, reads_lr=True)
+        return PlanGuard(plan)
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
-        gradients = self._watch.gradients(groups, state)
+        gradients = self._guard.gradients(groups, state)
         if gradients is None:
             return Outcome.STALE
         try:
             self._launch(groups, request, gradients)
         finally:
-            self._watch.release_gradients()
+            self._guard.release_gradients()
         return Outcome.APPLIED
 
     def _launch(
@@ -79,9 +79,10 @@ class TritonStepper(GpuStepper):
             self._loaded.add(update_constants)
         group_argument = words if by_value else self._group_table(words)
         if request.scans:
-            agreement = self._agreement
-            clips, parts = request.max_norm is not None, 0 if agreement is None else agreement.parts
-            verdict = 0 if agreement is None else agreement.verdict.data_ptr()
+            reduction = self._reduction
+            wants_norm = request.max_norm is not None
+            shard_classes = 0 if reduction is None else reduction.shard_classes
+            partials = 0 if reduction is None else reduction.partials.data_ptr()
             rules = (
                 request.max_norm or 0.0,
                 int(gradients.in_double),
@@ -89,11 +90,11 @@ class TritonStepper(GpuStepper):
                 request.scale_rule or _NO_SCALE_RULE,
             )
             squares = tables.partial_squares.data_ptr()
-            constants = (tables.grad_kinds, clips, parts)
-            launch(self._device, scan_source, constants, programs, *walked, *asked, squares, verdict, *rules)
-            if agreement is not None:
-                agreement.reach()
-                launch(self._device, decide_source, (clips, parts), 1, *asked, verdict, *rules)
+            constants = (tables.grad_kinds, wants_norm, shard_classes)
+            launch(self._device, scan_source, constants, programs, *walked, *asked, squares, partials, *rules)
+            if reduction is not None:
+                reduction.all_reduce()
+                launch(self._device, decide_source, (wants_norm, shard_classes), 1, *asked, partials, *rules)
         launch(
             self._device,
             update_source,
@@ -107,7 +108,7 @@ class TritonStepper(GpuStepper):
         self._streams.add(current_stream(self._device))
         if is_capturing(self._device):
             self._keep(groups, tables, self._grads, self._groups)
-        self._watch.mark_updated()
+        self._guard.mark_updated()
 
     def _group_table(self, words: tuple[GroupWords, ...]) -> int:
         if self._groups is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...step.device_lr import applied_rate_of
+from ...step.device_lr import device_lr_of
 from ...step.group_options import as_float
 from ...step.options import FLAGS, NUMBERS
 from ...step.plan import Entry, Plan
@@ -26,7 +26,7 @@ _KINDS = {
 _CHUNK: int = records.CHUNK.value
 
 
-class PlanTables:
+class DeviceTables:
     """What stays as it is for as long as a plan lives.
 
     Attributes:
@@ -77,7 +77,7 @@ def _record(entry: Entry) -> list[int]:
         records.GRAD_KIND: _KINDS[entry.grad_dtype],
         records.IS_MATRIX: int(entry.source.dim() > 1),
         records.GROUP: entry.group,
-        records.PART: entry.part,
+        records.SHARD_CLASS: entry.shard_class,
     }
     by_index = {index.value: word for index, word in words.items()}
     return [by_index[index] for index in range(records.RECORD_WORDS.value)]
@@ -137,7 +137,7 @@ def group_words(group: dict[str, Any], device: torch.device) -> GroupWords:
     flags = sum(groups.FLAG_BITS[name] for name in FLAGS if group[name])
     lr = group["lr"]
     address = last = origin = 0
-    rate = applied_rate_of(lr)
+    rate = device_lr_of(lr)
     if rate is not None:
         factors = rate.factors.on(device)
         address, last, origin = factors.data_ptr(), len(factors) - 1, rate.origin

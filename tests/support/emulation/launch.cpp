@@ -240,7 +240,8 @@ uint64_t exchange(uint64_t bits, int lane_mask) {
   current().sent[place] = bits;
   synchronize("__shfl_xor_sync", false);
   const Fiber& partner = fibers[threadIdx.x ^ static_cast<unsigned>(lane_mask)];
-  if (partner.exchanges < current().exchanges) throw std::logic_error("a shuffle with a thread that takes no part");
+  if (partner.exchanges < current().exchanges)
+    throw std::logic_error("a shuffle with a thread that takes no shard_class");
   return partner.sent[place];
 }
 

@@ -1,4 +1,4 @@
-"""Notices that a plan no longer holds, where there is no extension; csrc/python/plan.cpp does the same.
+"""Notices that a plan no longer holds, where there is no extension; csrc/python/plan_guard.cpp does the same.
 
 The lists here have an item for each parameter, and are made and compared by functions that are written in C: a loop in
 Python would cost more than all the rest of a step.
@@ -62,7 +62,7 @@ class _Layout(NamedTuple):
         )
 
 
-class PlanWatch:
+class PlanGuard:
     """Compares groups, parameters, gradients and state with what they were when a plan was made."""
 
     def __init__(self, plan: Plan) -> None:

@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "plan_guard.h"
 
 #include <algorithm>
 #include <cmath>
@@ -113,56 +113,24 @@ DType dtype_of(const py::object& dtype) {
   throw std::invalid_argument("a gradient's dtype is not supported");
 }
 
-// A CompiledEntry of fused_tricks/backends/compiled.py, which keeps alive what is borrowed here.
-Entry entry_of(const py::handle& item) {
-  Entry entry;
-  entry.group = item.attr("group").cast<size_t>();
-  entry.object = item.attr("param").ptr();
-  entry.source = item.attr("source").ptr();
-  entry.live = item.attr("live").cast<bool>();
-  if (!entry.live) return entry;
-  const py::object alias = item.attr("alias"), master = item.attr("master"), buffer = item.attr("buffer");
-  if (!alias.is_none()) entry.alias = alias.ptr();
-  TensorView tensor;
-  if (!read_tensor(entry.source, tensor)) throw std::invalid_argument("a parameter's dtype is not supported");
-  entry.type = tensor.type;
-  entry.grad_type = dtype_of(item.attr("grad_dtype"));
-  entry.layout.shape.assign(tensor.shape, tensor.shape + tensor.dimensions);
-  entry.layout.strides.assign(tensor.strides, tensor.strides + tensor.dimensions);
-  entry.count = 1;
-  for (const int64_t size : entry.layout.shape) entry.count *= size;
-  entry.param = tensor.data;
-  entry.device = tensor.device;
-  entry.has_master = !master.is_none();
-  entry.has_buffer = !buffer.is_none();
-  entry.master = data_of(master);
-  entry.buffer = data_of(buffer);
-  entry.own_master = master.ptr();
-  entry.own_buffer = buffer.ptr();
-  entry.watches_version = item.attr("watches_version").cast<bool>();
-  entry.first_update = static_cast<int64_t*>(data_of(item.attr("first_update")));
-  entry.part = item.attr("part").cast<int32_t>();
-  if (entry.watches_version) entry.version = version_of(entry.object);
-  return entry;
-}
-
 }  // namespace
 
-void Agreement::reach() const { py::handle(object).attr("reach")(); }
-
-Plan::Plan(const py::list& specified, const py::object& step_state, bool reads_lr, const py::list& rates,
-           const py::object& agreed)
+PlanGuard::PlanGuard(const py::list& entries, const py::object& step_state, bool reads_lr, const py::list& rates,
+                     const py::object& reduction)
     : reads_lr_(reads_lr) {
-  state = static_cast<StepState*>(data_of(step_state));
+  plan.state = static_cast<StepState*>(data_of(step_state));
   device = device_of(step_state);
-  if (!agreed.is_none()) {
-    const py::object verdict = agreed.attr("verdict");
-    agreement.object = agreed.ptr();
-    agreement.verdict = static_cast<double*>(data_of(verdict));
-    agreement.parts = static_cast<int32_t>(py::len(verdict) - 2);
+  if (!reduction.is_none()) {
+    const py::object partials = reduction.attr("partials");
+    plan.reduction.partials = static_cast<double*>(data_of(partials));
+    plan.reduction.shard_classes = static_cast<int32_t>(py::len(partials) - 2);
+    plan.reduction.all_reduce = [object = reduction.ptr()] {
+      const py::gil_scoped_acquire acquire;
+      py::handle(object).attr("all_reduce")();
+    };
   }
   for (const py::handle& item : rates) {
-    AppliedRate rate;
+    DeviceLR rate;
     if (!item.is_none()) {
       const py::object factors = item.attr("factors");
       TensorView view;
@@ -172,16 +140,52 @@ Plan::Plan(const py::list& specified, const py::object& step_state, bool reads_l
     }
     rates_.push_back(rate);
   }
-  for (const py::handle& item : specified) entries.push_back(entry_of(item));
+  for (const py::handle& entry : entries) add_entry(entry);
   find_written_memory();
 }
 
-void Plan::find_written_memory() {
+// A CompiledEntry of fused_tricks/backends/compiled.py, which keeps alive what is borrowed here.
+void PlanGuard::add_entry(const py::handle& item) {
+  Entry entry;
+  GuardedEntry guarded;
+  entry.group = item.attr("group").cast<size_t>();
+  entry.live = item.attr("live").cast<bool>();
+  guarded.object = item.attr("param").ptr();
+  guarded.source = item.attr("source").ptr();
+  if (entry.live) {
+    const py::object alias = item.attr("alias"), master = item.attr("master"), buffer = item.attr("buffer");
+    TensorView tensor;
+    if (!read_tensor(guarded.source, tensor)) throw std::invalid_argument("a parameter's dtype is not supported");
+    entry.type = tensor.type;
+    entry.grad_type = dtype_of(item.attr("grad_dtype"));
+    entry.count = 1;
+    for (int64_t i = 0; i < tensor.dimensions; ++i) entry.count *= tensor.shape[i];
+    entry.is_matrix = tensor.dimensions > 1;
+    entry.param = tensor.data;
+    entry.master = data_of(master);
+    entry.buffer = data_of(buffer);
+    entry.first_update = static_cast<int64_t*>(data_of(item.attr("first_update")));
+    entry.shard_class = item.attr("shard_class").cast<int32_t>();
+    if (!alias.is_none()) guarded.alias = alias.ptr();
+    guarded.layout.shape.assign(tensor.shape, tensor.shape + tensor.dimensions);
+    guarded.layout.strides.assign(tensor.strides, tensor.strides + tensor.dimensions);
+    guarded.device = tensor.device;
+    guarded.has_buffer = !buffer.is_none();
+    guarded.own_master = master.ptr();
+    guarded.own_buffer = buffer.ptr();
+    guarded.watches_version = item.attr("watches_version").cast<bool>();
+    if (guarded.watches_version) guarded.version = version_of(guarded.object);
+  }
+  plan.entries.push_back(entry);
+  guarded_.push_back(guarded);
+}
+
+void PlanGuard::find_written_memory() {
   const auto add = [this](const void* address, int64_t size) {
     const auto begin = reinterpret_cast<uintptr_t>(address);
     if (address != nullptr) written_.push_back({begin, begin + static_cast<uintptr_t>(size)});
   };
-  for (const Entry& entry : entries) {
+  for (const Entry& entry : plan.entries) {
     const int64_t state_size = entry.type == DType::kFloat64 ? 8 : 4;
     add(entry.param, entry.count * size_of(entry.type));
     add(entry.master, entry.count * state_size);
@@ -191,28 +195,29 @@ void Plan::find_written_memory() {
 }
 
 // No two ranges have an address in common: fused_tricks/step/shared_memory.py finds those, and no plan is made here.
-Range Plan::unwritten_around(uintptr_t address) const {
+Range PlanGuard::unwritten_around(uintptr_t address) const {
   const auto after = std::upper_bound(written_.begin(), written_.end(), address,
                                       [](uintptr_t begin, const Range& range) { return begin < range.begin; });
   return {after == written_.begin() ? 0 : std::prev(after)->end, after == written_.end() ? UINTPTR_MAX : after->begin};
 }
 
-void Plan::watch_state(const py::dict& optimizer_state) {
+void PlanGuard::watch_state(const py::dict& optimizer_state) {
   watches_state_ = true;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   while (PyDict_Next(optimizer_state.ptr(), &position, &key, &value)) watched_.emplace_back(key, value);
-  for (Entry& entry : entries) {
-    entry.state = nullptr;
-    if (entry.live && optimizer_state.contains(py::handle(entry.object))) {
-      entry.state = PyDict_GetItem(optimizer_state.ptr(), entry.object);
+  for (size_t i = 0; i < guarded_.size(); ++i) {
+    GuardedEntry& guarded = guarded_[i];
+    guarded.state = nullptr;
+    if (plan.entries[i].live && optimizer_state.contains(py::handle(guarded.object))) {
+      guarded.state = PyDict_GetItem(optimizer_state.ptr(), guarded.object);
     }
-    entry.state_buffer = state_item(entry.state, names().momentum_buffer);
-    entry.state_master = state_item(entry.state, names().master_param);
+    guarded.state_buffer = state_item(guarded.state, names().momentum_buffer);
+    guarded.state_master = state_item(guarded.state, names().master_param);
   }
 }
 
-bool Plan::state_is_unchanged(const py::dict& optimizer_state) const {
+bool PlanGuard::state_is_unchanged(const py::dict& optimizer_state) const {
   PyObject *key, *value;
   Py_ssize_t position = 0;
   size_t index = 0;
@@ -221,17 +226,19 @@ bool Plan::state_is_unchanged(const py::dict& optimizer_state) const {
     ++index;
   }
   if (index != watched_.size()) return false;
-  for (const Entry& entry : entries) {
-    if (entry.state == nullptr) continue;
-    if (!has_state(entry.state, entry.state_buffer, entry.state_master)) return false;
-    if (!is_in_place(entry.state_buffer, entry.own_buffer, entry.buffer)) return false;
-    if (!is_in_place(entry.state_master, entry.own_master, entry.master)) return false;
+  for (size_t i = 0; i < guarded_.size(); ++i) {
+    const Entry& entry = plan.entries[i];
+    const GuardedEntry& guarded = guarded_[i];
+    if (guarded.state == nullptr) continue;
+    if (!has_state(guarded.state, guarded.state_buffer, guarded.state_master)) return false;
+    if (!is_in_place(guarded.state_buffer, guarded.own_buffer, entry.buffer)) return false;
+    if (!is_in_place(guarded.state_master, guarded.own_master, entry.master)) return false;
   }
   return true;
 }
 
-bool Plan::refresh_entry(Entry& entry) {
-  PyObject* grad = grad_of(entry.source);
+bool PlanGuard::refresh_entry(Entry& entry, GuardedEntry& guarded) {
+  PyObject* grad = grad_of(guarded.source);
   if (grad == Py_None) {
     Py_DECREF(grad);
     entry.grad = nullptr;
@@ -240,48 +247,50 @@ bool Plan::refresh_entry(Entry& entry) {
   grads_.push_back(grad);
   if (!entry.live) return false;
   TensorView param, gradient;
-  if (!read_tensor(entry.source, param) || param.data != entry.param || param.type != entry.type) return false;
-  if (!entry.layout.matches(param)) return false;
-  if (!read_tensor(grad, gradient) || !entry.layout.matches(gradient)) return false;
-  if (gradient.device.type != entry.device.type || gradient.device.index != entry.device.index) return false;
+  if (!read_tensor(guarded.source, param) || param.data != entry.param || param.type != entry.type) return false;
+  if (!guarded.layout.matches(param)) return false;
+  if (!read_tensor(grad, gradient) || !guarded.layout.matches(gradient)) return false;
+  if (gradient.device.type != guarded.device.type || gradient.device.index != guarded.device.index) return false;
   // A tensor that wraps others has elements and no address.
   if (gradient.data == nullptr && entry.count > 0) return false;
   if (gradient.type != entry.grad_type) return false;
-  if (groups[entry.group].momentum != 0 && !entry.has_buffer) return false;
-  if (entry.watches_version && version_of(entry.object) != entry.version) return false;
+  if (plan.groups[entry.group].momentum != 0 && !guarded.has_buffer) return false;
+  if (guarded.watches_version && version_of(guarded.object) != guarded.version) return false;
   // An empty tensor may have no address, and there is nothing to update.
   entry.grad = entry.count == 0 ? nullptr : gradient.data;
   if (entry.grad == nullptr) return true;
   if (!has_its_memory(grad, gradient.type, entry.count)) return false;
-  if (!groups[entry.group].fits_float && entry.type != DType::kFloat64) {
+  if (!plan.groups[entry.group].fits_float && entry.type != DType::kFloat64) {
     throw py::value_error("an option does not fit FP32, in which a parameter is updated");
   }
-  in_double = in_double || entry.type == DType::kFloat64;
+  plan.in_double = plan.in_double || entry.type == DType::kFloat64;
   // A parameter may be its own gradient: each element is read before it is written.
   if (entry.grad == entry.param && gradient.type == entry.type) return true;
   const auto begin = reinterpret_cast<uintptr_t>(entry.grad);
   const uintptr_t end = begin + static_cast<uintptr_t>(entry.count * size_of(gradient.type));
   const auto is_within = [&](const Range& range) { return range.begin <= begin && end <= range.end; };
-  if (is_within(entry.unwritten)) return true;
-  entry.unwritten = unwritten_around(begin);
-  return is_within(entry.unwritten);
+  if (is_within(guarded.unwritten)) return true;
+  guarded.unwritten = unwritten_around(begin);
+  return is_within(guarded.unwritten);
 }
 
-bool Plan::refresh_group(PyObject* dict, size_t& index) {
+bool PlanGuard::refresh_group(PyObject* dict, size_t& index) {
   const py::object params =
       py::reinterpret_steal<py::object>(PySequence_Fast(item(dict, names().params), "group['params'] is no list"));
   if (!params) throw py::error_already_set();
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(params.ptr());
   for (Py_ssize_t i = 0; i < size; ++i, ++index) {
-    if (index == entries.size()) return false;
-    Entry& entry = entries[index];
-    if (PySequence_Fast_GET_ITEM(params.ptr(), i) != entry.object || entry.group != groups.size() - 1) return false;
-    if (!refresh_entry(entry)) return false;
+    if (index == guarded_.size()) return false;
+    Entry& entry = plan.entries[index];
+    GuardedEntry& guarded = guarded_[index];
+    const bool is_same = PySequence_Fast_GET_ITEM(params.ptr(), i) == guarded.object;
+    if (!is_same || entry.group != plan.groups.size() - 1) return false;
+    if (!refresh_entry(entry, guarded)) return false;
   }
   return true;
 }
 
-void Plan::follow(const AppliedRate& rate, Group& group) const {
+void PlanGuard::follow(const DeviceLR& rate, Group& group) const {
   group.lr = rate.base;
   if (reads_lr_) {
     group.lr_pointer = rate.factors;
@@ -289,13 +298,13 @@ void Plan::follow(const AppliedRate& rate, Group& group) const {
     group.lr_origin = rate.origin;
     group.lr_is_double = true;
   } else {
-    group.lr *= rate.factors[factor_due(state->applied_steps, rate.origin, rate.last)];
+    group.lr *= rate.factors[factor_due(plan.state->applied_steps, rate.origin, rate.last)];
   }
 }
 
-void Plan::read_lr(PyObject* dict, Group& group) const {
+void PlanGuard::read_lr(PyObject* dict, Group& group) const {
   PyObject* lr = item(dict, names().lr);
-  const size_t index = groups.size();
+  const size_t index = plan.groups.size();
   if (index < rates_.size() && rates_[index].object == lr) {
     follow(rates_[index], group);
     return;
@@ -313,11 +322,11 @@ void Plan::read_lr(PyObject* dict, Group& group) const {
   }
 }
 
-bool Plan::refresh(const py::list& group_dicts, const py::dict& optimizer_state) {
+bool PlanGuard::refresh(const py::list& group_dicts, const py::dict& optimizer_state) {
   if (!watches_state_) watch_state(optimizer_state);
   if (!state_is_unchanged(optimizer_state)) return false;
-  groups.clear();
-  in_double = false;
+  plan.groups.clear();
+  plan.in_double = false;
   size_t index = 0;
   for (const py::handle& handle : group_dicts) {
     PyObject* dict = handle.ptr();
@@ -327,39 +336,41 @@ bool Plan::refresh(const py::list& group_dicts, const py::dict& optimizer_state)
     for (size_t i = 0; i < std::size(kFlags); ++i) group.*kFlags[i].field = truth(dict, names().flags[i]);
     group.fits_float = fits_float(group.lr);
     for (const auto& option : kNumbers) group.fits_float = group.fits_float && fits_float(group.*option.field);
-    groups.push_back(group);
+    plan.groups.push_back(group);
     if (!refresh_group(dict, index)) return false;
   }
-  return index == entries.size();
+  return index == guarded_.size();
 }
 
-void Plan::release_gradients() {
+void PlanGuard::release_gradients() {
   for (PyObject* grad : grads_) Py_DECREF(grad);
   grads_.clear();
 }
 
-void Plan::mark_updated() {
+void PlanGuard::mark_updated() {
+  const auto is_updated = [this](size_t i) { return plan.entries[i].grad != nullptr && guarded_[i].alias != nullptr; };
   size_t count = 0;
   bool same = true;
-  for (const Entry& entry : entries) {
-    if (entry.grad == nullptr || entry.alias == nullptr) continue;
-    same = same && count < updated_.size() && PyList_GET_ITEM(updated_.ptr(), count) == entry.alias;
+  for (size_t i = 0; i < guarded_.size(); ++i) {
+    if (!is_updated(i)) continue;
+    same = same && count < updated_.size() && PyList_GET_ITEM(updated_.ptr(), count) == guarded_[i].alias;
     ++count;
   }
   same = same && count == updated_.size();
   if (!same) {
     updated_ = py::list();
-    for (const Entry& entry : entries) {
-      if (entry.grad != nullptr && entry.alias != nullptr) updated_.append(py::handle(entry.alias));
+    for (size_t i = 0; i < guarded_.size(); ++i) {
+      if (is_updated(i)) updated_.append(py::handle(guarded_[i].alias));
     }
   }
   const py::object done =
       py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_api.increment_version, updated_.ptr()));
   if (!done) throw py::error_already_set();
-  for (Entry& entry : entries) {
-    if (!entry.watches_version || entry.grad == nullptr || entry.alias == nullptr) continue;
-    if (!same) entry.version_step = version_of(entry.object) - entry.version;
-    entry.version += entry.version_step;
+  for (size_t i = 0; i < guarded_.size(); ++i) {
+    GuardedEntry& guarded = guarded_[i];
+    if (!guarded.watches_version || !is_updated(i)) continue;
+    if (!same) guarded.version_step = version_of(guarded.object) - guarded.version;
+    guarded.version += guarded.version_step;
   }
 }
 
