@@ -396,6 +396,7 @@ class FusedSGD(SavedState):
             return outcome
 
     def _request(self) -> StepRequest:
+        # Not attributes of the class: GradScaler multiplies what it finds under `grad_scale`.
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         return step_request(self._loss_scale, self._max_grad_norm, grad_scale, found_inf)
 

@@ -184,7 +184,7 @@ def markdown(result: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            f"`{where}`" if where else "–",
+            where or "–",
             *(Spread(**found[setting]["saved_us"][name]).text(1) for setting in SETTINGS),
             goes or "–",
         ]
@@ -196,8 +196,8 @@ def markdown(result: dict[str, Any]) -> str:
             [
                 "# Host time",
                 "What each host-time trick of a step on the CPU backend saves, in microseconds a step of 161 FP16 "
-                "parameters. [benchmarks.host_time](../host_time.py) says how that is measured. In brackets: the "
-                "quartiles of the rounds.",
+                "parameters. [benchmarks/host_time](../host_time/__main__.py) says how that is measured. In brackets: "
+                "the quartiles of the rounds.",
                 f"A step with all tricks takes, in µs: {steps}.",
                 report.table(
                     ["trick", "where", *(f"µs saved, {s}" for s in SETTINGS), "what would make it go"], rows

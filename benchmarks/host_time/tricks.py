@@ -69,8 +69,8 @@ LEFT_OUT = (
     Edit("cpu/step.cpp", "if (request.scans()) {", "if (request.scans() && total_count_ <= kSmall) {"),
     Edit(
         "cpu/step.cpp",
-        "      update(plan, request);",
-        "      if (total_count_ <= kSmall) update(plan, request);",
+        "\n  update(plan, request);",
+        "\n  if (total_count_ <= kSmall) update(plan, request);",
     ),
 )
 """Leaves the passes over memory out for large models."""
@@ -148,7 +148,7 @@ TRICKS = (
         "version counters are predicted; without that read after each update",
         "version_step in csrc/python/plan_guard.cpp",
         "an increment_version that returns the versions",
-        edits=(Edit("python/plan_guard.cpp", "if (!same) entry.version_step =", "entry.version_step ="),),
+        edits=(Edit("python/plan_guard.cpp", "if (!same) guarded.version_step =", "guarded.version_step ="),),
     ),
     Trick(
         "the list for increment_version is kept",
@@ -160,7 +160,7 @@ TRICKS = (
         "the addresses around a gradient that nothing writes are remembered",
         "unwritten in csrc/python/plan_guard.cpp",
         "a cheaper search than 9 comparisons for each gradient",
-        edits=(Edit("python/plan_guard.cpp", "if (is_within(entry.unwritten)) return true;", ""),),
+        edits=(Edit("python/plan_guard.cpp", "if (is_within(guarded.unwritten)) return true;", ""),),
     ),
     Trick(
         "a second owner of each state tensor in C++",
@@ -170,7 +170,7 @@ TRICKS = (
     ),
     Trick(
         "hooks run only if there are any; without that torch's wrapper around each step",
-        "is_observed in fused_tricks/step/hooks.py",
+        "has_step_hooks in fused_tricks/_torch.py",
         "a cheaper Optimizer.profile_hook_step",
         optimizer=_Wrapped,
     ),

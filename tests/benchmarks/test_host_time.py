@@ -16,10 +16,11 @@ pytest.importorskip("torchvision", reason="the benchmarks take their networks fr
 
 from benchmarks.host_time import __main__ as host_time
 from benchmarks.host_time.tricks import LEFT_OUT, TRICKS, Edit, Trick
+from benchmarks.lib import report
 from fused_tricks.extension import load_extension
 from support.backends import unusable_because
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 has_extension = pytest.mark.skipif(
     unusable_because("cpu") is not None, reason=f"backend cpu: {unusable_because('cpu')}"
 )
@@ -40,6 +41,15 @@ def test_the_result_has_the_saving_of_every_trick(tmp_path: Path, monkeypatch: p
         assert trick.where in row and trick.goes in row
 
 
+def test_the_documentation_has_the_kept_savings_of_every_trick() -> None:
+    kept = json.loads((report.RESULTS / "host_time.json").read_text(encoding="utf-8"))
+    page = (CSRC.parent / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    for trick in TRICKS:
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {trick.name} |"))
+        for found in kept["settings"].values():
+            assert f"| {found['saved_us'][trick.name]['median']:.1f} |" in row
+
+
 @pytest.mark.parametrize(
     "edits", [LEFT_OUT, *(trick.edits for trick in TRICKS if trick.edits)], ids=lambda edits: edits[0].file
 )
@@ -54,7 +64,8 @@ def test_every_edit_fits_the_source(tmp_path: Path, edits: tuple[Edit, ...]) -> 
 def test_an_edit_of_text_that_is_gone_names_it(tmp_path: Path) -> None:
     source = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
     with pytest.raises(
-        ValueError, match=r"csrc/plan\.cpp no longer has 'int gone;'.*benchmarks/host_tricks\.py"
+        ValueError,
+        match=r"csrc/python/plan_guard\.cpp no longer has 'int gone;'.*benchmarks/host_time/tricks\.py",
     ):
         Edit("python/plan_guard.cpp", "int gone;", "").apply(source)
 
@@ -98,12 +109,12 @@ def test_steps_are_taken_by_the_variant() -> None:
     extension = load_extension()
     made = []
 
-    def cpu_step(plan: Any) -> Any:
-        made.append(plan)
-        return extension.CpuStep(plan)
+    def cpu_step(guard: Any) -> Any:
+        made.append(guard)
+        return extension.CpuStep(guard)
 
     variant = ModuleType("variant")
-    variant.Plan, variant.CpuStep = extension.Plan, cpu_step  # type: ignore[attr-defined]
+    variant.PlanGuard, variant.CpuStep = extension.PlanGuard, cpu_step  # type: ignore[attr-defined]
     steps = host_time.Steps("synthetic:2:3")
     steps.time(Trick("first"), variant, 1)
     assert made

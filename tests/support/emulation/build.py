@@ -17,16 +17,9 @@ import pybind11
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[2]
 _CSRC = _ROOT / "csrc"
+# Without the kernels that need the flags of an instruction set.
 _SOURCES = [
-    _CSRC / "python" / "bindings.cpp",
-    _CSRC / "python" / "plan.cpp",
-    _CSRC / "python" / "tensors.cpp",
-    _CSRC / "python" / "torch_shim.cpp",
-    _CSRC / "cpu" / "threads.cpp",
-    _CSRC / "cpu" / "dispatch.cpp",
-    _CSRC / "cpu" / "step.cpp",
-    _CSRC / "cpu" / "kernels_portable.cpp",
-    _CSRC / "cuda" / "step.cpp",
+    *(path for path in sorted(_CSRC.rglob("*.cpp")) if not path.stem.startswith("kernels_avx")),
     _HERE / "launch.cpp",
 ]
 _FLAGS = [
