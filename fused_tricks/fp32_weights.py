@@ -17,6 +17,7 @@ from .step.ordinary_tensors import outside_inference_mode
 from .step.parameters import LOW_PRECISION, MASTER_PARAM
 from .step.plan import adopt_foreign_values
 from .step.shared_memory import missing_bytes
+from .validation import check_module
 
 
 @outside_inference_mode()
@@ -103,8 +104,7 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
 
 
 def _check_types(model: nn.Module, optimizer: FusedSGD) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if not isinstance(optimizer, FusedSGD):
         raise TypeError(
             f"optimizer must be a FusedSGD, got {type(optimizer).__name__}: others have no masters"

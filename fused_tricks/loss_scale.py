@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import weakref
 from copy import deepcopy
-from numbers import Real
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from .step.device_state import StepState, to_float32
-from .validation import as_double, shown
+from .validation import as_double, check_number, integer, shown
 
 _INT32_MAX = 2**31 - 1
 _SMALLEST_NORMAL = 2.0**-126
@@ -86,7 +85,7 @@ class DynamicLossScale:
             "min_scale": min_scale,
             "max_scale": max_scale,
         }
-        _check_rules(rules)
+        rules = _checked_rules(rules)
         if not min_scale <= init_scale <= max_scale:
             raise ValueError(
                 f"init_scale={init_scale} is outside [min_scale, max_scale] = [{min_scale}, {max_scale}]"
@@ -97,7 +96,7 @@ class DynamicLossScale:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _RULES:
-            _check_rules({rule: getattr(self, rule) for rule in _RULES} | {name: value})
+            value = _checked_rules({rule: getattr(self, rule) for rule in _RULES} | {name: value})[name]
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,7 +168,7 @@ class DynamicLossScale:
         if missing:
             raise KeyError(f"the state has no {', '.join(missing)}; was it saved from a disabled GradScaler?")
         rules = {rule: state_dict.get(rule, getattr(self, rule)) for rule in _RULES}
-        _check_rules(rules)
+        rules = _checked_rules(rules)
         saved = (
             state_dict["scale"],
             state_dict["_growth_tracker"],
@@ -214,45 +213,38 @@ def parse_loss_scale(loss_scale: Any) -> float | DynamicLossScale | None:
 
 
 def check_scale(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a positive number that FP32 holds, and its reciprocal as well."""
-    _check_number(name, value)
+    """Raises unless a scale is positive and finite in FP32, and so is its reciprocal."""
+    check_number(name, value)
     if not (value > 0 and _SMALLEST_NORMAL <= to_float32(as_double(value)) < math.inf):
         raise ValueError(
-            f"{name}={shown(value)} must be positive, finite and a normal number in FP32 (at least 2**-126)"
+            f"{name} must be positive, finite and a normal number in FP32 (at least 2**-126), got {shown(value)}"
         )
-
-
-def check_count(name: str, value: Any, least: int, most: int) -> None:
-    """Raises unless ``value`` is an ``int`` in ``[least, most]``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not least <= value <= most:
-        raise ValueError(f"{name}={shown(value)} must lie in [{least}, {most}]")
 
 
 def _check_state(scale: Any, growth_tracker: Any, hysteresis_tracker: Any) -> None:
     check_scale("scale", scale)
-    check_count("_growth_tracker", growth_tracker, 0, _INT32_MAX)
-    check_count("_hysteresis_tracker", hysteresis_tracker, 0, _INT32_MAX)
+    integer("_growth_tracker", growth_tracker, 0, _INT32_MAX)
+    integer("_hysteresis_tracker", hysteresis_tracker, 0, _INT32_MAX)
 
 
-def _check_rules(rules: dict[str, Any]) -> None:
+def _checked_rules(rules: dict[str, Any]) -> dict[str, Any]:
+    """Returns the rules with counts as ``int``."""
     for name in ("init_scale", "min_scale", "max_scale"):
         check_scale(name, rules[name])
     for name in ("growth_factor", "backoff_factor"):
-        _check_number(name, rules[name])
-    for name in ("growth_interval", "hysteresis"):
-        check_count(name, rules[name], 1, _INT32_MAX)
-    if not 1 < as_double(rules["growth_factor"]) < math.inf:
+        check_number(name, rules[name])
+    counts = {name: integer(name, rules[name], 1, _INT32_MAX) for name in ("growth_interval", "hysteresis")}
+    growth_factor, backoff_factor = rules["growth_factor"], rules["backoff_factor"]
+    if not 1 < as_double(growth_factor) < math.inf:
         raise ValueError(
-            f"growth_factor={shown(rules['growth_factor'])} must be greater than 1 and a finite double"
+            f"growth_factor must be greater than 1 and a finite double, got {shown(growth_factor)}"
         )
-    if not 0 < as_double(rules["backoff_factor"]) < 1:
-        raise ValueError(f"backoff_factor={shown(rules['backoff_factor'])} must lie between 0 and 1")
+    if not 0 < as_double(backoff_factor) < 1:
+        raise ValueError(
+            f"backoff_factor must be greater than 0 and less than 1, got {shown(backoff_factor)}"
+        )
     if rules["min_scale"] > rules["max_scale"]:
-        raise ValueError(f"min_scale={rules['min_scale']} is greater than max_scale={rules['max_scale']}")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise ValueError(
+            f"min_scale must be at most max_scale={shown(rules['max_scale'])}, got {shown(rules['min_scale'])}"
+        )
+    return rules | counts

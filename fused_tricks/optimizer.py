@@ -16,16 +16,6 @@ from .distributed.sharding import check_flattened
 from .loss_scale import DynamicLossScale, parse_loss_scale
 from .step.device_state import StepState
 from .step.diagnostics import StepDiagnostics
-from .step.group_options import (
-    check_group,
-    check_max_grad_norm,
-    check_numbers,
-    check_params,
-    check_range,
-    check_readable,
-    is_zero,
-    lists_biases_to_decay,
-)
 from .step.group_source import check_nothing_is_lost, register_source
 from .step.hooks import runs_hooks, with_hooks
 from .step.lock import StepLock, one_at_a_time
@@ -38,6 +28,16 @@ from .step.request import Outcome, StepRequest, step_request
 from .step.saved_state import Prepared, SavedState
 from .step.shared_memory import device_of, has_memory
 from .step.stats import StepStats
+from .validation import (
+    check_group,
+    check_max_grad_norm,
+    check_numbers,
+    check_params,
+    check_range,
+    check_readable,
+    is_zero,
+    lists_biases_to_decay,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

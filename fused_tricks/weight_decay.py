@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .validation import real
+from .validation import check_module, real
 
 
 def decay_groups(
@@ -43,8 +43,7 @@ def decay_groups(
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1, no bias decay.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     weight_decay = real("weight_decay", weight_decay, least=0.0)
     excluded = _named_by(model, (exclude,) if isinstance(exclude, str) else exclude)
     decayed: list[Any] = []

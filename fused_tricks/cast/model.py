@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import BatchNormBase, forward_hooks, leaves_of
+from ..validation import check_module
 from .nested import cast_nested
 from .working_dtype import Cast, Surroundings, TensorDtype, WorkingDtype, is_norm
 
@@ -88,8 +89,7 @@ def cast_model(
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.2, low-precision
     training; "Mixed Precision Training" (arXiv 1710.03740), section 3.3, for the norm layers in FP32.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or torch.float32, got {dtype!r}")
     if output_dtype is not None and not (

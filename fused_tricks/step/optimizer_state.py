@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .._torch import is_called_by_distributed_checkpoint
 from ..distributed.sharding import distributed_like, local_part, placed_like
-from ..loss_scale import DynamicLossScale, check_count
+from ..loss_scale import DynamicLossScale
+from ..validation import check_numbers, check_range, check_readable, integer
 from .device_lr import device_lr_of
 from .device_state import StepState
-from .group_options import check_numbers, check_range, check_readable
 from .parameters import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
 from .shared_memory import missing_bytes
 
@@ -50,7 +50,7 @@ def restore_progress(
     """
     counters = {key: saved[key] for key in COUNTERS if key in saved}
     for key, value in counters.items():
-        check_count(key, value, 0, 2**63 - 1)
+        integer(key, value, 0, 2**63 - 1)
     if isinstance(loss_scale, DynamicLossScale) and "loss_scale" in saved:
         loss_scale.restore(
             saved["loss_scale"],

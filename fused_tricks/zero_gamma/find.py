@@ -10,6 +10,7 @@ from torch.autograd.graph import Node
 from torch.nn.parameter import is_lazy
 
 from ..cast import norm_layers
+from ..validation import check_module
 from .autograd_graph import AutogradGraph
 from .residual_branches import last_norms
 from .trace import dry_run
@@ -112,8 +113,7 @@ class Found:
 
 
 def find(model: nn.Module, example_inputs: Any) -> Found:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ValueError("TorchScript modules cannot be followed; call this before torch.jit.script")
     for name, param in model.named_parameters():

@@ -289,11 +289,11 @@ def test_the_error_names_the_parameter(backend, device, case):
 @pytest.mark.parametrize(
     ("option", "value", "error", "message"),
     [
-        ("lr", "0.1", TypeError, "lr must be a number, got str"),
+        ("lr", "0.1", TypeError, "lr must be a number, got '0.1'"),
         ("lr", torch.ones(2), ValueError, "Tensor lr must be 1-element"),
-        ("momentum", None, TypeError, "momentum must be a number, got NoneType"),
-        ("dampening", "0", TypeError, "dampening must be a number, got str"),
-        ("weight_decay", "x", TypeError, "weight_decay must be a number, got str"),
+        ("momentum", None, TypeError, "momentum must be a number, got None"),
+        ("dampening", "0", TypeError, "dampening must be a number, got '0'"),
+        ("weight_decay", "x", TypeError, "weight_decay must be a number, got 'x'"),
         ("bias_decay", None, KeyError, "a parameter group has no option 'bias_decay'"),
     ],
     ids=str,

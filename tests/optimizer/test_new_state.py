@@ -12,6 +12,8 @@ from torch.nn import Linear, Parameter
 
 from fused_tricks import FusedSGD, fp32_state_dict, load_fp32_state_dict
 from fused_tricks.backends import BACKENDS
+from fused_tricks.step.device_state import StepState
+from fused_tricks.step.new_state import NewState
 from support.comparison import assert_all_same_bits, assert_same_bits
 
 DAMPED = {"lr": 0.5, "momentum": 0.5, "dampening": 0.5}
@@ -88,13 +90,15 @@ def test_a_buffer_that_changes_its_dtype_with_the_parameter_is_still_unwritten(b
     assert optimizer.state[param]["momentum_buffer"].tolist() == [1.0] * 3
 
 
-def test_a_buffer_that_follows_its_parameter_to_another_device_is_still_unwritten():
-    optimizer, param = skipped_first_step("reference", torch.device("cpu"), torch.float32)
-    param.grad = None
-    param.data = torch.zeros(3, device="meta")
-    step(optimizer, param)
-    assert optimizer.state[param]["momentum_buffer"].is_meta
-    assert len(optimizer.state_dict()["state"]) == 1
+@pytest.mark.parametrize("updates", [0, 1])
+def test_a_buffer_that_is_copied_to_another_device_takes_along_whether_it_is_written(updates):
+    step_state, new_state = StepState(), NewState()
+    buffer, copied = torch.zeros(3), torch.zeros(3)
+    new_state.add([], [buffer], step_state, torch.device("cpu"))
+    if updates:
+        new_state.first_update_of(buffer, torch.device("cpu")).fill_(updates)
+    new_state.replace(buffer, copied, step_state, torch.device("cpu", 0))
+    assert new_state.is_unwritten(copied, step_state) is (updates == 0)
 
 
 def test_a_state_assigned_by_user_code_is_used_in_the_first_update(backend, device):

@@ -167,8 +167,8 @@ def test_a_frozen_parameter_trains_once_it_is_unfrozen():
     [
         ({"model": [nn.Linear(2, 2)]}, TypeError, r"model must be a torch\.nn\.Module, got list"),
         ({"model": nn.LazyLinear(2)}, ValueError, "parameter weight has no shape yet"),
-        ({"weight_decay": "0.1"}, TypeError, "weight_decay must be a real number, got '0.1'"),
-        ({"weight_decay": True}, TypeError, "weight_decay must be a real number, got True"),
+        ({"weight_decay": "0.1"}, TypeError, "weight_decay must be a number, got '0.1'"),
+        ({"weight_decay": True}, TypeError, "weight_decay must be a number, got True"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay must be finite and at least 0, got -0.1"),
         ({"weight_decay": math.nan}, ValueError, "weight_decay must be finite and at least 0, got nan"),
         ({"exclude": ["*.bias", "*.gamma"]}, ValueError, r"exclude: no parameter's name matches '\*\.gamma'"),

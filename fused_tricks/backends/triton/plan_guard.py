@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ...distributed.sharding import is_distributed
-from ...step.group_options import check_range
 from ...step.parameters import MASTER_PARAM, MOMENTUM_BUFFER
 from ...step.plan import Plan
 from ...step.shared_memory import missing_bytes
 from ...step.stand_ins import same_strides
+from ...validation import check_range
 from ..compiled import Gradients
 
 _grad = attrgetter("grad")

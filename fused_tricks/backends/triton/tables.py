@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...step.device_lr import device_lr_of
-from ...step.group_options import as_float
 from ...step.options import FLAGS, NUMBERS
 from ...step.plan import Entry, Plan
+from ...validation import as_float
 from ..gpu import is_capturing
 from . import groups, records
 from .launch import WORDS, kind_bits, launch, pair_bits, write_source
