@@ -17,6 +17,8 @@ pytest.importorskip("triton")
 from benchmarks import triton_resources
 from benchmarks.triton_resources import Kernel
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

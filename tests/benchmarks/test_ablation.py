@@ -26,6 +26,8 @@ from benchmarks.ablation_log import OutcomeLog
 from benchmarks.ablation_network import small_resnet
 from benchmarks.ablation_recipe import ROWS, Outcome, Setting, step_decay
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["--dataset", "digits", "--image-size", "8", "--blocks", "1", "--epochs", "1", "--seeds", "2"]
 OPTIONS += ["--small-batch", "128", "--large-batch", "256", "--device", "cpu"]
 SETTING = Setting(

@@ -28,6 +28,8 @@ from benchmarks.step_contestants import CASTS, Entry
 from benchmarks.step_lineup import Candidate
 from support.fake_cuda import FakeCuda
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SET = "synthetic:3:1000"
 STEP = ["--parameters", "synthetic:2:300", "--rounds", "1", "--host-rounds", "1", "--loop-mib", "1"]

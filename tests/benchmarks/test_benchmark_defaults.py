@@ -31,6 +31,8 @@ from benchmarks import (
 from benchmarks.harness import Contestant, interleave
 from fused_tricks.backends import BACKENDS, Backend
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 RANDOM = ["--dataset", "random"]
 PARSERS: dict[str, tuple[Callable[[list[str]], Any], list[str]]] = {

@@ -35,6 +35,8 @@ from benchmarks.names import FOR_LOOP, FOREACH, FUSED, OURS
 from benchmarks.step_contestants import CASTS, COPY, FUSED_CASTS, FUSED_NEW_CASTS, SCALE
 from benchmarks.step_lineup import FORMS
 
+pytestmark = pytest.mark.slow
+
 TRAIN = ["--dataset", "digits", "--image-size", "16", "--batch-size", "8", "--device", "cpu", "--seeds", "1"]
 STEP = ["--rounds", "2", "--host-rounds", "2", "--loop-mib", "1", "--device", "cpu"]
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -16,6 +16,8 @@ from benchmarks.gpu_report import ROOT, Report
 from benchmarks.gpu_report_parts import Part, Request, parts
 from support import emulation
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 EVERY_PART = (
     "build",

@@ -51,15 +51,5 @@ def silence_numpy() -> None:
     GridExecutor.__call__ = call
 
 
-def without_extension() -> None:
-    """Has the Triton backend watch its plans in Python, as where nothing was compiled; other backends do so in C++."""
-    try:
-        from fused_tricks.backends.triton import stepper
-    except ImportError:
-        return
-    stepper.missing_because = lambda: "as where nothing was compiled"
-
-
 speed_up()
 silence_numpy()
-without_extension()
