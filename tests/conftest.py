@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
 
 # Test processes share the cores, so a thread that waits must not spin. OpenMP reads this when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -23,45 +23,60 @@ GPU_BACKENDS = {"cuda"} if IS_INTERPRETED else {"cuda", "triton"}
 collect_ignore_glob = [] if torch.distributed.is_available() else ["distributed/*"]
 
 
-# Tests that train, start other processes or compile kernels, by their files.
-SLOW = (
-    "backends/test_cuda_compiled.py",
-    "backends/test_triton_compiled.py",
-    "benchmarks/",
-    "cast/test_cast_models.py",
-    "distributed/",
-    "examples/",
-    "fuzz/",
-    "installation/",
-    "zero_gamma/test_gamma_table.py",
-    "zero_gamma/test_model_untouched.py",
-    "zero_gamma/test_random_networks.py",
-    "zero_gamma/test_timm_models.py",
-    "zero_gamma/test_torchvision_models.py",
-)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        action="append",
+        default=[],
+        choices=backends.NAMES,
+        help="leave out the tests of other backends; can be repeated",
+    )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that need a GPU, those of other packages, and those that take long."""
+def pytest_report_header() -> list[str]:
+    """Names each backend whose tests are left out, with the reason."""
+    reasons = {name: backends.left_out_because(name) for name in backends.NAMES}
+    return [f"no tests of backend {name}: {reason}" for name, reason in reasons.items() if reason]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs tests with the marker `without_extension` on one backend more."""
+    test = metafunc.definition
+    if "backend" in metafunc.fixturenames and test.get_closest_marker("without_extension"):
+        every = [*backends.NAMES, backends.WITHOUT_EXTENSION]
+        test.add_marker(pytest.mark.parametrize("backend", every, indirect=True))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests of backends that nobody asked for or that are unusable, and marks those of slow ones."""
+    asked = config.getoption("backend")
+    kept, left_out = [], []
     for item in items:
-        file = item.path.relative_to(Path(__file__).parent).as_posix()
         callspec = getattr(item, "callspec", None)
-        backend = "" if callspec is None else str(callspec.params.get("backend", ""))
-        if file in ("backends/test_gpu.py", "backends/test_gpu_hazards.py") or backend in GPU_BACKENDS:
+        given = "" if callspec is None else str(callspec.params.get("backend", ""))
+        name = backends.base(given)
+        if name in backends.NAMES and ((asked and name not in asked) or backends.left_out_because(name)):
+            left_out.append(item)
+            continue
+        kept.append(item)
+        if name in GPU_BACKENDS:
             item.add_marker("gpu")
-        if file.startswith("integrations/"):
-            item.add_marker("integration")
-        if file.startswith(SLOW) or backends.is_slow(backend):
+        if backends.is_slow(name):
             item.add_marker("slow")
+    items[:] = kept
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(params=backends.NAMES)
-def backend(request: pytest.FixtureRequest) -> str:
-    """The name of each backend that is usable here; the others are skipped with their reason."""
-    reason = backends.unusable_because(request.param)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each backend that is usable here."""
+    reason = backends.unusable_because(backends.base(request.param))
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
-    return request.param
+    with backends.prepared(request.param) as name:
+        yield name
 
 
 @pytest.fixture

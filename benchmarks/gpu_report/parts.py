@@ -93,7 +93,7 @@ def parts(request: Request) -> list[Part]:
     return [
         Part("build", 150, [{"build": build}], shown=r"error|is built|is older"),
         Part("backends", 40, [{"backends": request.module("fused_tricks")}], shown="."),
-        _tests(request, "test_gpu", 80, ["backends/test_gpu.py"], ""),
+        _tests(request, "test_gpu", 80, ["backends/test_gpu.py"]),
         _of_benchmark(request, "bits", 60, "gpu_report.bits", _bits(request), result="gpu_bits"),
         _of_benchmark(request, "step", 100, "step", _step(request), picture=True),
         _of_benchmark(request, "kernels", 60, "gpu_report.kernels", _kernels(request), result="gpu_kernels"),
@@ -105,7 +105,7 @@ def parts(request: Request) -> list[Part]:
         _of_benchmark(
             request, "step_compiled", 90, "step", [*_step(request), "--compiled"], modules=("triton",)
         ),
-        _tests(request, "tests", 200, TESTS[1:2] if request.tiny else TESTS, _on_gpu(request)),
+        _tests(request, "tests", 200, TESTS[1:2] if request.tiny else TESTS, _test_backends(request)),
     ]
 
 
@@ -162,9 +162,11 @@ def _training(request: Request, name: str, seconds: int, model: str, size: int, 
     return _of_benchmark(request, name, seconds, "train", [*arguments, *length, *dtype, *graph], picture=True)
 
 
-def _tests(request: Request, name: str, seconds: int, files: Sequence[str], chosen: str) -> Part:
+def _tests(
+    request: Request, name: str, seconds: int, files: Sequence[str], backends: Sequence[str] = ()
+) -> Part:
     at_once = ["-n", "12"] if len(files) > 1 and find_spec("xdist") else []
-    pick = ["-k", chosen] if chosen else []
+    pick = [f"--backend={name}" for name in backends]
     paths = [f"tests/{file}" for file in files]
     options = ["-q", "-rs", "-p", "no:cacheprovider", "--maxfail=30", *at_once, *pick]
     return Part(
@@ -176,8 +178,8 @@ def _tests(request: Request, name: str, seconds: int, files: Sequence[str], chos
     )
 
 
-def _on_gpu(request: Request) -> str:
-    return "cuda and not emulated" if request.tiny else "(cuda and not emulated) or triton"
+def _test_backends(request: Request) -> Sequence[str]:
+    return ("cpu",) if request.tiny else ("cuda", "triton")
 
 
 def _ncu(request: Request) -> Part:

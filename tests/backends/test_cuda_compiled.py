@@ -10,6 +10,8 @@ import pytest
 from benchmarks.resources import cuda as cuda_resources
 from fused_tricks.extension import load_extension
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def compiled() -> list[cuda_resources.Kernel]:

@@ -13,7 +13,10 @@ from fused_tricks import FusedSGD, WarmupCosineLR
 from fused_tricks.backends import availability
 from support.comparison import assert_all_same_bits, parameters
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
 
 
 @pytest.fixture(params=["cuda", "triton"])

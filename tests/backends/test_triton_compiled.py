@@ -17,6 +17,8 @@ pytest.importorskip("triton")
 from benchmarks.resources import triton as triton_resources
 from benchmarks.resources.triton import Kernel
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

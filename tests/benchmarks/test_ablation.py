@@ -29,6 +29,8 @@ from benchmarks.ablation.network import small_resnet
 from benchmarks.ablation.recipe import ROWS, Outcome, Setting, step_decay
 from benchmarks.lib import report
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["--dataset", "digits", "--image-size", "8", "--blocks", "1", "--epochs", "1", "--seeds", "2"]
 OPTIONS += ["--small-batch", "128", "--large-batch", "256", "--device", "cpu"]
 SETTING = Setting(

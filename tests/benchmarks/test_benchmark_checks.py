@@ -25,6 +25,8 @@ from benchmarks.train import check as train_check
 from benchmarks.train import contestants as train_contestants
 from support.fake_cuda import FakeCuda
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SET = "synthetic:3:1000"
 STEP = ["--parameters", "synthetic:2:300", "--rounds", "1", "--host-rounds", "1", "--loop-mib", "1"]

@@ -25,6 +25,8 @@ from benchmarks.step import sizes as step_sizes
 from benchmarks.train import __main__ as train
 from fused_tricks.backends import BACKENDS, Backend
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 RANDOM = ["--dataset", "random"]
 PARSERS: dict[str, tuple[Callable[[list[str]], Any], list[str]]] = {

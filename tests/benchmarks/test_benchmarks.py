@@ -30,6 +30,8 @@ from benchmarks.step.lineup import FORMS
 from benchmarks.train import __main__ as train
 from benchmarks.train import contestants as train_contestants
 
+pytestmark = pytest.mark.slow
+
 TRAIN = ["--dataset", "digits", "--image-size", "16", "--batch-size", "8", "--device", "cpu", "--seeds", "1"]
 STEP = ["--rounds", "2", "--host-rounds", "2", "--loop-mib", "1", "--device", "cpu"]
 PNG = b"\x89PNG\r\n\x1a\n"

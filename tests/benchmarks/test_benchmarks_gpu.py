@@ -40,6 +40,8 @@ from support import emulation  # adds a backend
 from support.comparison import assert_all_same_bits
 from support.fake_cuda import FakeCuda
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 GRAPH = step_lineup.GRAPH
 PEERS = [

@@ -17,6 +17,8 @@ from benchmarks.gpu_report.__main__ import ROOT, Report
 from benchmarks.gpu_report.parts import Part, Request, parts
 from support import emulation
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 EVERY_PART = (
     "build",

@@ -17,6 +17,8 @@ pytest.importorskip("torchvision", reason="a result names the version of torchvi
 from benchmarks.lib import report
 from benchmarks.lib.harness import Clock, Contestant, Spread, interleave, mean_and_deviation, ratios
 
+pytestmark = pytest.mark.slow
+
 
 def order_of_runs(rounds: int) -> tuple[list[str], dict[str, int]]:
     """The order of three contestants in each round, warm-up included, and how many samples each has."""

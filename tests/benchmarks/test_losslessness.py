@@ -19,6 +19,8 @@ from benchmarks import losslessness
 from benchmarks.lib.names import FUSED, OURS
 from benchmarks.losslessness import BASELINE, ROUNDED, TESTS, Curves, steps_tested, summarise
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["--dataset", "digits", "--image-size", "8", "--blocks", "1", "--batch-size", "128"]
 OPTIONS += ["--epochs", "1", "--seeds", "2", "--device", "cpu"]
 FP32, BF16 = "float32", "bfloat16, dynamic loss scale"

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fused_tricks.cast import cast_model
 
+pytestmark = pytest.mark.slow
+
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 both_dtypes = pytest.mark.parametrize("dtype", [FP16, BF16])
 train_and_eval = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

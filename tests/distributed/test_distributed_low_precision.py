@@ -13,6 +13,8 @@ from fused_tricks import FusedSGD, cast_model, fp32_state_dict, load_fp32_state_
 from support import ranks
 from support.comparison import assert_same_bits
 
+pytestmark = pytest.mark.slow
+
 RANKS = 2
 
 

@@ -15,6 +15,8 @@ from fused_tricks import DynamicLossScale, FusedSGD
 from support import ranks
 from support.comparison import assert_all_same_bits
 
+pytestmark = pytest.mark.slow
+
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "bias_decay": True}
 ORIGINAL = pytest.mark.parametrize("original", [True, False], ids=["original parameters", "flat parameters"])
 

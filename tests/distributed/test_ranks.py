@@ -11,6 +11,8 @@ import torch
 
 from support import ranks
 
+pytestmark = pytest.mark.slow
+
 
 def own_rank() -> tuple[int, int]:
     return torch.distributed.get_rank(), os.getppid()

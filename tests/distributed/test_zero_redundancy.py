@@ -20,6 +20,8 @@ from fused_tricks import DynamicLossScale, FusedSGD, cast_model
 from support import ranks
 from support.comparison import assert_all_same_bits
 
+pytestmark = pytest.mark.slow
+
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 STEPS = 8
 

@@ -27,6 +27,8 @@ from fused_tricks import DynamicLossScale, FusedSGD, zero_gamma_names
 from fused_tricks.schedule.curve import WarmupCosine
 from support.comparison import assert_all_same_bits, assert_same_bits
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(train.__file__)
 DIGITS = ["--dataset", "digits", "--device", "cpu", "--workers", "0"]
 SMALL = [*DIGITS, "--model", "squeezenet1_1"]

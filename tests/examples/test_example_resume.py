@@ -31,6 +31,8 @@ from examples import train
 from support import ranks
 from support.comparison import assert_same_bits
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ["--dataset", "digits", "--batch-size", "96", "--epochs", "2", "--device", "cpu", "--workers", "0"]
 OPTIONS += ["--low-precision", "float16", "--checkpoint-every", "4", "--log-every", "4"]
 STEPS = 28

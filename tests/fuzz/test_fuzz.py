@@ -13,20 +13,21 @@ from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
 
 from .machine import histories_of  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # Interpreted kernels take longer.
-EXAMPLES = {"cpu": 60, "emulated_cuda": 60, "triton": 15, "cuda": 60}
+EXAMPLES = {"cpu": 60, "emulated_cuda": 60, "triton": 12, backends.WITHOUT_EXTENSION: 6, "cuda": 60}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted(EXAMPLES))
-def test_random_histories_are_the_references_bit_for_bit(name: str) -> None:
-    reason = backends.unusable_because(name)
-    if reason is not None:
-        pytest.skip(f"backend {name}: {reason}")
+@pytest.mark.parametrize(
+    ("backend", "examples"), sorted(EXAMPLES.items()), indirect=["backend"], ids=lambda value: str(value)
+)
+def test_random_histories_are_the_references_bit_for_bit(backend: str, examples: int) -> None:
     run_state_machine_as_test(
-        histories_of(name),
+        histories_of(backend),
         settings=settings(
-            max_examples=EXAMPLES[name],
+            max_examples=examples,
             stateful_step_count=12,
             derandomize=True,
             database=None,

@@ -20,6 +20,8 @@ from fused_tricks.cuda_toolkit import (
     known_architectures,
 )
 
+pytestmark = pytest.mark.slow
+
 KNOWN = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 

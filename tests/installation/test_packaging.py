@@ -16,6 +16,8 @@ import pytest
 import fused_tricks
 from fused_tricks import extension as extension_module
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(fused_tricks.__file__).parent
 

@@ -17,6 +17,8 @@ from support.comparison import assert_all_same_bits
 REASON = "needs Accelerate: pip install fused_tricks[integrations]"
 accelerate = pytest.importorskip("accelerate", reason=REASON)
 
+pytestmark = pytest.mark.integration
+
 BATCHES = 8
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 

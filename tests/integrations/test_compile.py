@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounter
 from fused_tricks import DynamicLossScale, FusedSGD, WarmupCosineLR, cast_model
 from support.comparison import assert_all_same_bits, assert_same_bits, parameters, set_gradients
 
+pytestmark = pytest.mark.integration
+
 EXACT_COMPILERS = ["eager", "aot_eager"]
 """Those that leave the arithmetic to torch's own kernels."""
 

@@ -15,6 +15,8 @@ flashoptim = pytest.importorskip(
     "flashoptim", reason="needs FlashOptim: pip install fused_tricks[integrations]"
 )
 
+pytestmark = pytest.mark.integration
+
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 
 

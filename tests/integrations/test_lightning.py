@@ -16,6 +16,8 @@ from support.comparison import assert_all_same_bits
 REASON = "needs Lightning: pip install fused_tricks[integrations]"
 pl: Any = pytest.importorskip("lightning.pytorch", reason=REASON)
 
+pytestmark = pytest.mark.integration
+
 BATCHES = 6
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 

@@ -21,6 +21,8 @@ timm_factory = pytest.importorskip("timm.optim._optim_factory", reason=REASON)
 timm_scheduler = pytest.importorskip("timm.scheduler", reason=REASON)
 timm_utils = pytest.importorskip("timm.utils", reason=REASON)
 
+pytestmark = pytest.mark.integration
+
 OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
 
 

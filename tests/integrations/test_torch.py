@@ -27,6 +27,8 @@ from support.comparison import (
     set_gradients,
 )
 
+pytestmark = pytest.mark.integration
+
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "LambdaLR": lambda o: lrs.LambdaLR(o, lambda t: 1 / (t + 1)),
     "MultiplicativeLR": lambda o: lrs.MultiplicativeLR(o, lambda t: 0.9),

@@ -17,6 +17,8 @@ REASON = "needs Transformers and Accelerate: pip install fused_tricks[integratio
 accelerate = pytest.importorskip("accelerate", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 
+pytestmark = pytest.mark.integration
+
 STEPS = 8
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 

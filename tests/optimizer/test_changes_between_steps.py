@@ -24,6 +24,8 @@ from support.comparison import (
     set_gradients,
 )
 
+pytestmark = pytest.mark.without_extension
+
 CHANGES: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
     "lr": lambda i, g: {"lr": 0.1 / (i + 1)},
     "lr becomes a tensor": lambda i, g: {"lr": torch.tensor(0.02) if i == 2 else g["lr"]},

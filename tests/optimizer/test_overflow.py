@@ -23,6 +23,8 @@ from support.comparison import (
     snapshot,
 )
 
+pytestmark = pytest.mark.without_extension
+
 NON_FINITE = {"inf": torch.inf, "-inf": -torch.inf, "nan": torch.nan}
 NAN_PATTERNS = {
     torch.float16: [0x7C01, 0x7E00, 0x7FFF, -0x3FF, -1],

@@ -15,6 +15,8 @@ from fused_tricks import FusedSGD, extension
 from fused_tricks.backends import BACKENDS
 from support.comparison import assert_all_same_bits, assert_same_bits
 
+pytestmark = pytest.mark.without_extension
+
 
 def stepped(backend: str, param: Parameter, times: int = 2, **options: object) -> FusedSGD:
     optimizer = FusedSGD([param], backend=backend, **{"lr": 0.5, "momentum": 0.5} | options)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from importlib.metadata import version
+from unittest import mock
 
 import torch
 
@@ -13,10 +17,37 @@ from support import emulation  # noqa: F401  # adds a backend
 NAMES = tuple(BACKENDS)
 """Every backend, usable here or not."""
 
+WITHOUT_EXTENSION = "triton_without_extension"
+"""The Triton backend as where nothing was compiled: it watches its plans in Python instead of C++."""
+
+
+def base(name: str) -> str:
+    """The backend that is asked for in a test of the backend `name`."""
+    return "triton" if name == WITHOUT_EXTENSION else name
+
+
+@contextlib.contextmanager
+def prepared(name: str) -> Iterator[str]:
+    """Yields the backend that is asked for in a test of the backend `name`."""
+    if name != WITHOUT_EXTENSION:
+        yield name
+        return
+    with mock.patch("fused_tricks.backends.triton.stepper.missing_because", lambda: "the test asks for none"):
+        yield base(name)
+
 
 def unusable_because(name: str) -> str | None:
     """Why tests cannot run on the backend `name` here, or None when they can."""
     return BACKENDS[name].unavailable_because() or (_cannot_interpret() if is_slow(name) else None)
+
+
+@functools.cache
+def left_out_because(name: str) -> str | None:
+    """Why no test of the backend `name` is collected here, or None.
+
+    Tests on the emulation skip themselves instead: its reason is known only once it is compiled.
+    """
+    return None if name == "emulated_cuda" else unusable_because(name)
 
 
 def _cannot_interpret() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from typing import Any
@@ -14,22 +15,35 @@ if not torch.cuda.is_available():
 
 
 def speed_up() -> None:
-    """Keeps the interpreter from replacing Triton's language anew at each call from one of our functions to another.
-
-    It has done so for the kernel already, and this takes most of the time.
-    """
+    """Has the interpreter replace Triton's language once, and not for each launch and each call of a function."""
     try:
-        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime import interpreter
     except ImportError:
         return
-    patch_and_call = InterpretedFunction.__call__
+    replace = interpreter._patch_lang
+    served: set[str] = set()
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn.__module__.startswith("fused_tricks."):
-            return self.rewrite()(*args, **kwargs)
-        return patch_and_call(self, *args, **kwargs)
+    def replace_once(fn: Any) -> Any:
+        """For each module, because a module has its own names for the parts of the language."""
+        if fn.__module__ not in served:
+            replace(fn)
+            served.add(fn.__module__)
+        return _Kept
 
-    InterpretedFunction.__call__ = call
+    in_numpy = interpreter._get_np_dtype
+    scalar_in_numpy = functools.cache(in_numpy)
+    interpreter._patch_lang = replace_once
+    interpreter._get_np_dtype = lambda dtype: (in_numpy if dtype.scalar.is_ptr() else scalar_in_numpy)(
+        dtype.scalar
+    )
+
+
+class _Kept:
+    """Stands for the record of what was replaced, and leaves it so."""
+
+    @staticmethod
+    def restore() -> None:
+        pass
 
 
 def silence_numpy() -> None:
@@ -51,15 +65,5 @@ def silence_numpy() -> None:
     GridExecutor.__call__ = call
 
 
-def without_extension() -> None:
-    """Has the Triton backend watch its plans in Python, as where nothing was compiled; other backends do so in C++."""
-    try:
-        from fused_tricks.backends.triton import stepper
-    except ImportError:
-        return
-    stepper.missing_because = lambda: "as where nothing was compiled"
-
-
 speed_up()
 silence_numpy()
-without_extension()

@@ -12,6 +12,8 @@ pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm
 
 from benchmarks import zero_gamma
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_table_tells_what_is_found_and_names_the_other_networks(tmp_path: Path) -> None:
     path = tmp_path / "docs" / "table.md"

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from fused_tricks import cast_model, zero_gamma_, zero_gamma_names
 
+pytestmark = pytest.mark.slow
+
 ON_CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 )

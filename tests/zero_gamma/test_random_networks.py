@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from fused_tricks import zero_gamma_, zero_gamma_names
 
+pytestmark = pytest.mark.slow
+
 CHANNELS = 6
 
 

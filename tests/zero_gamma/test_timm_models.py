@@ -17,6 +17,8 @@ from timm.models import _efficientnet_blocks as blocks
 from benchmarks.lib.weightless import weightless
 from fused_tricks import zero_gamma_names
 
+pytestmark = pytest.mark.slow
+
 # timm begins with γ = 0 in these, by rules of each family.
 INITIALISED_BY_TIMM = [
     "cspresnet50",

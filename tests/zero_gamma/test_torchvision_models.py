@@ -18,6 +18,8 @@ from torchvision.ops import StochasticDepth
 from benchmarks.lib.weightless import weightless
 from fused_tricks import zero_gamma_, zero_gamma_names
 
+pytestmark = pytest.mark.slow
+
 NAMES = models.list_models(models)
 WITH_FLAG = [name for name in NAMES if "resne" in name]
 

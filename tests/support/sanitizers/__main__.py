@@ -43,15 +43,14 @@ TESTS = {
         "optimizer/test_plan.py",
         "optimizer/test_checkpoint.py",
         "backends/test_instruction_sets.py",
-        "-k",
-        "not triton and not reference",
+        "--backend=cpu",
+        "--backend=emulated_cuda",
     ],
     "thread": [
         "optimizer/test_threads.py",
         "optimizer/test_parallel_steps.py",
         "backends/test_instruction_sets.py",
-        "-k",
-        "not triton and not emulated",
+        "--backend=cpu",
     ],
 }
 
