@@ -94,7 +94,7 @@ class NinjaExtension(build_ext):
     """The extension, compiled by ninja in a folder that stays, so that only what changed is compiled again."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Puts the module into ``build_lib`` when it can be built, and always the record of how that went."""
+        """Puts the module into `build_lib` when it can be built, and always the record of how that went."""
         version = self.distribution.get_version()
         info = new_info(version)
         target = ROOT / self.build_lib / PACKAGE / MODULE
@@ -133,7 +133,7 @@ class NinjaExtension(build_ext):
 
 @dataclass(frozen=True)
 class Compiler:
-    """The C++ compiler: its command, the first line of ``--version``, and whether it compiles for x86-64."""
+    """The C++ compiler: its command, the first line of `--version`, and whether it compiles for x86-64."""
 
     command: list[str]
     version: str
@@ -142,7 +142,7 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Cuda:
-    """The toolkit that compiles the kernels, a :class:`CudaToolkit`, and the architectures to compile for."""
+    """The toolkit that compiles the kernels, a `CudaToolkit`, and the architectures to compile for."""
 
     toolkit: Any
     architectures: tuple[str, ...]
@@ -167,7 +167,7 @@ class Ninja:
             self._lines += ["  depfile = $out.d", "  deps = gcc"]
 
     def make(self, target: str, rule: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
-        """One file to make, under the name ``target`` in the folder."""
+        """One file to make, under the name `target` in the folder."""
         path = self._folder / target
         self._lines += [f"build {path}: {rule} {' '.join(map(str, sources))}", f"  flags = {_quoted(flags)}"]
         return path
@@ -195,7 +195,7 @@ class Ninja:
 
 
 def build_module(folder: Path, version: str, info: dict[str, Any]) -> Path:
-    """Compiles the extension, with CUDA where that is possible; notes in ``info`` with what it was done.
+    """Compiles the extension, with CUDA where that is possible; notes in `info` with what it was done.
 
     Raises:
         BuildFailure: It cannot be compiled, or not with CUDA where CUDA is required.
@@ -262,7 +262,7 @@ def link(folder: Path, compiler: Compiler, cuda: Cuda | None, version: str, info
 
 
 def find_compiler() -> Compiler:
-    """The C++ compiler of ``CXX``, or the usual one.
+    """The C++ compiler of `CXX`, or the usual one.
 
     Raises:
         BuildFailure: There is none that runs.
@@ -281,7 +281,7 @@ def find_compiler() -> Compiler:
 
 
 def find_cuda(compiler: Compiler, folder: Path) -> Cuda:
-    """The toolkit that :mod:`fused_tricks.cuda_toolkit` finds, after it has compiled a probe in ``folder``.
+    """The toolkit that `cuda_toolkit` finds, after it has compiled a probe in `folder`.
 
     Raises:
         BuildFailure: CUDA is not wanted, no toolkit was found, or the probe did not compile.
@@ -351,7 +351,7 @@ def python_includes() -> list[str]:
 
 
 def new_info(version: str) -> dict[str, Any]:
-    """The start of the record that ``python -m fused_tricks`` shows."""
+    """The start of the record that `python -m fused_tricks` shows."""
     return {
         "version": version,
         "python": platform.python_version(),

@@ -1,6 +1,6 @@
 """How close `cast_model` and autocast come to FP32 on every classification network of torchvision.
 
-``python -m benchmarks.cast_models`` writes ``benchmarks/results/cast_models.md``; it needs no GPU. The tests take a
+`python -m benchmarks.cast_models` writes `benchmarks/results/cast_models.md`; it needs no GPU. The tests take a
 few of the networks.
 """
 
@@ -41,10 +41,10 @@ class Comparison(NamedTuple):
     """One network with random weights, on a batch of two random images, in BF16.
 
     Attributes:
-        name: As ``torchvision.models.get_model`` takes it.
+        name: As `torchvision.models.get_model` takes it.
         parameters: How many elements they have.
         image_size: Height and width in pixels.
-        autocast: Errors under ``torch.autocast``, in evaluation: with the running statistics of an untrained network.
+        autocast: Errors under `torch.autocast`, in evaluation: with the running statistics of an untrained network.
         cast: Errors after `cast_model`, likewise.
         finite: Whether all outputs and gradients are finite after `cast_model`, in evaluation and in training.
     """

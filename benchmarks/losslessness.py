@@ -1,6 +1,6 @@
 """Whether fused_tricks trains as torch.amp does: the same weights, the same batches, and the curves of both.
 
-``python -m benchmarks.losslessness`` trains side by side in FP32 and in low precision, and compares the loss at every
+`python -m benchmarks.losslessness` trains side by side in FP32 and in low precision, and compares the loss at every
 step, the test accuracy on the way and the weights at the end. benchmarks/README.md says what is compared.
 """
 

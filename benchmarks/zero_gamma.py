@@ -1,6 +1,6 @@
 """Which norms `zero_gamma_` finds in the networks of torchvision and timm.
 
-``python -m benchmarks.zero_gamma --output docs/zero_gamma.md`` writes that page: all classification models of
+`python -m benchmarks.zero_gamma --output docs/zero_gamma.md` writes that page: all classification models of
 torchvision and, where timm is installed, the first model of each of its families.
 """
 
@@ -71,7 +71,7 @@ def where(names: Iterable[str]) -> str:
 
 
 def zeroed(model: nn.Module) -> set[str]:
-    """The norms of ``model`` whose γ is zero."""
+    """The norms of `model` whose γ is zero."""
     norms = set(norm_layers(model))
     gammas = {name: m._parameters.get("weight") for name, m in model.named_modules() if m in norms}
     return {name for name, gamma in gammas.items() if gamma is not None and not gamma.any()}

@@ -1,4 +1,4 @@
-"""Draws what the arguments of WarmupCosineLR do: ``python -m docs.schedule`` writes ``docs/schedule.png``."""
+"""Draws what the arguments of WarmupCosineLR do: `python -m docs.schedule` writes `docs/schedule.png`."""
 
 from __future__ import annotations
 

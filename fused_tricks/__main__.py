@@ -1,4 +1,4 @@
-"""``python -m fused_tricks``: what is built and usable here, and why something is not."""
+"""`python -m fused_tricks`: what is built and usable here, and why something is not."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Torch's private names, each with the reason why no public one serves.
 
-A release of torch that changes one of them breaks it here, and ``make test-torches`` finds out. ``Module._parameters``,
-``_buffers`` and ``_modules`` are used where modules are walked: the public iterators leave out duplicates, which a
+A release of torch that changes one of them breaks it here, and `make test-torches` finds out. `Module._parameters`,
+`_buffers` and `_modules` are used where modules are walked: the public iterators leave out duplicates, which a
 module may have.
 """
 
@@ -43,13 +43,13 @@ is_wrapper_subclass: Callable[[object], bool] = is_traceable_wrapper_subclass
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """Returns a context outside every ``TorchDispatchMode``, such as ``FakeTensorMode``; no public one leaves them."""
+    """Returns a context outside every `TorchDispatchMode`, such as `FakeTensorMode`; no public one leaves them."""
     context: AbstractContextManager[Any] = _disable_current_modes()
     return context
 
 
 def has_modes() -> bool:
-    """True inside a ``TorchDispatchMode``."""
+    """True inside a `TorchDispatchMode`."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -76,7 +76,7 @@ def is_zero_tensor(tensor: Tensor) -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """True for a ``FakeTensor``."""
+    """True for a `FakeTensor`."""
     # Code that made one has imported the module, which takes long.
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
@@ -97,7 +97,7 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
 def first_state_dict_hook(
     optimizer: Optimizer, hook: Callable[[Optimizer, dict[str, Any]], None]
 ) -> Iterator[None]:
-    """Runs a hook before all others that are registered for ``state_dict``, which may replace the dict."""
+    """Runs a hook before all others that are registered for `state_dict`, which may replace the dict."""
     hooks = optimizer._optimizer_state_dict_post_hooks
     optimizer._optimizer_state_dict_post_hooks = OrderedDict({-1: hook, **hooks})
     try:
@@ -107,12 +107,12 @@ def first_state_dict_hook(
 
 
 def load_state_dict_pre_hooks(optimizer: Optimizer) -> Iterable[Callable[..., Any]]:
-    """Returns the hooks of an optimizer that overrides ``load_state_dict`` and has to run them itself."""
+    """Returns the hooks of an optimizer that overrides `load_state_dict` and has to run them itself."""
     return optimizer._optimizer_load_state_dict_pre_hooks.values()
 
 
 def load_state_dict_post_hooks(optimizer: Optimizer) -> Iterable[Callable[..., Any]]:
-    """As :func:`load_state_dict_pre_hooks`."""
+    """As `load_state_dict_pre_hooks`."""
     return optimizer._optimizer_load_state_dict_post_hooks.values()
 
 
@@ -154,14 +154,14 @@ _DISTRIBUTED_CHECKPOINT = "torch.distributed.checkpoint.state_dict"
 
 
 def is_called_by_distributed_checkpoint() -> bool:
-    """True in what ``torch.distributed.checkpoint`` calls."""
+    """True in what `torch.distributed.checkpoint` calls."""
     return _DISTRIBUTED_CHECKPOINT in sys.modules and is_called_by(_DISTRIBUTED_CHECKPOINT)
 
 
 def is_asked_for_state() -> bool:
-    """True while ``torch.distributed.checkpoint`` looks for an optimizer's state, or has a step create it.
+    """True while `torch.distributed.checkpoint` looks for an optimizer's state, or has a step create it.
 
-    That step has gradients of zero and ``lr=0``. Only its caller sets it apart: a first step of training may look the
+    That step has gradients of zero and `lr=0`. Only its caller sets it apart: a first step of training may look the
     same, and on one process of several alone.
     """
     init_optim_state = getattr(sys.modules.get(_DISTRIBUTED_CHECKPOINT), "_init_optim_state", None)

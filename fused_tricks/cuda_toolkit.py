@@ -1,6 +1,6 @@
 """Finds a CUDA toolkit that can compile, and says why each other place has none.
 
-Standard library only: ``setup.py`` loads this file by its path, in an environment without torch.
+Standard library only: `setup.py` loads this file by its path, in an environment without torch.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class CudaToolkit:
     """A toolkit with a compiler that runs, the runtime's headers and its static library.
 
     Attributes:
-        home: The folder that holds ``bin/nvcc``.
+        home: The folder that holds `bin/nvcc`.
         nvcc: The compiler.
-        include_dirs: Folders with headers; ``cuda_runtime.h`` is in one of them.
-        library_dirs: Folders with libraries; ``libcudart_static.a`` is in one of them.
-        version: Major and minor version, such as ``"13.0"``.
+        include_dirs: Folders with headers; `cuda_runtime.h` is in one of them.
+        library_dirs: Folders with libraries; `libcudart_static.a` is in one of them.
+        version: Major and minor version, such as `"13.0"`.
     """
 
     home: Path
@@ -60,7 +60,7 @@ class ToolkitSearch:
 
     Attributes:
         toolkit: The first usable toolkit, or None.
-        place: Where it was found, such as ``"CUDA_HOME=/usr/local/cuda"``; empty where there is none.
+        place: Where it was found, such as `"CUDA_HOME=/usr/local/cuda"`; empty where there is none.
         rejections: The places that were looked at before it, in order.
     """
 
@@ -75,13 +75,13 @@ def find_toolkit(
     local: Path = Path("/usr/local"),
     site_packages: Sequence[Path] | None = None,
 ) -> ToolkitSearch:
-    """Looks for a toolkit: ``CUDA_HOME``, ``CUDA_PATH``, ``nvcc`` on ``PATH``, /usr/local, pip's packages.
+    """Looks for a toolkit: `CUDA_HOME`, `CUDA_PATH`, `nvcc` on `PATH`, /usr/local, pip's packages.
 
     A place counts by its content. One that does not have all of it is passed over and its reason kept.
 
     Args:
         environ: The environment variables; those of the process by default.
-        local: The folder with ``cuda`` and ``cuda-*``.
+        local: The folder with `cuda` and `cuda-*`.
         site_packages: Where pip installs packages; those of this interpreter by default.
     """
     environ = os.environ if environ is None else environ
@@ -106,10 +106,10 @@ def choose_architectures(known: Iterable[str], requested: str | None = None) -> 
     """The GPU architectures to compile for.
 
     Args:
-        known: What the compiler can compile for, as in the answer of :func:`known_architectures`.
-        requested: The value of ``TORCH_CUDA_ARCH_LIST``: versions separated by semicolons or spaces, each with
-            ``+PTX`` where later GPUs shall be able to use it, such as ``"8.0;9.0+PTX"``. Where it is missing or
-            empty, those of ``DEFAULT_ARCHITECTURES`` that are known, the first and the last one with ``+PTX``.
+        known: What the compiler can compile for, as in the answer of `known_architectures`.
+        requested: The value of `TORCH_CUDA_ARCH_LIST`: versions separated by semicolons or spaces, each with
+            `+PTX` where later GPUs shall be able to use it, such as `"8.0;9.0+PTX"`. Where it is missing or
+            empty, those of `DEFAULT_ARCHITECTURES` that are known, the first and the last one with `+PTX`.
 
     Raises:
         ValueError: An entry cannot be understood or is not known to the compiler.
@@ -133,7 +133,7 @@ def choose_architectures(known: Iterable[str], requested: str | None = None) -> 
 
 
 def known_architectures(toolkit: CudaToolkit) -> tuple[str, ...]:
-    """The versions for which the toolkit's compiler compiles, such as ``("7.5", "8.0")``.
+    """The versions for which the toolkit's compiler compiles, such as `("7.5", "8.0")`.
 
     Raises:
         ValueError: The compiler does not tell.
@@ -146,7 +146,7 @@ def known_architectures(toolkit: CudaToolkit) -> tuple[str, ...]:
 
 
 def architecture_flags(architectures: Iterable[str]) -> list[str]:
-    """What tells nvcc to compile for ``architectures``, in the form that :func:`choose_architectures` gives."""
+    """What tells nvcc to compile for `architectures`, in the form that `choose_architectures` gives."""
     flags = []
     for architecture in architectures:
         version, _, ptx = architecture.partition("+")
@@ -192,7 +192,7 @@ def _places(
 
 
 def _inspect(home: Path) -> CudaToolkit | str:
-    """The toolkit in ``home``, or the reason why it cannot be used."""
+    """The toolkit in `home`, or the reason why it cannot be used."""
     if not home.is_dir():
         return "no such folder"
     nvcc = home / "bin/nvcc"
@@ -216,7 +216,7 @@ def _inspect(home: Path) -> CudaToolkit | str:
 
 
 def _home_behind(nvcc: Path, environ: Mapping[str, str]) -> Path:
-    """The toolkit that ``nvcc`` belongs to, which may be a link or a script that calls another one."""
+    """The toolkit that `nvcc` belongs to, which may be a link or a script that calls another one."""
     _, output = _run([str(nvcc), "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], environ)
     top = re.search(r"^#\$ TOP=(.+)$", output, re.MULTILINE)
     return Path(top[1].strip()).resolve() if top else nvcc.resolve().parent.parent
@@ -234,7 +234,7 @@ def _run(command: list[str], environ: Mapping[str, str] | None = None) -> tuple[
 
 
 def _holding(folders: Iterable[Path]) -> tuple[Path, ...]:
-    """Those of ``folders`` that exist, each once."""
+    """Those of `folders` that exist, each once."""
     return tuple({folder.resolve(): folder for folder in folders if folder.is_dir()}.values())
 
 

@@ -82,7 +82,7 @@ def load_extension() -> ModuleType:
     """The extension, connected to torch.
 
     Raises:
-        RuntimeError: There is none; :func:`missing_because` says why.
+        RuntimeError: There is none; `missing_because` says why.
     """
     module, reason = _load()
     if module is None:

@@ -22,16 +22,16 @@ from .validation import check_module
 
 @outside_inference_mode()
 def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
-    """Returns ``model.state_dict()`` in full precision, as if the model had been trained in FP32.
+    """Returns `model.state_dict()` in full precision, as if the model had been trained in FP32.
 
-    Keys, their order and the metadata are those of ``model.state_dict()``, with ``module.`` in front where the model is
-    wrapped in `torch.nn.parallel.DistributedDataParallel`. For an FP16 or BF16 parameter that ``optimizer`` updates
+    Keys, their order and the metadata are those of `model.state_dict()`, with `module.` in front where the model is
+    wrapped in `torch.nn.parallel.DistributedDataParallel`. For an FP16 or BF16 parameter that `optimizer` updates
     there is its FP32 master, with whatever others have written to the parameter since; for one without a master, and
     for a buffer, its own values in FP32. All else is as it is: FP32 norms and running statistics, FP64, integers.
 
     Tensors are copies, which the next step does not change; a parameter that modules share is one tensor here too. This
-    is for another run or for inference: to resume the same run, save ``model.state_dict()`` and
-    ``optimizer.state_dict()``, which has masters and momentum.
+    is for another run or for inference: to resume the same run, save `model.state_dict()` and
+    `optimizer.state_dict()`, which has masters and momentum.
 
     Args:
         model: the model, on any device, cast by `cast_model` or otherwise.
@@ -39,10 +39,10 @@ def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
             that it does not update.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``optimizer`` not a `FusedSGD`.
-        ValueError: ``optimizer`` has no parameter of ``model``, or a parameter of a lazy module has no shape yet.
+        TypeError: `model` is not a module, or `optimizer` not a `FusedSGD`.
+        ValueError: `optimizer` has no parameter of `model`, or a parameter of a lazy module has no shape yet.
 
-    Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.2; ``Module.state_dict``.
+    Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.2; `Module.state_dict`.
     """
     _check_types(model, optimizer)
     with _in_full_precision(model, optimizer):
@@ -54,12 +54,12 @@ def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
 def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[str, Any]) -> None:
     """Loads full-precision weights, those of `fp32_state_dict` or of any FP32 model, without rounding them away.
 
-    FP16 and BF16 parameters that ``optimizer`` updates get the values of ``state`` as their FP32 masters, bit for bit,
+    FP16 and BF16 parameters that `optimizer` updates get the values of `state` as their FP32 masters, bit for bit,
     and their rounding to nearest even as their own; the masters are in the optimizer's state from then on, also before
     its first step. Every other tensor is copied, into the type that it has in the model: a frozen low-precision
     parameter keeps only the rounding. Nothing else of the optimizer changes: not its momentum, options or scale.
 
-    Keys and shapes are checked as strictly as by ``model.load_state_dict(state)``, whose hooks and extra states work.
+    Keys and shapes are checked as strictly as by `model.load_state_dict(state)`, whose hooks and extra states work.
 
     Args:
         model: the model, already in low precision.
@@ -67,11 +67,11 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
         state: the weights, in any floating-point type, on any device.
 
     Raises:
-        RuntimeError: keys or shapes do not match, in the words of ``Module.load_state_dict``.
-        TypeError: ``state`` is not a mapping, or as `fp32_state_dict`.
+        RuntimeError: keys or shapes do not match, in the words of `Module.load_state_dict`.
+        TypeError: `state` is not a mapping, or as `fp32_state_dict`.
         ValueError: as `fp32_state_dict`. A refused call leaves model and optimizer as they were.
 
-    Source: ``Module.load_state_dict``; for the masters "Mixed Precision Training" (arXiv 1710.03740), section 3.1.
+    Source: `Module.load_state_dict`; for the masters "Mixed Precision Training" (arXiv 1710.03740), section 3.1.
     """
     _check_types(model, optimizer)
     for name, value in state.items() if isinstance(state, Mapping) else ():

@@ -8,24 +8,24 @@ from .validation import integer, real
 
 
 def scale_lr(base_lr: float, batch_size: int, base_batch_size: int = 256) -> float:
-    """Returns the learning rate for a batch of another size: ``base_lr * batch_size / base_batch_size``.
+    """Returns the learning rate for a batch of another size: `base_lr * batch_size / base_batch_size`.
 
     A batch k times as large has a gradient with less noise, and an epoch of it has k times fewer updates;
     a rate k times as large makes up for both. Large rates need a warm-up.
 
     Args:
-        base_lr: the rate that is right for ``base_batch_size``; finite, zero or more (as ``torch.optim.SGD``
+        base_lr: the rate that is right for `base_batch_size`; finite, zero or more (as `torch.optim.SGD`
             takes it: zero stays zero).
         batch_size: samples that one update averages over, on all devices together: see
             `global_batch_size`.
-        base_batch_size: samples an update at ``base_lr``.
+        base_batch_size: samples an update at `base_lr`.
 
     Returns:
-        The scaled rate; exactly ``base_lr`` where the two batch sizes are equal.
+        The scaled rate; exactly `base_lr` where the two batch sizes are equal.
 
     Raises:
-        TypeError: ``base_lr`` is not a real number, or a batch size is not an integer.
-        ValueError: ``base_lr`` is negative, infinite or NaN, a batch size is below 1, or the scaled rate is no
+        TypeError: `base_lr` is not a real number, or a batch size is not an integer.
+        ValueError: `base_lr` is negative, infinite or NaN, a batch size is below 1, or the scaled rate is no
             finite number.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1; the rule is
@@ -52,7 +52,7 @@ def global_batch_size(
     Args:
         per_device_batch_size: samples in one forward pass of one process.
         accumulation_steps: backward passes between two updates.
-        world_size: processes that average their gradients; ``None``: the size of ``torch.distributed``'s
+        world_size: processes that average their gradients; `None`: the size of `torch.distributed`'s
             default group where one is initialised, else 1.
 
     Raises:

@@ -16,7 +16,7 @@ _SMALLEST_NORMAL = 2.0**-126
 
 
 class ScaleRule(NamedTuple):
-    """The numbers by which a step adjusts the scale; each is an argument of :class:`DynamicLossScale`."""
+    """The numbers by which a step adjusts the scale; each is an argument of `DynamicLossScale`."""
 
     growth_factor: float
     backoff_factor: float
@@ -32,29 +32,29 @@ _rule_fields = attrgetter(*ScaleRule._fields)
 class DynamicLossScale:
     """The rules and the state of a loss scale that follows the gradients' range.
 
-    ``torch.amp.GradScaler``'s rules with a floor, a ceiling and Apex's hysteresis. After a step with a gradient
-    that is not finite the scale is multiplied by ``backoff_factor``; after ``growth_interval`` good steps in a row
-    it is multiplied by ``growth_factor`` where the product is finite. Either result is clamped to
-    ``[min_scale, max_scale]``. Products are taken in FP64 and rounded to FP32.
+    `torch.amp.GradScaler`'s rules with a floor, a ceiling and Apex's hysteresis. After a step with a gradient
+    that is not finite the scale is multiplied by `backoff_factor`; after `growth_interval` good steps in a row
+    it is multiplied by `growth_factor` where the product is finite. Either result is clamped to
+    `[min_scale, max_scale]`. Products are taken in FP64 and rounded to FP32.
 
     A step in which no parameter has a gradient found nothing that is not finite, and counts as a good one.
 
-    An instance serves one :class:`~fused_tricks.FusedSGD`, which decides and updates it inside its step. The
+    An instance serves one `FusedSGD`, which decides and updates it inside its step. The
     attributes named as the arguments may be assigned at any time; they are checked then, too. The growth tracker is
-    compared with ``>=``, so lowering ``growth_interval`` below it grows the scale in the next good step.
+    compared with `>=`, so lowering `growth_interval` below it grows the scale in the next good step.
 
     Args:
-        init_scale: The first scale, within ``[min_scale, max_scale]``.
+        init_scale: The first scale, within `[min_scale, max_scale]`.
         growth_factor: Greater than 1.
         backoff_factor: Between 0 and 1, both excluded.
         growth_interval: Good steps in a row before the scale grows, at least 1.
         hysteresis: Overflows before the scale backs off, at least 1. A good step restores the count; once it is
-            used up, every further overflow backs off (Apex ``update_scale_hysteresis``).
+            used up, every further overflow backs off (Apex `update_scale_hysteresis`).
         min_scale: The floor, greater than 0.
-        max_scale: The ceiling, at least ``min_scale``.
+        max_scale: The ceiling, at least `min_scale`.
 
     Raises:
-        TypeError: An argument is not a number, or a count is not an ``int``.
+        TypeError: An argument is not a number, or a count is not an `int`.
         ValueError: An argument is outside its range.
     """
 
@@ -119,7 +119,7 @@ class DynamicLossScale:
         return current is None or current is owner
 
     def bind(self, owner: object) -> StepState:
-        """Makes ``owner`` the one optimizer that this scale serves, and returns the state that it updates.
+        """Makes `owner` the one optimizer that this scale serves, and returns the state that it updates.
 
         Raises:
             ValueError: It serves another optimizer that is still alive.
@@ -133,16 +133,16 @@ class DynamicLossScale:
         return self._step_state
 
     def get_scale(self) -> float:
-        """The scale that the next ``scale(loss)`` uses. Synchronises."""
+        """The scale that the next `scale(loss)` uses. Synchronises."""
         self._step_state.scale_was_read = True
         return self._step_state.scale.item()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in the keys of ``torch.amp.GradScaler.state_dict()``, which can load it, and three more.
+        """The state in the keys of `torch.amp.GradScaler.state_dict()`, which can load it, and three more.
 
         Returns:
-            ``scale``, ``growth_factor``, ``backoff_factor``, ``growth_interval`` and ``_growth_tracker`` as
-            GradScaler has them, then ``hysteresis``, ``min_scale``, ``max_scale`` and ``_hysteresis_tracker``.
+            `scale`, `growth_factor`, `backoff_factor`, `growth_interval` and `_growth_tracker` as
+            GradScaler has them, then `hysteresis`, `min_scale`, `max_scale` and `_hysteresis_tracker`.
         """
         now = self._step_state.read()
         return {
@@ -158,7 +158,7 @@ class DynamicLossScale:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state of this class or of ``torch.amp.GradScaler``, whose missing rules keep their values.
+        """Takes over a state of this class or of `torch.amp.GradScaler`, whose missing rules keep their values.
 
         Raises:
             KeyError: A key that GradScaler writes is missing, as in the empty state of a disabled one.
@@ -179,7 +179,7 @@ class DynamicLossScale:
         self.restore(*saved)
 
     def restore(self, scale: float, growth_tracker: int, hysteresis_tracker: int) -> None:
-        """Sets the scale, clamped to ``[min_scale, max_scale]``, and its trackers.
+        """Sets the scale, clamped to `[min_scale, max_scale]`, and its trackers.
 
         Raises:
             TypeError, ValueError: One is not a number or outside its range. Nothing is changed.
@@ -195,7 +195,7 @@ _GRAD_SCALER_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interva
 
 
 def parse_loss_scale(loss_scale: Any) -> float | DynamicLossScale | None:
-    """What ``FusedSGD(loss_scale=...)`` stands for: None, a static scale, or a dynamic one.
+    """What `FusedSGD(loss_scale=...)` stands for: None, a static scale, or a dynamic one.
 
     Raises:
         TypeError, ValueError: It is none of them.
@@ -228,7 +228,7 @@ def _check_state(scale: Any, growth_tracker: Any, hysteresis_tracker: Any) -> No
 
 
 def _checked_rules(rules: dict[str, Any]) -> dict[str, Any]:
-    """Returns the rules with counts as ``int``."""
+    """Returns the rules with counts as `int`."""
     for name in ("init_scale", "min_scale", "max_scale"):
         check_scale(name, rules[name])
     for name in ("growth_factor", "backoff_factor"):

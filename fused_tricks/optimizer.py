@@ -44,15 +44,15 @@ if TYPE_CHECKING:
 
 
 class FusedSGD(SavedState):
-    """``torch.optim.SGD`` for low-precision training, as one pass over every parameter.
+    """`torch.optim.SGD` for low-precision training, as one pass over every parameter.
 
     Parameters in FP16 or BF16 are updated through FP32 master weights and momentum, which live in the optimizer's
     state; FP32 and FP64 parameters are updated in place in their own type (Bag of Tricks, arXiv 1812.01187, section
-    3). The roundings are those of ``torch.optim.SGD(foreach=False)``: with FP32 parameters, ``loss_scale=None`` and
-    ``bias_decay=True`` the results are equal bit for bit, except where a gradient has been expanded (it has a stride of
+    3). The roundings are those of `torch.optim.SGD(foreach=False)`: with FP32 parameters, `loss_scale=None` and
+    `bias_decay=True` the results are equal bit for bit, except where a gradient has been expanded (it has a stride of
     0), which torch's loops round otherwise in places that depend on the processor. Gradients are read and never
-    written. One step updates the weight ``w`` (the FP32 master of a parameter in FP16 or BF16, otherwise the parameter)
-    and the momentum buffer ``b``; each line is one rounding::
+    written. One step updates the weight `w` (the FP32 master of a parameter in FP16 or BF16, otherwise the parameter)
+    and the momentum buffer `b`; each line is one rounding:
 
         g = grad * (1 / scale)                           with a loss scale
         g = g * min(1, max_grad_norm / (norm + 1e-6))    with max_grad_norm
@@ -65,24 +65,24 @@ class FusedSGD(SavedState):
         w = fma(-lr, d, w)
         param = round_to_nearest_even(w)                 parameters in FP16 and BF16
 
-    Parameters that share memory are updated one after the other, as ``torch.optim.SGD`` does, by
-    ``backend="reference"``; FP16 and BF16 parameters that do are refused. Parameters on ``meta`` and ``FakeTensor``s
+    Parameters that share memory are updated one after the other, as `torch.optim.SGD` does, by
+    `backend="reference"`; FP16 and BF16 parameters that do are refused. Parameters on `meta` and `FakeTensor`s
     get the state that real ones would. Steps of several threads wait for each other.
 
     A step in which any gradient element is not finite is skipped where gradients are scanned, that is with a loss
-    scale or ``max_grad_norm``: it changes nothing but the scale and the counters. ``loss_scale=None`` works under a
-    ``torch.amp.GradScaler``, whose unscaling and verdict are taken into the update.
+    scale or `max_grad_norm`: it changes nothing but the scale and the counters. `loss_scale=None` works under a
+    `torch.amp.GradScaler`, whose unscaling and verdict are taken into the update.
 
-    A low-precision parameter may be written to between steps (under ``torch.no_grad()``, by ``load_state_dict``, or
-    with a new ``.data``); the next step continues from the new values. Some writes go unnoticed; call
-    :meth:`refresh_masters` after them.
+    A low-precision parameter may be written to between steps (under `torch.no_grad()`, by `load_state_dict`, or
+    with a new `.data`); the next step continues from the new values. Some writes go unnoticed; call
+    `refresh_masters` after them.
 
-    Mistakes that raise no error are warned of, once for each optimizer: a loss scale although :meth:`scale` is never
-    called; FP16 gradients with neither a loss scale nor a ``GradScaler``, where ``loss_scale=1.0`` states that none is
+    Mistakes that raise no error are warned of, once for each optimizer: a loss scale although `scale` is never
+    called; FP16 gradients with neither a loss scale nor a `GradScaler`, where `loss_scale=1.0` states that none is
     wanted; and 25 skipped steps in a row with a static loss scale or with a dynamic one at its floor.
 
     Args:
-        params: Tensors, ``(name, tensor)`` pairs as of ``named_parameters()``, or dicts that define groups.
+        params: Tensors, `(name, tensor)` pairs as of `named_parameters()`, or dicts that define groups.
         lr: Learning rate, a number or a tensor of one element.
         momentum: Momentum factor.
         dampening: Dampening for momentum; it does not apply to a parameter's first update.
@@ -90,33 +90,33 @@ class FusedSGD(SavedState):
         nesterov: Nesterov momentum; needs momentum and no dampening.
         maximize: Ascend instead of descend.
         bias_decay: Whether parameters of one dimension or fewer (biases, norms' γ and β) are decayed as well. False
-            is the paper's "no bias decay" (section 3.1), True the behaviour of ``torch.optim.SGD``. A group of nothing
-            but such parameters that states a ``weight_decay`` above zero itself means it: it gets
-            ``bias_decay=True``, unless it states ``bias_decay`` as well.
-        decoupled_weight_decay: True multiplies a weight that decays by ``1 - lr * weight_decay`` before the update, and
-            leaves the gradient alone, as ``torch.optim.AdamW`` does and, bit for bit, timm's ``SGDW``. False adds
-            ``weight_decay`` times the weight to the gradient, as ``torch.optim.SGD`` does.
-        loss_scale: None, a positive number (a static scale), ``"dynamic"``, or a :class:`DynamicLossScale`.
-        max_grad_norm: Clip gradients to this global L2 norm, as ``torch.nn.utils.clip_grad_norm_``, without writing
-            to them; ``inf`` only measures. Squares are summed in FP64 (on a GPU partly in pairs of FP32 numbers that
+            is the paper's "no bias decay" (section 3.1), True the behaviour of `torch.optim.SGD`. A group of nothing
+            but such parameters that states a `weight_decay` above zero itself means it: it gets
+            `bias_decay=True`, unless it states `bias_decay` as well.
+        decoupled_weight_decay: True multiplies a weight that decays by `1 - lr * weight_decay` before the update, and
+            leaves the gradient alone, as `torch.optim.AdamW` does and, bit for bit, timm's `SGDW`. False adds
+            `weight_decay` times the weight to the gradient, as `torch.optim.SGD` does.
+        loss_scale: None, a positive number (a static scale), `"dynamic"`, or a `DynamicLossScale`.
+        max_grad_norm: Clip gradients to this global L2 norm, as `torch.nn.utils.clip_grad_norm_`, without writing
+            to them; `inf` only measures. Squares are summed in FP64 (on a GPU partly in pairs of FP32 numbers that
             keep more than 40 bits), in an order that each backend fixes: the same backend gives the same bits for the
             same gradients, and two backends may, rarely, differ in the last bit of the FP32 norm, and so in the bits of
             what they clip. With FP64 gradients norm and factor are FP64, and backends often differ in their last bits.
         partition_group: The processes among which the model's parameters are partitioned, each with an optimizer of its
-            own, as ``ZeroRedundancyOptimizer`` and pipeline stages have them: an overflow in one of them skips the step
-            in all, and they clip by the norm of all their gradients. All of them must then call ``step`` equally often.
-            What is divided as ``DTensor``s needs no group: their meshes say with whom to agree.
-        backend: ``"auto"``, or one of the names that ``python -m fused_tricks`` lists.
-        foreach: Accepted as ``torch.optim.SGD`` does; chooses nothing.
-        fused: Accepted as ``torch.optim.SGD`` does, though not together with ``foreach``; chooses nothing.
+            own, as `ZeroRedundancyOptimizer` and pipeline stages have them: an overflow in one of them skips the step
+            in all, and they clip by the norm of all their gradients. All of them must then call `step` equally often.
+            What is divided as `DTensor`s needs no group: their meshes say with whom to agree.
+        backend: `"auto"`, or one of the names that `python -m fused_tricks` lists.
+        foreach: Accepted as `torch.optim.SGD` does; chooses nothing.
+        fused: Accepted as `torch.optim.SGD` does, though not together with `foreach`; chooses nothing.
         differentiable: Must be False.
 
-    All options up to ``decoupled_weight_decay`` may differ between groups.
+    All options up to `decoupled_weight_decay` may differ between groups.
 
     Raises:
         TypeError: An option has the wrong type.
         ValueError: An option is outside its range, or a group is malformed.
-        RuntimeError: The backend is not usable here, ``foreach`` and ``fused`` are both True, or the groups are those
+        RuntimeError: The backend is not usable here, `foreach` and `fused` are both True, or the groups are those
             of another FusedSGD with a loss scale, clipping or partition group, which this one would not have.
     """
 
@@ -190,13 +190,13 @@ class FusedSGD(SavedState):
 
     @property
     def loss_scale(self) -> float | DynamicLossScale | None:
-        """The loss scaling in use: None, the static scale, or the :class:`DynamicLossScale`."""
+        """The loss scaling in use: None, the static scale, or the `DynamicLossScale`."""
         self._step_state.scale_was_read = True
         return self._loss_scale
 
     @property
     def backend(self) -> str:
-        """The name of the backend that runs the steps; before the first step, the one asked for, such as ``"auto"``."""
+        """The name of the backend that runs the steps; before the first step, the one asked for, such as `"auto"`."""
         return self._backend_in_use or self._backend
 
     def __repr__(self) -> str:
@@ -220,14 +220,14 @@ class FusedSGD(SavedState):
         self._max_grad_norm = max_grad_norm
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss times the loss scale, on the device and without a sync; ``loss`` itself without loss scaling.
+        """The loss times the loss scale, on the device and without a sync; `loss` itself without loss scaling.
 
         Args:
             loss: A floating-point tensor of any shape. FP16 and BF16 are multiplied in FP32, where the product
                 cannot overflow.
 
         Raises:
-            TypeError: ``loss`` is not a floating-point tensor.
+            TypeError: `loss` is not a floating-point tensor.
         """
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
             raise TypeError(f"loss must be a floating-point tensor, got {torch.typename(loss)}")
@@ -248,13 +248,13 @@ class FusedSGD(SavedState):
         """Updates every parameter that has a gradient.
 
         Args:
-            closure: Reevaluates the model and returns the loss, as in ``torch.optim.SGD``.
+            closure: Reevaluates the model and returns the loss, as in `torch.optim.SGD`.
 
         Returns:
             What the closure returns, or None.
 
         Raises:
-            RuntimeError: A closure came together with loss scaling, a ``GradScaler`` together with ``loss_scale``,
+            RuntimeError: A closure came together with loss scaling, a `GradScaler` together with `loss_scale`,
                 or a parameter or gradient that cannot be updated; the message names it. Nothing is changed then.
         """
         try:
@@ -294,7 +294,7 @@ class FusedSGD(SavedState):
                 self._update(request)
 
     def _has_no_rate(self) -> bool:
-        """True if every learning rate is known to be 0, as ``torch.distributed.checkpoint`` sets it to get state."""
+        """True if every learning rate is known to be 0, as `torch.distributed.checkpoint` sets it to get state."""
         return all(is_zero(group["lr"]) for group in self.param_groups)
 
     def _evaluate(self, closure: Callable[[], Any], request: StepRequest) -> Any:
@@ -402,7 +402,7 @@ class FusedSGD(SavedState):
 
     @one_at_a_time
     def stats(self) -> StepStats:
-        """Returns scale, counters and the last norm. Synchronises with the device, which ``step`` never does."""
+        """Returns scale, counters and the last norm. Synchronises with the device, which `step` never does."""
         self._step_state.scale_was_read = True
         reading = self._step_state.read()
         return StepStats.of(reading, self._loss_scale is not None, self._max_grad_norm is not None)
@@ -414,7 +414,7 @@ class FusedSGD(SavedState):
 
     @one_at_a_time
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as ``torch.optim.Optimizer.add_param_group``.
+        """Adds a group, as `torch.optim.Optimizer.add_param_group`.
 
         Raises:
             TypeError, ValueError: The group or one of its options is not valid. It is not added then.
@@ -450,10 +450,10 @@ class FusedSGD(SavedState):
     def refresh_masters(self) -> None:
         """Takes over, into the FP32 masters, values that were written to FP16 and BF16 parameters without notice.
 
-        Call it after a write that does not change the parameter's version counter or address: through ``param.data``
-        in place, a NumPy array or DLPack tensor over its memory, ``param.untyped_storage().copy_()``, another
-        ``Parameter`` over its memory, or by another process. All other writes are noticed by the next step. Elements
-        that are the rounding of their master keep it, in FP32. Nothing synchronises. Example::
+        Call it after a write that does not change the parameter's version counter or address: through `param.data`
+        in place, a NumPy array or DLPack tensor over its memory, `param.untyped_storage().copy_()`, another
+        `Parameter` over its memory, or by another process. All other writes are noticed by the next step. Elements
+        that are the rounding of their master keep it, in FP32. Nothing synchronises. Example:
 
             model.conv.weight.data.mul_(0.5)
             optimizer.refresh_masters()

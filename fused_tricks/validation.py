@@ -20,11 +20,11 @@ from .step.shared_memory import has_memory, missing_bytes
 
 
 def integer(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> int:
-    """Returns the value as an ``int``.
+    """Returns the value as an `int`.
 
     Raises:
         TypeError: The value is not an integer; bools and floats are refused.
-        ValueError: The value is outside ``[least, most]``.
+        ValueError: The value is outside `[least, most]`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
@@ -43,11 +43,11 @@ def check_number(name: str, value: Any) -> None:
 
 
 def real(name: str, value: Any, least: float, most: float = math.inf) -> float:
-    """Returns the value as a ``float``.
+    """Returns the value as a `float`.
 
     Raises:
         TypeError: The value is not a real number, or a bool.
-        ValueError: The value is NaN, infinite, or outside ``[least, most]``.
+        ValueError: The value is NaN, infinite, or outside `[least, most]`.
     """
     check_number(name, value)
     number = as_double(value)
@@ -58,7 +58,7 @@ def real(name: str, value: Any, least: float, most: float = math.inf) -> float:
 
 
 def as_double(value: Any) -> float:
-    """Returns the number as a ``float``; infinity where it is beyond the range of one, as ``10**400`` is."""
+    """Returns the number as a `float`; infinity where it is beyond the range of one, as `10**400` is."""
     try:
         return float(value)
     except OverflowError:
@@ -66,7 +66,7 @@ def as_double(value: Any) -> float:
 
 
 def shown(value: Any) -> str:
-    """Returns ``repr(value)``, shortened where it is very long; Python refuses to print a very long integer at all."""
+    """Returns `repr(value)`, shortened where it is very long; Python refuses to print a very long integer at all."""
     if isinstance(value, Integral) and abs(int(value)) >= 10**40:
         return f"an integer of {int(value).bit_length()} bits"
     text = repr(value)
@@ -74,16 +74,16 @@ def shown(value: Any) -> str:
 
 
 def check_module(model: Any) -> None:
-    """Raises TypeError unless a model is a ``torch.nn.Module``."""
+    """Raises TypeError unless a model is a `torch.nn.Module`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Checks a new group with every option filled in, with the messages of ``torch.optim.SGD``.
+    """Checks a new group with every option filled in, with the messages of `torch.optim.SGD`.
 
     Raises:
-        TypeError, ValueError: As :func:`check_numbers`, or Nesterov momentum without what it needs.
+        TypeError, ValueError: As `check_numbers`, or Nesterov momentum without what it needs.
     """
     check_numbers(group)
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
@@ -146,7 +146,7 @@ def check_readable(where: str, group: dict[str, Any]) -> None:
         group: The group, with options that may be any.
 
     Raises:
-        ValueError: A tensor is on ``meta``, or its storage was resized.
+        ValueError: A tensor is on `meta`, or its storage was resized.
     """
     for name, value in group.items():
         if isinstance(value, Tensor) and (value.is_meta or missing_bytes(value)):
@@ -194,7 +194,7 @@ def as_float(value: Any) -> float:
     """The number as a Python float.
 
     Raises:
-        TypeError: It is not a number. Text is none, although ``float`` reads it.
+        TypeError: It is not a number. Text is none, although `float` reads it.
     """
     if isinstance(value, str | bytes | bytearray):
         raise TypeError(f"a number is needed, got {type(value).__name__}")
@@ -223,7 +223,7 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
 
 
 def check_params(params: Any, of_group: bool = False) -> None:
-    """Checks the ``params`` of a constructor or group for what is often passed in place of a model's parameters.
+    """Checks the `params` of a constructor or group for what is often passed in place of a model's parameters.
 
     Args:
         params: The parameters.

@@ -13,12 +13,12 @@ from .validation import check_module, real
 def decay_groups(
     model: nn.Module, weight_decay: float, exclude: str | Iterable[str] = (), *, named: bool = True
 ) -> list[dict[str, Any]]:
-    """Returns the parameter groups of "no bias decay", for any optimizer of ``torch.optim``.
+    """Returns the parameter groups of "no bias decay", for any optimizer of `torch.optim`.
 
-    Parameters of one dimension or fewer are not decayed, all others are: the rule of ``FusedSGD``'s
-    ``bias_decay=False``, which needs no groups. It looks at the shape alone: biases and norms' γ and β are undecayed;
-    embeddings are decayed, and so are ``bias_k`` and ``bias_v`` of ``nn.MultiheadAttention``, which have three
-    dimensions, unless ``exclude`` names them.
+    Parameters of one dimension or fewer are not decayed, all others are: the rule of `FusedSGD`'s
+    `bias_decay=False`, which needs no groups. It looks at the shape alone: biases and norms' γ and β are undecayed;
+    embeddings are decayed, and so are `bias_k` and `bias_v` of `nn.MultiheadAttention`, which have three
+    dimensions, unless `exclude` names them.
 
         optimizer = torch.optim.AdamW(decay_groups(model, 0.05, exclude="*embedding*"), lr=1e-3)
 
@@ -26,19 +26,19 @@ def decay_groups(
         model: the model whose parameters are grouped.
         weight_decay: of the parameters that are decayed; finite, zero or more.
         exclude: name patterns of more parameters that are not decayed: one or several, as in `fnmatch`,
-            case-sensitive, against the whole name in ``model.named_parameters()`` (``*`` matches dots too). A
+            case-sensitive, against the whole name in `model.named_parameters()` (`*` matches dots too). A
             shared parameter is excluded by any of its names.
-        named: list ``(name, parameter)`` pairs, which every ``torch.optim.Optimizer`` keeps as
-            ``group["param_names"]``; False lists bare parameters, for optimizers that take no names.
+        named: list `(name, parameter)` pairs, which every `torch.optim.Optimizer` keeps as
+            `group["param_names"]`; False lists bare parameters, for optimizers that take no names.
 
     Returns:
-        A group with ``weight_decay`` and one with 0, or only the one that is not empty. Each parameter is in one of
+        A group with `weight_decay` and one with 0, or only the one that is not empty. Each parameter is in one of
         them, once however many modules share it, and also where it is frozen: it may be unfrozen later. Within a
-        group the order is that of ``model.named_parameters()``.
+        group the order is that of `model.named_parameters()`.
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: ``weight_decay`` is out of its range, a pattern matches no parameter, or a parameter of a lazy
+        ValueError: `weight_decay` is out of its range, a pattern matches no parameter, or a parameter of a lazy
             module has no shape yet.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1, no bias decay.

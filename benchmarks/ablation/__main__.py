@@ -1,6 +1,6 @@
 """The paper's ablation on small images: what each of its tricks does to a large batch, with spreads over seeds.
 
-``python -m benchmarks.ablation`` trains every row with every seed. It can be killed at any time: started again, it
+`python -m benchmarks.ablation` trains every row with every seed. It can be killed at any time: started again, it
 goes on after the last training that was finished. benchmarks/README.md says how its setting was chosen.
 """
 
@@ -71,7 +71,7 @@ class Difference:
         return self.low <= 0 <= self.high
 
     def text(self, factor: float, decimals: int) -> str:
-        """``mean (low … high)``, in bold where it is more than noise; or ``diverged``."""
+        """`mean (low … high)`, in bold where it is more than noise; or `diverged`."""
         if self.diverged:
             return "diverged"
         numbers = (factor * number for number in (self.mean, self.low, self.high))

@@ -1,6 +1,6 @@
 """How the ablation's learning rate is chosen: by the small batch alone, on seeds that the ablation does not use.
 
-``python -m benchmarks.ablation.pilot`` trains the first two rows, which have no trick, with several learning rates. It
+`python -m benchmarks.ablation.pilot` trains the first two rows, which have no trick, with several learning rates. It
 takes the options of benchmarks.ablation, and goes on where it was killed as that does.
 """
 

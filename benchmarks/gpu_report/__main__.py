@@ -1,6 +1,6 @@
 """Builds, tests, times, profiles and sanitizes fused_tricks on the GPU that is here, within a limit of time.
 
-``python -m benchmarks.gpu_report`` (or ``make gpu-report``) needs torch, and no network: nothing is installed, and a
+`python -m benchmarks.gpu_report` (or `make gpu-report`) needs torch, and no network: nothing is installed, and a
 part whose tools are missing says so. The results are saved after each part, in one folder. benchmarks/README.md says
 what comes out.
 """
@@ -57,7 +57,7 @@ LINES_SHOWN = 40
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a part: ``ok``, ``failed``, ``stopped`` or ``skipped``, the reason, and the seconds it took."""
+    """The end of a part: `ok`, `failed`, `stopped` or `skipped`, the reason, and the seconds it took."""
 
     part: str
     ended: str
@@ -81,7 +81,7 @@ def answer(*command: str) -> str:
 
 
 def describe_gpu() -> tuple[str, str | None, list[str]]:
-    """Returns the GPU's name, its architecture as ``9.0``, and lines about machine and versions."""
+    """Returns the GPU's name, its architecture as `9.0`, and lines about machine and versions."""
     fields = ("name", "compute_cap", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.mem")
     found = answer("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader").split(", ")
     known = dict(zip(fields, found)) if len(found) == len(fields) else {}

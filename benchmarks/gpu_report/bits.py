@@ -1,6 +1,6 @@
 """Checks that the GPU backends give the bits of the CPU backend and of torch, and the same bits each time.
 
-``python -m benchmarks.gpu_report.bits`` compares them. benchmarks/README.md says what is compared.
+`python -m benchmarks.gpu_report.bits` compares them. benchmarks/README.md says what is compared.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _same_stats(one: fused_tricks.StepStats, other: fused_tricks.StepStats) -> b
 
 
 def against_torch(backend: str, device: torch.device) -> tuple[int, int]:
-    """Counts the elements in FP32 that differ from ``torch.optim.SGD(foreach=False)`` on the same device."""
+    """Counts the elements in FP32 that differ from `torch.optim.SGD(foreach=False)` on the same device."""
     torch.manual_seed(0)
     ours = [
         Parameter(torch.randn(s, device=device)) for s in ((64, 3, 7, 7), (300, 100), (10,), (1,), (8193,))

@@ -1,6 +1,6 @@
 """Builds the extension into the source tree for the GPU that is here, unless it is there already.
 
-``python -m benchmarks.gpu_report.build`` needs no network and installs nothing.
+`python -m benchmarks.gpu_report.build` needs no network and installs nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def is_built(architecture: str | None) -> bool:
     """True if the tree has an extension with kernels for the architecture that no source is newer than.
 
     Args:
-        architecture: as ``9.0``; None asks for an extension of any age, without kernels.
+        architecture: as `9.0`; None asks for an extension of any age, without kernels.
     """
     if architecture is None or not MODULE.exists() or not INFO.exists():
         return MODULE.exists() and architecture is None
@@ -43,7 +43,7 @@ def build(architecture: str, folder: Path) -> int:
     The copy leaves the tree with the extension that it has where the build fails.
 
     Args:
-        architecture: as ``9.0``.
+        architecture: as `9.0`.
         folder: of the copy; what is in it saves time when it is built again.
 
     Returns:

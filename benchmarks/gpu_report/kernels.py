@@ -1,6 +1,6 @@
 """The device time of our step and of each of its kernels, beside the time that its bytes should take.
 
-``python -m benchmarks.gpu_report.kernels`` measures them. benchmarks/README.md says how, and what is expected of an
+`python -m benchmarks.gpu_report.kernels` measures them. benchmarks/README.md says how, and what is expected of an
 H100.
 """
 

@@ -60,10 +60,10 @@ class Request:
     Attributes:
         python: the command that runs Python.
         folder: where parts write.
-        device: ``cuda``, or ``cpu`` to try the report itself.
+        device: `cuda`, or `cpu` to try the report itself.
         graphs: whether CUDA graphs can be captured there.
         backends: of fused_tricks; all that are usable on the device where there are none.
-        architecture: of the GPU, as ``9.0``; None where there is none.
+        architecture: of the GPU, as `9.0`; None where there is none.
         tiny: each part at the least size that runs.
     """
 

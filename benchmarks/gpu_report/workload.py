@@ -1,6 +1,6 @@
-"""A few steps for tools that watch kernels: ncu (``profiled``) and compute-sanitizer (``sanitized``).
+"""A few steps for tools that watch kernels: ncu (`profiled`) and compute-sanitizer (`sanitized`).
 
-``python -m benchmarks.gpu_report`` runs it under them. ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` gives each tensor an
+`python -m benchmarks.gpu_report` runs it under them. `PYTORCH_NO_CUDA_MEMORY_CACHING=1` gives each tensor an
 allocation of its own, so that a sanitizer sees every access beyond one.
 """
 

@@ -1,6 +1,6 @@
 """Measures what each host-time trick of a step on the CPU backend saves, by switching it off.
 
-``python -m benchmarks.host_time`` compiles variants of the extension from edited copies of ``csrc/``, and replaces
+`python -m benchmarks.host_time` compiles variants of the extension from edited copies of `csrc/`, and replaces
 functions of the package in this process, so that the package itself needs no switch. The variants take turns. There are
 two settings, each with new gradients in every step:
 
@@ -136,7 +136,7 @@ class Steps:
         self._new = torch.zeros_like if is_scanned else torch.empty_like
 
     def time(self, trick: Trick, module: ModuleType, count: int) -> float:
-        """Returns the seconds of a step without the trick: the median of ``count``, each with new gradients."""
+        """Returns the seconds of a step without the trick: the median of `count`, each with new gradients."""
         self._optimizer.__class__ = trick.optimizer
         with ExitStack() as switched:
             switched.enter_context(mock.patch.object(cpu, "load_extension", lambda: module))

@@ -14,14 +14,14 @@ from fused_tricks.backends import compiled
 
 @dataclass(frozen=True)
 class Edit:
-    """A replacement of text in a file of ``csrc/``."""
+    """A replacement of text in a file of `csrc/`."""
 
     file: str
     old: str
     new: str
 
     def apply(self, source: Path) -> None:
-        """Edits the copy of the file in the folder ``source``.
+        """Edits the copy of the file in the folder `source`.
 
         Raises:
             ValueError: The file does not have the old text.

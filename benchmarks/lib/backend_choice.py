@@ -1,4 +1,4 @@
-"""Which backends of fused_tricks a benchmark measures: all fast ones, or those of ``--backend``."""
+"""Which backends of fused_tricks a benchmark measures: all fast ones, or those of `--backend`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_tricks.backends import BACKENDS
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--backend``, which may be repeated."""
+    """Adds `--backend`, which may be repeated."""
     parser.add_argument(
         "--backend",
         action="append",
@@ -45,7 +45,7 @@ def usable(device: torch.device) -> tuple[list[str], dict[str, str]]:
 def choose(
     parser: argparse.ArgumentParser, names: Sequence[str] | None, device: torch.device
 ) -> tuple[list[str], dict[str, str]]:
-    """Returns the backends to measure, as `usable` does; those of ``--backend`` where it is given.
+    """Returns the backends to measure, as `usable` does; those of `--backend` where it is given.
 
     Ends the program where a named one is unknown or does not serve the device, and where no fast one is usable.
     """

@@ -48,7 +48,7 @@ def device(text: str) -> torch.device:
 
 
 def add_device_to(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--device``."""
+    """Adds `--device`."""
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 

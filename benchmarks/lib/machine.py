@@ -39,7 +39,7 @@ def describe(module: str, arguments: Sequence[str], device: torch.device) -> dic
     """A JSON-able record of where, when and how a benchmark ran.
 
     Args:
-        module: the benchmark's module, such as ``benchmarks.step``.
+        module: the benchmark's module, such as `benchmarks.step`.
         arguments: its command line arguments.
         device: the device the work ran on.
     """

@@ -18,7 +18,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
     The number is the same each time. On a GPU it is CUDA's own. On a CPU it is added up from the allocations that
     torch's profiler reports, because the resident set of the process also has in it what the C library keeps after a
-    ``free``.
+    `free`.
     """
     gc.collect()
     if gpu.is_gpu(device):

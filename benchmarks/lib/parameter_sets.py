@@ -16,7 +16,7 @@ def check(name: str) -> None:
     """Refuses what `build` does not know.
 
     Raises:
-        ValueError: `name` is neither one of `MODELS` nor ``synthetic:N:SIZE``.
+        ValueError: `name` is neither one of `MODELS` nor `synthetic:N:SIZE`.
     """
     kind, _, sizes = name.partition(":")
     count, _, size = sizes.partition(":")
@@ -37,7 +37,7 @@ def build(name: str, device: torch.device = torch.device("cpu")) -> nn.Module:  
     """Returns a module that holds the parameters, in FP32, with the same values each time.
 
     Args:
-        name: one of `MODELS`, or ``synthetic:N:SIZE`` for N parameters of SIZE elements each.
+        name: one of `MODELS`, or `synthetic:N:SIZE` for N parameters of SIZE elements each.
         device: where they are made.
 
     Raises:

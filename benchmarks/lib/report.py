@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent.parent / "results"
 """The results that are kept in the repository."""
 OUTPUT = "build/benchmarks"
-"""Where results go unless ``--output`` says otherwise."""
+"""Where results go unless `--output` says otherwise."""
 
 # From Okabe and Ito's palette, told apart by readers with any colour vision; greys are the references.
 OURS_COLOUR = "#0072B2"
@@ -53,7 +53,7 @@ def output_file(text: str) -> Path:
 
 
 def add_output_to(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--output``."""
+    """Adds `--output`."""
     parser.add_argument(
         "--output",
         type=output_folder,
@@ -91,7 +91,7 @@ def write_page(path: Path, page: str) -> None:
 
 
 def plotting() -> Any:
-    """Returns ``matplotlib.pyplot``, which draws into files."""
+    """Returns `matplotlib.pyplot`, which draws into files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,7 +103,7 @@ def plotting() -> Any:
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Writes a result, indented, with each list of plain values on one line.
 
-    Numbers that JSON has no word for become strings that ``float`` reads: "inf", "-inf" and "nan".
+    Numbers that JSON has no word for become strings that `float` reads: "inf", "-inf" and "nan".
     """
     text = json.dumps(_strict(result), indent=2, ensure_ascii=False, allow_nan=False)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
@@ -119,14 +119,14 @@ def _strict(value: Any) -> Any:
 
 
 def number(value: float, form: str) -> str:
-    """The number in the form of a format string, such as ``.3g``; ∞ where it is infinite."""
+    """The number in the form of a format string, such as `.3g`; ∞ where it is infinite."""
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
     return format(value, form)
 
 
 def mean_text(mean: float, deviation: float | None, factor: float, decimals: int) -> str:
-    """``mean ± standard deviation``, both times the factor; the mean alone where there is no deviation."""
+    """`mean ± standard deviation`, both times the factor; the mean alone where there is no deviation."""
     text = number(factor * mean, f".{decimals}f")
     return text if deviation is None else f"{text} ± {factor * deviation:.{decimals}f}"
 
@@ -180,7 +180,7 @@ def bars(
         spreads: one for each bar.
         colour: one for each bar.
         title: what is measured and in which unit.
-        better: ``higher`` or ``lower``.
+        better: `higher` or `lower`.
         decimals: of the numbers.
     """
     places = range(len(spreads))

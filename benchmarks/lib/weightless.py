@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextmanager
 def weightless() -> Iterator[None]:
-    """Layers made inside have their weights on the ``meta`` device, without values.
+    """Layers made inside have their weights on the `meta` device, without values.
 
     Vectors, such as the weights of norms and all biases, are real, so what a network initialises them to can be
     read.

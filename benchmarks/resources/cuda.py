@@ -1,6 +1,6 @@
 """What nvcc made of the CUDA kernels, read from the built extension: registers, spills and wide accesses.
 
-``python -m benchmarks.resources.cuda --output benchmarks/results`` writes the table that is kept; no GPU is needed. A
+`python -m benchmarks.resources.cuda --output benchmarks/results` writes the table that is kept; no GPU is needed. A
 test compares it with the build, so that a change of the kernels shows in it.
 """
 
@@ -35,8 +35,8 @@ class Kernel(NamedTuple):
     """One kernel for one architecture.
 
     Attributes:
-        architecture: As ``sm_90``.
-        name: ``scan`` or ``update`` and how many gradients its argument holds, or ``decide`` or ``write``.
+        architecture: As `sm_90`.
+        name: `scan` or `update` and how many gradients its argument holds, or `decide` or `write`.
         registers: For each thread.
         stack: Bytes of stack and local memory for each thread; spills lie there.
         shared: Bytes of shared memory for each block.

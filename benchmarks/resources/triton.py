@@ -1,6 +1,6 @@
 """What Triton makes of its kernels, read from what it compiles: registers, spills, accesses. No GPU is needed.
 
-``python -m benchmarks.resources.triton --output benchmarks/results`` writes the table that is kept. A test compares it
+`python -m benchmarks.resources.triton --output benchmarks/results` writes the table that is kept. A test compares it
 with what is compiled now, so that a change of the kernels shows in it.
 """
 
@@ -59,7 +59,7 @@ class Kernel(NamedTuple):
     """One kernel for one architecture.
 
     Attributes:
-        architecture: As ``sm_90``.
+        architecture: As `sm_90`.
         name: The kernel and what it was specialised for.
         registers: For each thread.
         stack: Bytes of stack and local memory for each thread; spills lie there.

@@ -1,6 +1,6 @@
 """Times the optimizer step alone: fused_tricks against `GradScaler` and `torch.optim.SGD` in its three forms.
 
-``python -m benchmarks.step`` measures the times, the bandwidth of our step as a share of a plain copy loop's, and
+`python -m benchmarks.step` measures the times, the bandwidth of our step as a share of a plain copy loop's, and
 the host time of a step over many tiny parameters. On a GPU it also times replayed CUDA graphs, every GPU backend,
 and Apex, Transformer Engine and FlashOptim where they are installed. The numbers of every contestant are checked
 before it is timed. benchmarks/README.md says how each number is measured.

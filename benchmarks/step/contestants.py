@@ -203,7 +203,7 @@ def grad_scaler(
         work: what a step does.
         casts: makes, from the parameters, what casts them and their gradients; runs, timed, before each step.
         graph: replay the step as a CUDA graph.
-        compiled: compile the optimizer's step with ``torch.compile``.
+        compiled: compile the optimizer's step with `torch.compile`.
     """
     parameters = list(module.to(device).parameters())
     optimizer = make_optimizer(parameters, **HYPERPARAMETERS)

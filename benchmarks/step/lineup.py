@@ -75,7 +75,7 @@ def of_a_model(
         dtype: of low-precision weights.
         device: where the parameters live.
         backends: of fused_tricks, the first of them under the name `OURS`.
-        compiled: whether ``torch.compile`` takes part.
+        compiled: whether `torch.compile` takes part.
     """
     module = partial(parameter_sets.build, parameters, device)
     meta = parameter_sets.build(parameters, torch.device("meta"))

@@ -48,9 +48,9 @@ def transformer_engine(name: str, module: nn.Module, device: torch.device) -> En
 
 
 def apex_masters(name: str, module: nn.Module, dtype: torch.dtype, device: torch.device) -> Entry:
-    """Apex's check and update with FP32 masters, called as ``apex.amp`` did at O2 before Apex dropped it.
+    """Apex's check and update with FP32 masters, called as `apex.amp` did at O2 before Apex dropped it.
 
-    ``apex.amp`` also waited for the verdict and adjusted the scale on the host, which is left out here.
+    `apex.amp` also waited for the verdict and adjusted the scale on the host, which is left out here.
 
     Raises:
         ValueError: `dtype` is not FP16; Apex has no such kernel for BF16.

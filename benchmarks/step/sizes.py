@@ -1,6 +1,6 @@
 """How the cost of an optimizer step depends on the parameters: well-known networks, many tensors, many elements.
 
-``python -m benchmarks.step.sizes`` times the contestants of ``benchmarks.step`` on each of them, beside the time that
+`python -m benchmarks.step.sizes` times the contestants of `benchmarks.step` on each of them, beside the time that
 the bytes of our step take at the bandwidth of a plain loop in place. benchmarks/README.md says how each number
 is measured.
 """

@@ -1,6 +1,6 @@
 """Trains one network with every contestant side by side: the same weights, batches, and order.
 
-``python -m benchmarks.train`` compares throughput, cost of the optimizer, peak memory and accuracy of plain
+`python -m benchmarks.train` compares throughput, cost of the optimizer, peak memory and accuracy of plain
 torch.amp and of fused_tricks on real images. benchmarks/README.md says how each column is measured.
 """
 

@@ -25,12 +25,12 @@ class Recipe:
 
     Attributes:
         device: where to train.
-        dtype: of the forward and backward pass; ``torch.float32`` trains without casting anything.
+        dtype: of the forward and backward pass; `torch.float32` trains without casting anything.
         loss_scaling: whether the loss is scaled dynamically, from 65536, by `GradScaler`'s rules.
         lr: the learning rate of the first step.
         momentum: of SGD.
         weight_decay: of SGD; applies to every parameter.
-        compile_mode: of ``torch.compile`` for the model; None: it is not compiled. ``"reduce-overhead"`` replays CUDA
+        compile_mode: of `torch.compile` for the model; None: it is not compiled. `"reduce-overhead"` replays CUDA
             graphs on a GPU.
         backend: of fused_tricks.
         graph: whether ours and *torch.amp, fused* take part a second time, with their whole step as one CUDA graph.

@@ -23,13 +23,13 @@ class Stepper(Protocol):
     """Runs steps over one plan.
 
     Attributes:
-        is_async: True if ``APPLIED`` means that the step was launched; the device then decides whether to skip it.
+        is_async: True if `APPLIED` means that the step was launched; the device then decides whether to skip it.
     """
 
     is_async: bool
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
-        """Scans, decides and updates, and returns an :class:`Outcome`; does nothing where that is ``STALE``."""
+        """Scans, decides and updates, and returns an `Outcome`; does nothing where that is `STALE`."""
         ...
 
 
@@ -41,7 +41,7 @@ class Backend(NamedTuple):
         unavailable_because: Returns why it cannot be used in this process; None when it can.
         device_type: The only type of device that it serves; None for any.
         unusable_on: Returns why it cannot be used on one device of that type; None when it can.
-        is_automatic: True if ``"auto"`` may choose it.
+        is_automatic: True if `"auto"` may choose it.
     """
 
     stepper: Callable[[Plan, StepState], Stepper]
@@ -73,7 +73,7 @@ BACKENDS = {
 
 
 def availability() -> dict[str, str | None]:
-    """Every backend, with ``None`` where it is usable here and otherwise the reason why it is not.
+    """Every backend, with `None` where it is usable here and otherwise the reason why it is not.
 
     A backend for GPUs is asked about the current one.
     """
@@ -91,10 +91,10 @@ def _missing_here(backend: Backend) -> str | None:
 
 
 def check_backend(name: str) -> None:
-    """Raises unless ``name`` is ``"auto"`` or a backend that is usable here.
+    """Raises unless `name` is `"auto"` or a backend that is usable here.
 
     Raises:
-        TypeError: ``name`` is not a string.
+        TypeError: `name` is not a string.
         ValueError: There is no such backend.
         RuntimeError: It cannot be used here; the message says why.
     """
@@ -113,10 +113,10 @@ def choose_backend(name: str, named: list[tuple[str, Tensor]]) -> str:
     """Returns the name of the backend that runs steps over parameters.
 
     Without parameters there is nothing to choose, and the reference counts the steps. The reference also runs where a
-    parameter has no memory: on ``meta``, or as a ``FakeTensor``.
+    parameter has no memory: on `meta`, or as a `FakeTensor`.
 
     Args:
-        name: A backend, or ``"auto"`` for the fastest that serves the parameters.
+        name: A backend, or `"auto"` for the fastest that serves the parameters.
         named: The parameters, with what errors call them.
 
     Raises:

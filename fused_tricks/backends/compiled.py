@@ -22,7 +22,7 @@ class CompiledEntry(NamedTuple):
     Attributes:
         alias: A tensor that shares the parameter's version counter; None where the caller writes the parameter.
         watches_version: True where a new version of the parameter means that user code wrote to it.
-        first_update: Where the kernels note the number of the update that first writes ``buffer``.
+        first_update: Where the kernels note the number of the update that first writes `buffer`.
     """
 
     group: int
@@ -113,12 +113,12 @@ class CompiledPlanGuard:
         )
 
     def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> Gradients | None:
-        """As :meth:`fused_tricks.backends.triton.plan_guard.PlanGuard.gradients`."""
+        """As `gradients`."""
         found = self.handle.gradient_addresses(groups, state)
         return None if found is None else Gradients(*found)
 
     def release_gradients(self) -> None:
-        """As :meth:`fused_tricks.backends.triton.plan_guard.PlanGuard.release_gradients`."""
+        """As `release_gradients`."""
         self.handle.release_gradients()
 
     def mark_updated(self) -> None:

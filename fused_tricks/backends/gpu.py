@@ -25,7 +25,7 @@ def current_stream(device: torch.device) -> int:
 
 
 def record_stream(tensor: Tensor, stream: int) -> None:
-    """Keeps the memory of a tensor, once freed, from being reused before the work now on ``stream`` is done."""
+    """Keeps the memory of a tensor, once freed, from being reused before the work now on `stream` is done."""
     # Not ExternalStream, which takes the default stream's handle, 0, for none and gives a stream of the pool.
     tensor.record_stream(torch.cuda.get_stream_from_external(stream, tensor.device))
 
@@ -88,7 +88,7 @@ class GpuStepper:
 
 
 def _release(memory: list[Tensor], streams: set[int], home: int) -> None:
-    """Tells the allocator, which knows ``home`` alone, which streams may still read what is about to be freed."""
+    """Tells the allocator, which knows `home` alone, which streams may still read what is about to be freed."""
     for stream in streams - {home}:
         for tensor in memory:
             record_stream(tensor, stream)

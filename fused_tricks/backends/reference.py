@@ -21,7 +21,7 @@ from ..validation import as_float
 
 
 class ReferenceStepper:
-    """Runs one step over a plan. It never trusts an old plan: a second step is ``STALE``."""
+    """Runs one step over a plan. It never trusts an old plan: a second step is `STALE`."""
 
     is_async = False
 

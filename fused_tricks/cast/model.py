@@ -25,10 +25,10 @@ _WorkingDtype = TensorDtype
 
 
 def norm_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the norm layers of ``model``: what `cast_model` keeps in FP32 when not told otherwise.
+    """Returns the norm layers of `model`: what `cast_model` keeps in FP32 when not told otherwise.
 
     These are PyTorch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm, RMSNorm and its two local
-    response norms, with subclasses and lazy ones, and any module that owns a ``running_var`` buffer (a frozen
+    response norms, with subclasses and lazy ones, and any module that owns a `running_var` buffer (a frozen
     BatchNorm, say).
     """
     return [module for module in model.modules() if is_norm(module)]
@@ -41,48 +41,48 @@ def cast_model(
     output_dtype: torch.dtype | None = torch.float32,
     cast_inputs: bool | Iterable[str] = True,
 ) -> ModelT:
-    """Converts ``model`` to low-precision training, in place, and returns it.
+    """Converts `model` to low-precision training, in place, and returns it.
 
-    Floating-point parameters, their gradients and floating-point buffers become ``dtype``; those of the kept
+    Floating-point parameters, their gradients and floating-point buffers become `dtype`; those of the kept
     modules become FP32. Parameters stay the objects they were, so an optimizer built before and tied weights
-    still refer to them. Calling the model casts every floating-point tensor among its arguments to ``dtype``
-    (FP64 ones too) and every floating-point tensor that it returns to ``output_dtype``, within tuples, named
+    still refer to them. Calling the model casts every floating-point tensor among its arguments to `dtype`
+    (FP64 ones too) and every floating-point tensor that it returns to `output_dtype`, within tuples, named
     tuples, lists, dicts and dataclasses. Containers in which nothing is cast are passed on as they are, so that
     the model can write into them; of others it gets a copy.
 
-    A kept module gets its input in FP32 and gives its output in ``dtype``; a BatchNorm, whose kernels take
-    both precisions at once, reads and writes ``dtype`` directly. The casts are forward hooks: a method that
-    does not go through ``model(...)`` or ``kept_module(...)`` runs without them. Convert first, then wrap the
+    A kept module gets its input in FP32 and gives its output in `dtype`; a BatchNorm, whose kernels take
+    both precisions at once, reads and writes `dtype` directly. The casts are forward hooks: a method that
+    does not go through `model(...)` or `kept_module(...)` runs without them. Convert first, then wrap the
     model in `torch.compile` or `DistributedDataParallel`.
 
-    After ``model.float()``, ``model.half()`` or ``model.to(dtype)`` the casts follow: the model works in the dtype
-    that its weights have then, and returns ``output_dtype`` as before. Layers may be replaced or removed in between. A
+    After `model.float()`, `model.half()` or `model.to(dtype)` the casts follow: the model works in the dtype
+    that its weights have then, and returns `output_dtype` as before. Layers may be replaced or removed in between. A
     model whose weights are all kept works in their dtype, which is FP32 until it is converted again. A model that
-    computes its loss itself, such as a detector, takes boxes and targets that ``dtype`` would round: convert a part, as
-    in ``cast_model(model.backbone)``, or choose by ``cast_inputs`` what is cast.
+    computes its loss itself, such as a detector, takes boxes and targets that `dtype` would round: convert a part, as
+    in `cast_model(model.backbone)`, or choose by `cast_inputs` what is cast.
 
-    Calling it again starts anew from the arguments given then; with ``torch.float32`` it undoes the
+    Calling it again starts anew from the arguments given then; with `torch.float32` it undoes the
     conversion: everything is FP32, and nothing is cast on the way in or out.
 
     Args:
         model: the model to convert.
-        dtype: ``torch.float16``, ``torch.bfloat16`` or ``torch.float32``.
+        dtype: `torch.float16`, `torch.bfloat16` or `torch.float32`.
         keep_fp32: the modules to keep in FP32, with all that they contain, instead of the default
-            ``norm_layers(model)``. One or several of: a type (its instances), a module, or a name pattern (as
-            in `fnmatch`, case-sensitive, against the whole name in ``model.named_modules()``; ``*`` matches
-            dots too). To keep the classifier as well: ``[*norm_layers(model), "fc"]``. A name pattern also keeps
-            the buffers whose whole name in ``model.named_buffers()`` it matches, such as a table of 4096 positions,
+            `norm_layers(model)`. One or several of: a type (its instances), a module, or a name pattern (as
+            in `fnmatch`, case-sensitive, against the whole name in `model.named_modules()`; `*` matches
+            dots too). To keep the classifier as well: `[*norm_layers(model), "fc"]`. A name pattern also keeps
+            the buffers whose whole name in `model.named_buffers()` it matches, such as a table of 4096 positions,
             of which BF16 has 769; the code that reads such a buffer casts what it takes from it.
-        output_dtype: a floating-point dtype; ``None`` leaves the outputs as the model computes them.
-        cast_inputs: True, False, or the names of those arguments of ``model.forward`` that are cast to ``dtype``. All
+        output_dtype: a floating-point dtype; `None` leaves the outputs as the model computes them.
+        cast_inputs: True, False, or the names of those arguments of `model.forward` that are cast to `dtype`. All
             others are passed on as they are; a kept module still gets its input in FP32.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``keep_fp32`` or ``cast_inputs`` holds something of another kind.
-        ValueError: ``dtype`` or ``output_dtype`` is not one of the above; a name pattern or module in
-            ``keep_fp32`` is not found in ``model``, or a name in ``cast_inputs`` not among the arguments of its
-            ``forward``; a parameter to be cast is complex; a parameter belongs to a kept module and to another one;
-            ``model`` contains itself, or is wrapped in ``DistributedDataParallel`` already. A refused call leaves
+        TypeError: `model` is not a module, or `keep_fp32` or `cast_inputs` holds something of another kind.
+        ValueError: `dtype` or `output_dtype` is not one of the above; a name pattern or module in
+            `keep_fp32` is not found in `model`, or a name in `cast_inputs` not among the arguments of its
+            `forward`; a parameter to be cast is complex; a parameter belongs to a kept module and to another one;
+            `model` contains itself, or is wrapped in `DistributedDataParallel` already. A refused call leaves
             the model as it was. Calling the model raises it for an input or output to be cast that contains itself,
             such as a list within itself.
 
@@ -238,7 +238,7 @@ class _CastInput(Cast):
     Args:
         module: the module.
         dtype: the dtype to cast to.
-        names: the arguments of the module's ``forward`` to cast; all without it.
+        names: the arguments of the module's `forward` to cast; all without it.
     """
 
     dtype: WorkingDtype | TensorDtype
@@ -283,7 +283,7 @@ class _CastOutput(Cast):
 
     Args:
         module: the module.
-        dtype: the dtype to cast to; ``None`` casts nothing.
+        dtype: the dtype to cast to; `None` casts nothing.
         is_whole: True for the whole model, where an error about images in integers is given a line of advice.
     """
 

@@ -39,7 +39,7 @@ class TensorDtype:
     """The dtype of one tensor of a module.
 
     Attributes:
-        module: the module that owns the tensor; ``None`` where there is no tensor.
+        module: the module that owns the tensor; `None` where there is no tensor.
         name: the tensor's name there. Not the tensor: `nn.Module.to` may put another one in its place.
         at_first: the dtype where there is no tensor.
     """
@@ -58,7 +58,7 @@ class WorkingDtype:
 
     Attributes:
         at_first: the dtype where the module has no floating-point tensor.
-        path: the names that lead from the module to the owner of the tensor; ``None`` where it is searched for.
+        path: the names that lead from the module to the owner of the tensor; `None` where it is searched for.
         name: the tensor's name there.
         kind: the owner's type. Another layer in its place, such as a norm, may work in another dtype.
     """
@@ -89,7 +89,7 @@ class WorkingDtype:
         return self.at_first
 
     def of_weights(self, root: nn.Module) -> torch.dtype | None:
-        """The present dtype of the weights in `root` that are not kept in FP32; ``None`` where there are none."""
+        """The present dtype of the weights in `root` that are not kept in FP32; `None` where there are none."""
         owner = None if self.path is None else _at(root, self.path)
         dtype = _dtype_of(owner, self.name) if isinstance(owner, self.kind) else None
         if dtype is None:

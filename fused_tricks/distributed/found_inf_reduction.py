@@ -1,4 +1,4 @@
-"""The reduction of ``found_inf`` and of the gradient norm over the processes that hold parts of one model."""
+"""The reduction of `found_inf` and of the gradient norm over the processes that hold parts of one model."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class SharedGroup:
 
 
 class StepReduction:
-    """Adds up ``found_inf`` and squares over processes, between scan and update, without waiting for a device.
+    """Adds up `found_inf` and squares over processes, between scan and update, without waiting for a device.
 
-    A ``DTensor`` is sharded over some dimensions of its mesh and replicated over the others. Squares are added over the
+    A `DTensor` is sharded over some dimensions of its mesh and replicated over the others. Squares are added over the
     sharded dimensions alone, so that replicas do not count twice. Parameters that are sharded alike are one *shard
-    class*, with a sum of squares of its own. ``found_inf`` is added over all dimensions.
+    class*, with a sum of squares of its own. `found_inf` is added over all dimensions.
 
     Attributes:
-        partials: FP64 tensor of (2 + ``shard_classes``,), written by the scan: ``found_inf``, whether a gradient is
+        partials: FP64 tensor of (2 + `shard_classes`,), written by the scan: `found_inf`, whether a gradient is
             FP64, then the sum of squares of each shard class.
         shard_classes: The number of shard classes.
         shard_class_of: The shard class of each parameter.
@@ -78,7 +78,7 @@ class StepReduction:
                     )
 
     def all_reduce(self) -> None:
-        """Reduces ``partials`` in place. A collective: every process must call it."""
+        """Reduces `partials` in place. A collective: every process must call it."""
         partials = self.partials
         for group, fields in self._sums:
             partials[fields] = _reduced(partials[fields], torch.distributed.ReduceOp.SUM, group)
@@ -102,7 +102,7 @@ def find_reduction(
     Args:
         params: All parameters of an optimizer.
         partition_group: The group over which the parameters of the model are partitioned, if they are.
-        device: The device of ``partials``.
+        device: The device of `partials`.
     """
     if params and not any(map(has_memory, params)):
         return None
@@ -142,14 +142,14 @@ def _groups_along(mesh: DeviceMesh, sharded: tuple[int, ...]) -> list[tuple[Proc
 
 
 def _reduced(values: Tensor, operation: Any, group: ProcessGroup) -> Tensor:
-    """Returns the sum or maximum over a group's processes on the device of ``values``, which it may overwrite."""
+    """Returns the sum or maximum over a group's processes on the device of `values`, which it may overwrite."""
     within_reach = values.to(_device_within_reach(group, values.device))
     torch.distributed.all_reduce(within_reach, operation, group)
     return within_reach.to(values.device)
 
 
 def _device_within_reach(group: ProcessGroup, device: torch.device) -> torch.device:
-    """Returns a device on which a group communicates: ``device`` if it can, otherwise the accelerator.
+    """Returns a device on which a group communicates: `device` if it can, otherwise the accelerator.
 
     The parameters of a group that communicates on GPUs may be offloaded to the CPU.
     """

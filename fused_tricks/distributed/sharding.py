@@ -1,4 +1,4 @@
-"""The part that this process has of a tensor that is distributed over several (a ``DTensor``, as FSDP2 makes them)."""
+"""The part that this process has of a tensor that is distributed over several (a `DTensor`, as FSDP2 makes them)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a ``DTensor``."""
+    """Whether a tensor is a `DTensor`."""
     # Whoever made one has imported the module; to do so here would take most of the time of `import fused_tricks`.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_partitioning() -> bool:
-    """True while ``ZeroRedundancyOptimizer`` makes or extends the optimizer of one process.
+    """True while `ZeroRedundancyOptimizer` makes or extends the optimizer of one process.
 
     Its groups state every option, also those that their author left to the optimizer, and have only a part of the
     parameters: what they seem to say of biases and norms differs between processes.
@@ -32,7 +32,7 @@ def is_partitioning() -> bool:
 
 
 def check_flattened(named: Iterable[tuple[str, Tensor]], group: dict[str, Any], decides_alone: bool) -> None:
-    """Refuses what would go wrong on parameters that FSDP1 (``FullyShardedDataParallel``) has flattened and divided.
+    """Refuses what would go wrong on parameters that FSDP1 (`FullyShardedDataParallel`) has flattened and divided.
 
     Args:
         named: What errors call each parameter of a group, and the parameter.
@@ -59,9 +59,9 @@ def check_flattened(named: Iterable[tuple[str, Tensor]], group: dict[str, Any], 
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This process's part of a ``DTensor``, which shares its memory; any other tensor itself.
+    """This process's part of a `DTensor`, which shares its memory; any other tensor itself.
 
-    To be called under ``torch.no_grad()``, or the part is one for autograd.
+    To be called under `torch.no_grad()`, or the part is one for autograd.
     """
     if is_distributed(tensor):
         local: Any = tensor.to_local()
@@ -73,7 +73,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def placed_like(value: Tensor, param: Tensor) -> Tensor:
-    """``value`` with its elements on the same processes as the parameter's.
+    """`value` with its elements on the same processes as the parameter's.
 
     Where they are elsewhere every process of the parameter's mesh has to call this. A plain tensor is the whole value,
     the same on every process.
@@ -91,7 +91,7 @@ def placed_like(value: Tensor, param: Tensor) -> Tensor:
 
 
 def distributed_like(local: Tensor, param: Tensor) -> Tensor:
-    """The tensor of which ``local`` is this process's part, where ``param`` is a ``DTensor``; else ``local`` itself."""
+    """The tensor of which `local` is this process's part, where `param` is a `DTensor`; else `local` itself."""
     if not is_distributed(param):
         return local
     from torch.distributed.tensor import DTensor

@@ -24,7 +24,7 @@ class AppliedCount:
         origin: How many updates the optimizer had applied before update 0.
 
     Raises:
-        TypeError: The optimizer is no ``FusedSGD``.
+        TypeError: The optimizer is no `FusedSGD`.
         ValueError: The schedule has no end.
     """
 
@@ -53,7 +53,7 @@ class AppliedCount:
 
     @property
     def known_t(self) -> int:
-        """:attr:`t` where it is known without a sync, else 0."""
+        """`t` where it is known without a sync, else 0."""
         return self.t if self._optimizer._step_state.block.device.type == "cpu" else 0
 
     def assign(self, t: int) -> None:
@@ -64,7 +64,7 @@ class AppliedCount:
         )
 
     def go_to(self, t: int) -> None:
-        """Makes the next update number ``t``. Synchronises."""
+        """Makes the next update number `t`. Synchronises."""
         self._resumes_at = None
         self.origin = self._optimizer._step_state.read().applied_steps - t
 
@@ -73,13 +73,13 @@ class AppliedCount:
         self._resumes_at = None
 
     def write_rates(self, bases: Sequence[float | Tensor]) -> bool:
-        """Lets every group follow, from its base rate, and renews what its ``lr`` reads. Returns False."""
+        """Lets every group follow, from its base rate, and renews what its `lr` reads. Returns False."""
         for group, base in zip(self._optimizer.param_groups, bases, strict=True):
             self.enter(group, base)
         return False
 
     def enter(self, group: dict[str, Any], base: float | Tensor) -> bool:
-        """Lets one group follow, as :meth:`write_rates`."""
+        """Lets one group follow, as `write_rates`."""
         applied_steps = self._optimizer._step_state.applied_steps
         # A tensor may be on a GPU, and would have to be read in every step.
         group["initial_lr"] = float(base)
@@ -91,11 +91,11 @@ class AppliedCount:
         return False
 
     def saved(self) -> dict[str, Any]:
-        """Returns what a state dict has beside ``last_epoch``."""
+        """Returns what a state dict has beside `last_epoch`."""
         return {"origin": self.origin}
 
     def restore(self, t: int, origin: int | None) -> None:
-        """Takes over the position of a state dict; without an ``origin`` the next update becomes number ``t``."""
+        """Takes over the position of a state dict; without an `origin` the next update becomes number `t`."""
         if origin is None:
             self.go_to(t)
             self.expect_load(t)

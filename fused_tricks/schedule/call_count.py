@@ -1,4 +1,4 @@
-"""A schedule by the calls of its ``step``."""
+"""A schedule by the calls of its `step`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CallCount:
         curve: The schedule.
 
     Attributes:
-        t: The number of the next update; -1 until a ``SequentialLR`` comes to this schedule.
+        t: The number of the next update; -1 until a `SequentialLR` comes to this schedule.
     """
 
     name = "calls"
@@ -32,15 +32,15 @@ class CallCount:
 
     @property
     def known_t(self) -> int:
-        """:attr:`t`, which is always known on the host."""
+        """`t`, which is always known on the host."""
         return self.t
 
     def assign(self, t: int) -> None:
-        """Makes the next update number ``t``."""
+        """Makes the next update number `t`."""
         self.t = t
 
     def go_to(self, t: int) -> None:
-        """Makes the next update number ``t``."""
+        """Makes the next update number `t`."""
         self.t = t
 
     def advance(self) -> None:
@@ -65,7 +65,7 @@ class CallCount:
         return True
 
     def saved(self) -> dict[str, Any]:
-        """Returns what a state dict has beside ``last_epoch``: nothing."""
+        """Returns what a state dict has beside `last_epoch`: nothing."""
         return {}
 
     def restore(self, t: int, origin: int | None) -> None:
@@ -76,4 +76,4 @@ class CallCount:
         """Does nothing: an optimizer that is loaded later does not change the count."""
 
     def after_load(self) -> None:
-        """Does nothing, as :meth:`expect_load`."""
+        """Does nothing, as `expect_load`."""

@@ -20,7 +20,7 @@ _PI = Fraction(2646693125139304345, 842468587426513207)
 class WarmupCosine:
     """What a learning rate is multiplied by at each update: a pure function of the update's number.
 
-    The arguments are those of :class:`~fused_tricks.WarmupCosineLR`, where they are explained.
+    The arguments are those of `WarmupCosineLR`, where they are explained.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -66,12 +66,12 @@ class WarmupCosine:
                     raise ValueError(f"{name} is about restarts, which T_0 turns on: give T_0 as well")
 
     def factor(self, t: int) -> float:
-        """The factor of update ``t``, which is 0 for the first. Any ``t`` may be asked for, in any order.
+        """The factor of update `t`, which is 0 for the first. Any `t` may be asked for, in any order.
 
         A cosine is within 5 units in the last place of its exact value, to its very end.
 
         Raises:
-            TypeError, ValueError: ``t`` is not an integer, or negative.
+            TypeError, ValueError: `t` is not an integer, or negative.
         """
         t = integer("t", t, least=0)
         if self.total_steps is not None and t >= self.total_steps:
@@ -80,7 +80,7 @@ class WarmupCosine:
         return self._stretch(cycle, place, place + 1, length)[0]
 
     def factors(self, count: int) -> array[float]:
-        """Returns the factors of the updates 0 to ``count - 1``, each with the bits of :meth:`factor`."""
+        """Returns the factors of the updates 0 to `count - 1`, each with the bits of `factor`."""
         factors = array("d")
         end = count if self.total_steps is None else min(count, self.total_steps)
         while len(factors) < end:
@@ -91,7 +91,7 @@ class WarmupCosine:
         return factors
 
     def _stretch(self, cycle: int, begin: int, end: int, length: int) -> list[float]:
-        """The factors at the places ``begin`` to ``end - 1`` of a cycle, which are negative in its warm-up."""
+        """The factors at the places `begin` to `end - 1` of a cycle, which are negative in its warm-up."""
         floor, steps = self.min_ratio, self.warmup_steps
         # No float is as large as an integer can be, and the power is the same.
         peak = max(self.peak_decay ** min(cycle, 2**1000), floor)
@@ -117,7 +117,7 @@ class WarmupCosine:
 
 
 def _half_cosines(begin: int, end: int, length: int) -> list[float]:
-    """``(1 + cos(π place / length)) / 2`` for the places from ``begin`` to ``end - 1``: falls from 1 towards 0."""
+    """`(1 + cos(π place / length)) / 2` for the places from `begin` to `end - 1`: falls from 1 towards 0."""
     middle = min(max(length // 2 + 1, begin), end)
     pi, divisor = _PI.numerator, _PI.denominator * length
     falling = [(1 + math.cos(pi * place / divisor)) / 2 for place in range(begin, middle)]
@@ -162,7 +162,7 @@ class _Cycles:
         self._lower = self._upper = T_0 << self.bits
 
     def find(self, t: int) -> tuple[int, int, int]:
-        """The cycle, the place in its cosine and its length, ``t >= 0`` updates after the start of the first cosine.
+        """The cycle, the place in its cosine and its length, `t >= 0` updates after the start of the first cosine.
 
         The place is negative in the warm-up of a later cycle.
         """

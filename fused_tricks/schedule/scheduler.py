@@ -30,81 +30,81 @@ LAST_UPDATE = 2**62
 class WarmupCosineLR(LRScheduler):
     """Linear warm-up, then a cosine down to a floor; or cosines that restart. Works with any torch optimizer.
 
-    The learning rate of update ``t`` (0 for the first) is the group's own initial rate times ``factor(t)``::
+    The learning rate of update `t` (0 for the first) is the group's own initial rate times `factor(t)`:
 
         t < warmup_steps    warmup_start + (1 - warmup_start) * (t + 1) / warmup_steps
         then                min_ratio + (1 - min_ratio) * (1 + cos(π u)) / 2
                             u = (t - warmup_steps) / (total_steps - warmup_steps)
         t >= total_steps    min_ratio, for ever
 
-    With ``T_0`` there are cycles, of ``T_0``, ``T_0 * T_mult``, ``T_0 * T_mult**2``, … updates after the warm-up. Each
-    length is rounded once, to the nearest integer and to even in a tie, from the exact value. Cycle ``c`` (0 for
-    the first) goes from ``peak_decay**c`` to ``min_ratio`` as the cosine above, with ``u`` running from 0 to 1 over the
-    cycle. A peak that would be below ``min_ratio`` is ``min_ratio``.
+    With `T_0` there are cycles, of `T_0`, `T_0 * T_mult`, `T_0 * T_mult**2`, … updates after the warm-up. Each
+    length is rounded once, to the nearest integer and to even in a tie, from the exact value. Cycle `c` (0 for
+    the first) goes from `peak_decay**c` to `min_ratio` as the cosine above, with `u` running from 0 to 1 over the
+    cycle. A peak that would be below `min_ratio` is `min_ratio`.
 
-    Call :meth:`step` after each ``optimizer.step()``::
+    Call `step` after each `optimizer.step()`:
 
         schedule = WarmupCosineLR(optimizer, total_steps=epochs * len(loader), warmup_steps=5 * len(loader))
 
-    The schedule is a closed form of ``t`` and the groups' initial rates, which are kept in the groups as
-    ``"initial_lr"``, as all torch schedulers do:
+    The schedule is a closed form of `t` and the groups' initial rates, which are kept in the groups as
+    `"initial_lr"`, as all torch schedulers do:
 
-    - A group keeps its ratio to the others. A tensor ``lr`` is written in place.
-    - A group added by ``optimizer.add_param_group`` is scheduled at once, from the rate it comes with. One that gets
-      into ``param_groups`` in another way is scheduled from the next :meth:`step`.
+    - A group keeps its ratio to the others. A tensor `lr` is written in place.
+    - A group added by `optimizer.add_param_group` is scheduled at once, from the rate it comes with. One that gets
+      into `param_groups` in another way is scheduled from the next `step`.
     - A resumed run may build and load optimizer and schedule in any order: each load sets the rates of the update
       that the schedule is at. An optimizer that was loaded before the schedule is built, or had another one before,
-      brings its initial rates with it. To start from others, set ``group["initial_lr"]`` or :attr:`base_lrs`.
-    - :meth:`step` does not warn when ``optimizer.step()`` was not called before. Under a ``GradScaler``, which leaves
+      brings its initial rates with it. To start from others, set `group["initial_lr"]` or `base_lrs`.
+    - `step` does not warn when `optimizer.step()` was not called before. Under a `GradScaler`, which leaves
       out steps that overflow, torch's schedulers warn without cause.
-    - In torch's ``SequentialLR`` it can only be the last: it takes the rates as its own whenever it has begun.
-    - In torch's ``ChainedScheduler`` it overwrites the rates of the schedulers listed before it, and those listed after
-      it multiply rates that it writes anew in each step. Multiply :attr:`base_lrs` instead.
+    - In torch's `SequentialLR` it can only be the last: it takes the rates as its own whenever it has begun.
+    - In torch's `ChainedScheduler` it overwrites the rates of the schedulers listed before it, and those listed after
+      it multiply rates that it writes anew in each step. Multiply `base_lrs` instead.
 
-    With ``count="applied"`` ``t`` is the number of updates that a :class:`~fused_tricks.FusedSGD` has applied since the
+    With `count="applied"` `t` is the number of updates that a `FusedSGD` has applied since the
     schedule was built, so that steps which overflow do not move it. They are counted where the parameters live; the
     factors lie there in a table, from which the update takes the one that is due. So nothing synchronises, and a
     captured CUDA graph follows the schedule as it is replayed. Then:
 
-    - ``group["lr"]`` is an FP64 tensor of no dimension for others to read: the rate of the next update, as of the last
-      :meth:`step`. A checkpoint of the optimizer has the number.
+    - `group["lr"]` is an FP64 tensor of no dimension for others to read: the rate of the next update, as of the last
+      `step`. A checkpoint of the optimizer has the number.
     - The count is in the optimizer's state: a resumed run loads both, in any order.
-    - To set a rate by hand until the next :meth:`step`, assign a number to ``group["lr"]``. Writing into the tensor, as
+    - To set a rate by hand until the next `step`, assign a number to `group["lr"]`. Writing into the tensor, as
       torch's other schedulers do, changes only what it reads.
-    - :attr:`last_epoch`, :meth:`get_lr`, :meth:`get_last_lr` and :meth:`state_dict` synchronise.
-    - It cannot be used in ``SequentialLR``.
+    - `last_epoch`, `get_lr`, `get_last_lr` and `state_dict` synchronise.
+    - It cannot be used in `SequentialLR`.
 
     Args:
         optimizer: The optimizer whose learning rates are set, beginning with the one of update 0.
-        total_steps: Updates in all, with the warm-up. None, only with ``T_0``: restarts without end. A cycle that
-            ``total_steps`` cuts short is not squeezed.
-        warmup_steps: Updates of the warm-up. Update ``warmup_steps - 1`` has the full rate, and so has the first of
+        total_steps: Updates in all, with the warm-up. None, only with `T_0`: restarts without end. A cycle that
+            `total_steps` cuts short is not squeezed.
+        warmup_steps: Updates of the warm-up. Update `warmup_steps - 1` has the full rate, and so has the first of
             the cosine.
         warmup_start: The factor that the warm-up leaves behind, in [0, 1]; the first update is already
-            ``1 / warmup_steps`` of the way above it.
+            `1 / warmup_steps` of the way above it.
         min_ratio: The floor, as a factor, in [0, 1].
         T_0: Updates in the cosine of the first cycle. None: one cosine, no restarts.
         T_mult: How much longer each cosine is than the one before, at least 1, and any real number.
         peak_decay: How much lower each peak is than the one before, in [0, 1].
-        warmup_every_cycle: Whether each later cycle has a warm-up as well: ``warmup_steps`` updates from
-            ``warmup_start`` (or its peak, if that is lower) to its peak, before its cosine and in addition to it.
-        count: What ``t`` counts: ``"calls"`` of :meth:`step`, or updates ``"applied"`` by a ``FusedSGD``, which needs
-            ``total_steps``.
+        warmup_every_cycle: Whether each later cycle has a warm-up as well: `warmup_steps` updates from
+            `warmup_start` (or its peak, if that is lower) to its peak, before its cosine and in addition to it.
+        count: What `t` counts: `"calls"` of `step`, or updates `"applied"` by a `FusedSGD`, which needs
+            `total_steps`.
         last_epoch: The number of the last update that was made, as torch's schedulers take it: the next one is
-            ``last_epoch + 1``. -1 begins with update 0. Groups without ``"initial_lr"`` take their present rate as the
+            `last_epoch + 1`. -1 begins with update 0. Groups without `"initial_lr"` take their present rate as the
             initial one, where torch's schedulers raise.
 
     Attributes:
-        curve: The :class:`~fused_tricks.schedule.curve.WarmupCosine`, whose ``factor(t)`` is the schedule.
+        curve: The `WarmupCosine`, whose `factor(t)` is the schedule.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is outside its range, or does not go with the others.
 
     Warns:
-        UserWarning: ``warmup_steps`` equals ``total_steps``, so that no cosine follows the warm-up; or, once, a
-            :meth:`step` goes beyond update ``total_steps``, where one call after each update ends. With
-            ``count="applied"`` this is noticed where the optimizer counts on the CPU.
+        UserWarning: `warmup_steps` equals `total_steps`, so that no cosine follows the warm-up; or, once, a
+            `step` goes beyond update `total_steps`, where one call after each update ends. With
+            `count="applied"` this is noticed where the optimizer counts on the CPU.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), sections 3.1 (warm-up) and 5.1
     (cosine); restarts from "SGDR" (arXiv 1608.03983).
@@ -157,7 +157,7 @@ class WarmupCosineLR(LRScheduler):
 
     @property
     def last_epoch(self) -> int:
-        """``t`` of the next update. The name is torch's."""
+        """`t` of the next update. The name is torch's."""
         return self._counter.t
 
     @last_epoch.setter
@@ -168,7 +168,7 @@ class WarmupCosineLR(LRScheduler):
 
     @property
     def base_lrs(self) -> list[float | Tensor]:
-        """The initial rate of each group. They may be assigned, and count from the next :meth:`step`."""
+        """The initial rate of each group. They may be assigned, and count from the next `step`."""
         return [_initial_rate(group) for group in self.optimizer.param_groups]
 
     @base_lrs.setter
@@ -177,7 +177,7 @@ class WarmupCosineLR(LRScheduler):
             group["initial_lr"] = rate
 
     def get_lr(self) -> list[float | Tensor]:
-        """The learning rate of each group at ``last_epoch``, in the type of the group's initial rate."""
+        """The learning rate of each group at `last_epoch`, in the type of the group's initial rate."""
         factor = self.curve.factor(self.last_epoch)
         return [rate * factor for rate in self.base_lrs]
 
@@ -190,10 +190,10 @@ class WarmupCosineLR(LRScheduler):
             epoch: The update to go to instead of the next one, 0 for the first.
 
         Raises:
-            TypeError, ValueError: ``epoch`` is not an integer, negative, or beyond 64 bits.
+            TypeError, ValueError: `epoch` is not an integer, negative, or beyond 64 bits.
 
         Warns:
-            UserWarning: The next update is beyond ``total_steps``; once.
+            UserWarning: The next update is beyond `total_steps`; once.
         """
         self._update_lr(epoch)
         self._step_count += 1
@@ -206,7 +206,7 @@ class WarmupCosineLR(LRScheduler):
             )
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """The learning rates that the last :meth:`step` set; with ``count="applied"``, those of the next update."""
+        """The learning rates that the last `step` set; with `count="applied"`, those of the next update."""
         return super().get_last_lr() if self._counter.sets_last_rates else self.get_lr()
 
     # torch's SequentialLR enters a schedule here.
@@ -226,7 +226,7 @@ class WarmupCosineLR(LRScheduler):
         return [_copy(group["lr"]) for group in self.optimizer.param_groups]
 
     def _watch_groups(self) -> None:
-        """Sets the rates of groups that are added or loaded between two calls of ``step``, where torch leaves them."""
+        """Sets the rates of groups that are added or loaded between two calls of `step`, where torch leaves them."""
         optimizer = self.optimizer
         # Weak references, because the optimizer holds these functions: a cycle would keep its tensors past their time.
         optimizer_ref, schedule_ref = ref(optimizer), ref(self)
@@ -261,9 +261,9 @@ class WarmupCosineLR(LRScheduler):
             self._last_lr = self._current_rates()
 
     def state_dict(self) -> dict[str, Any]:
-        """``last_epoch`` and the arguments; JSON can hold it. The initial rates are in the optimizer's state.
+        """`last_epoch` and the arguments; JSON can hold it. The initial rates are in the optimizer's state.
 
-        With ``count="applied"`` also ``origin``: how many updates the optimizer had applied before update 0.
+        With `count="applied"` also `origin`: how many updates the optimizer had applied before update 0.
         """
         return {"last_epoch": self.last_epoch, **self._arguments(), **self._counter.saved()}
 
@@ -279,8 +279,8 @@ class WarmupCosineLR(LRScheduler):
             UserWarning: The state is of a schedule with other arguments.
 
         Raises:
-            KeyError, TypeError, ValueError: The state has no ``last_epoch``, or one that is not an integer or outside
-                ``[-1, 2**62]``, or such an ``origin``. Nothing is changed then.
+            KeyError, TypeError, ValueError: The state has no `last_epoch`, or one that is not an integer or outside
+                `[-1, 2**62]`, or such an `origin`. Nothing is changed then.
         """
         if "last_epoch" not in state_dict:
             raise KeyError(

@@ -16,7 +16,7 @@ class FactorTable:
     """FP64 factors, one for each update; the last is for all updates that follow.
 
     Args:
-        factors: At least one, of type ``"d"``.
+        factors: At least one, of type `"d"`.
     """
 
     def __init__(self, factors: array[float]) -> None:
@@ -36,7 +36,7 @@ class FactorTable:
 
 @dataclass(frozen=True)
 class DeviceLR:
-    """What a tensor in a group's ``lr`` stands for: ``base`` times a factor.
+    """What a tensor in a group's `lr` stands for: `base` times a factor.
 
     Attributes:
         base: The rate at factor 1.
@@ -49,13 +49,13 @@ class DeviceLR:
     origin: int
 
     def after(self, applied: int) -> float:
-        """The rate of the update that follows ``applied`` others."""
+        """The rate of the update that follows `applied` others."""
         factors = self.factors.on(torch.device("cpu"))
         with outside_all_modes():
             return self.base * float(factors[min(max(applied - self.origin, 0), len(factors) - 1)])
 
     def write(self, lr: Tensor, applied_steps: Tensor) -> None:
-        """Writes the rate of the next update into ``lr``, on its device and without a sync.
+        """Writes the rate of the next update into `lr`, on its device and without a sync.
 
         Args:
             lr: FP64 of no dimension.
@@ -68,9 +68,9 @@ class DeviceLR:
 
 
 def following(rate: DeviceLR, device: torch.device) -> Tensor:
-    """A tensor for a group's ``lr`` that the kernels take for ``rate``.
+    """A tensor for a group's `lr` that the kernels take for `rate`.
 
-    Its own value, FP64 of no dimension, is for people and other code to read; :meth:`DeviceLR.write` renews it.
+    Its own value, FP64 of no dimension, is for people and other code to read; `DeviceLR.write` renews it.
     """
     with outside_all_modes():
         lr = torch.zeros((), dtype=torch.float64, device=device)
@@ -79,5 +79,5 @@ def following(rate: DeviceLR, device: torch.device) -> Tensor:
 
 
 def device_lr_of(lr: Any) -> DeviceLR | None:
-    """What a group's ``lr`` stands for; None where it is just a number or a tensor."""
+    """What a group's `lr` stands for; None where it is just a number or a tensor."""
     return getattr(lr, "_device_lr", None) if isinstance(lr, Tensor) else None

@@ -35,12 +35,12 @@ OFFSETS = {
 
 
 def to_float32(value: float) -> float:
-    """The FP32 number nearest to ``value``, ties to even; infinite where that overflows."""
+    """The FP32 number nearest to `value`, ties to even; infinite where that overflows."""
     return ctypes.c_float(value).value
 
 
 class StepReading(NamedTuple):
-    """The fields of a :class:`StepState` that the host reads, as Python numbers."""
+    """The fields of a `StepState` that the host reads, as Python numbers."""
 
     scale: float
     growth_tracker: int
@@ -53,7 +53,7 @@ class StepReading(NamedTuple):
 
     @classmethod
     def of(cls, block: Tensor) -> StepReading:
-        """Reads a ``block``, which synchronises where it is on a GPU."""
+        """Reads a `block`, which synchronises where it is on a GPU."""
         fields = dict(zip(_FIELDS, _LAYOUT.unpack(bytes(block.tolist())), strict=True))
         return cls(**{name: fields[name] for name in cls._fields})
 
@@ -61,12 +61,12 @@ class StepReading(NamedTuple):
 class StepState:
     """Loss scale, trackers and counters of one optimizer in one 64-byte tensor.
 
-    Every attribute is a 0-dim view of ``block``, so a kernel changes them without a host sync, and reading one as a
-    Python number is a sync. ``block`` has memory even where the parameters have none, and a ``FakeTensorMode`` does not
+    Every attribute is a 0-dim view of `block`, so a kernel changes them without a host sync, and reading one as a
+    Python number is a sync. `block` has memory even where the parameters have none, and a `FakeTensorMode` does not
     change that.
 
     Attributes:
-        block: ``uint8`` tensor of 64 bytes that the kernels are given.
+        block: `uint8` tensor of 64 bytes that the kernels are given.
         scale: FP32, the loss scale; 1 where none is in use.
         growth_tracker: INT32, good steps since the scale last changed or an overflow was found.
         hysteresis_tracker: INT32, overflows left until the scale backs off.
@@ -107,7 +107,7 @@ class StepState:
                 self._view(self.block.to(device))
 
     def keep(self, *memory: object) -> None:
-        """Keeps objects and the present ``block`` alive for as long as this state: a captured CUDA graph uses them."""
+        """Keeps objects and the present `block` alive for as long as this state: a captured CUDA graph uses them."""
         self._kept.append((self.block, *memory))
 
     def read(self) -> StepReading:

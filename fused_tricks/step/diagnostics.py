@@ -29,7 +29,7 @@ _PACKAGES = ("fused_tricks", "torch")
 
 
 def warn_user(message: str) -> None:
-    """Issues a ``UserWarning`` that points at the first line of the call stack outside this package and torch."""
+    """Issues a `UserWarning` that points at the first line of the call stack outside this package and torch."""
     level = 1
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES:
@@ -83,7 +83,7 @@ class StepDiagnostics:
 
         Args:
             plan: The plan of the step.
-            is_scaled_by_grad_scaler: True if a ``GradScaler`` calls the step.
+            is_scaled_by_grad_scaler: True if a `GradScaler` calls the step.
             is_partitioned: True if another process may scale the loss.
         """
         grads = [entry.param.grad for entry in plan.entries if entry.live and entry.param.grad is not None]

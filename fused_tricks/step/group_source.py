@@ -14,7 +14,7 @@ _sources: WeakSet[Any] = WeakSet()
 
 
 def register_source(optimizer: Optimizer) -> None:
-    """Has :func:`check_nothing_is_lost` know the optimizer's groups."""
+    """Has `check_nothing_is_lost` know the optimizer's groups."""
     _sources.add(optimizer)
 
 
@@ -22,11 +22,11 @@ def check_nothing_is_lost(params: Any, settings: dict[str, Any]) -> Any:
     """Checks that a new optimizer does not train without what the optimizer has that its groups come from.
 
     Args:
-        params: The ``params`` of the new optimizer.
+        params: The `params` of the new optimizer.
         settings: Its settings that belong to no group, by name.
 
     Returns:
-        The ``params``; a list of them in place of an iterator.
+        The `params`; a list of them in place of an iterator.
 
     Raises:
         RuntimeError: They are groups of another optimizer that has such a setting, and the new one has none.

@@ -28,7 +28,7 @@ class StepLock(RLock):  # type: ignore[misc]  # it is final to the type checker 
 
 
 def one_at_a_time(method: _Method) -> _Method:
-    """Makes a method wait for whatever else holds its object's ``_lock``."""
+    """Makes a method wait for whatever else holds its object's `_lock`."""
 
     @functools.wraps(method)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:

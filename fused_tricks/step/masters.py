@@ -26,7 +26,7 @@ def refresh_masters(masters: dict[Tensor, Tensor | None]) -> None:
     """Writes every low-precision parameter into its master, but for elements that are the master's rounding.
 
     Args:
-        masters: As :func:`masters_in_use` returns them.
+        masters: As `masters_in_use` returns them.
     """
     masters_with_memory = []
     for param, master in masters.items():

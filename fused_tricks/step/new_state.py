@@ -20,19 +20,19 @@ class _Note(NamedTuple):
     Attributes:
         notes: INT64 of (1 + buffers,): the updates applied when these tensors were made, then for each buffer the
             number of the update that first wrote it, -1 before.
-        place: The buffer's index in ``notes``; 0 for a tensor whose first update is not noted itself.
+        place: The buffer's index in `notes`; 0 for a tensor whose first update is not noted itself.
     """
 
     notes: Tensor
     place: int
 
     def is_written(self, notes: Sequence[int], applied_steps: int) -> bool:
-        """True if the tensor is written, by its ``notes`` on the host and the number of updates applied."""
+        """True if the tensor is written, by its `notes` on the host and the number of updates applied."""
         return notes[self.place] >= 0 if self.place else notes[0] != applied_steps
 
 
 class NewState:
-    """Masters and momentum buffers in ``optimizer.state`` that a plan has made, and no update may have written.
+    """Masters and momentum buffers in `optimizer.state` that a plan has made, and no update may have written.
 
     Every backend notes a buffer's first update in one INT64 tensor for each plan that made some. The notes are on the
     parameters' device, because a GPU decides alone whether a first step is skipped. They keep their address, because
@@ -77,7 +77,7 @@ class NewState:
 
         Args:
             buffer: The buffer.
-            device: The device of the note: that of :meth:`add` where the buffer is recorded. All others share a note of
+            device: The device of the note: that of `add` where the buffer is recorded. All others share a note of
                 0 there.
         """
         note = self._notes.get(buffer)
@@ -90,7 +90,7 @@ class NewState:
         return self._first_of_all[device]
 
     def replace(self, former: Tensor, tensor: Tensor, step_state: StepState, device: torch.device) -> None:
-        """Has ``tensor`` take the place of ``former``, whose values it has in another dtype, layout or device."""
+        """Has `tensor` take the place of `former`, whose values it has in another dtype, layout or device."""
         note = self._notes.pop(former, None)
         if note is None:
             return

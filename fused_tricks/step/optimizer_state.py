@@ -43,7 +43,7 @@ def progress_of(step_state: StepState, *, with_scale: bool) -> dict[str, float]:
 def restore_progress(
     saved: dict[str, Any], step_state: StepState, loss_scale: float | DynamicLossScale | None
 ) -> None:
-    """Takes over what :func:`progress_of` saved.
+    """Takes over what `progress_of` saved.
 
     Raises:
         TypeError, ValueError: A number is outside its range. Nothing is changed then.
@@ -70,11 +70,11 @@ def finish_state_dict(
     unwritten: list[Tensor],
     progress: dict[str, float],
 ) -> None:
-    """Puts numbers and tensors that are true for the saved moment into what ``Optimizer.state_dict`` returns.
+    """Puts numbers and tensors that are true for the saved moment into what `Optimizer.state_dict` returns.
 
-    Groups get ``progress``, and the rate of the next update where theirs follows the updates applied. State that means
+    Groups get `progress`, and the rate of the next update where theirs follows the updates applied. State that means
     nothing is left out: a master beside a parameter that no longer has low precision, and masters and buffers that no
-    update has written. Only ``torch.distributed.checkpoint``, which demands the same keys at all times, gets those.
+    update has written. Only `torch.distributed.checkpoint`, which demands the same keys at all times, gets those.
     """
     for group in packed["param_groups"]:
         rate = device_lr_of(group["lr"])
@@ -101,7 +101,7 @@ def finish_state_dict(
 def never_updated_buffers(state: dict[Tensor, dict[str, Any]], progress: dict[str, Any]) -> list[Tensor]:
     """Returns the buffers of a loaded state that no update has written.
 
-    Only files of ``torch.distributed.checkpoint`` have such buffers, as zeros.
+    Only files of `torch.distributed.checkpoint` have such buffers, as zeros.
     """
     if progress.get("applied_steps") != 0 or not is_called_by_distributed_checkpoint():
         return []
@@ -112,7 +112,7 @@ def never_updated_buffers(state: dict[Tensor, dict[str, Any]], progress: dict[st
 def import_groups(
     state_dict: dict[str, Any], groups: list[dict[str, Any]], defaults: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Returns the saved groups as the optimizer's next groups, and what :func:`progress_of` saved.
+    """Returns the saved groups as the optimizer's next groups, and what `progress_of` saved.
 
     Args:
         state_dict: A saved state.
@@ -188,8 +188,8 @@ def import_state(
     """Per-parameter state as a copy, in the type of the arithmetic, on the parameters' devices.
 
     Args:
-        saved_state: ``state_dict["state"]``.
-        saved_groups: ``state_dict["param_groups"]``, which list the keys of ``saved_state``.
+        saved_state: `state_dict["state"]`.
+        saved_groups: `state_dict["param_groups"]`, which list the keys of `saved_state`.
         groups: The optimizer's groups.
 
     Raises:

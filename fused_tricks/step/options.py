@@ -9,7 +9,7 @@ class NumberOption(NamedTuple):
     """An option that is a number.
 
     Attributes:
-        message: The text of the error for a value outside the range, in the words of ``torch.optim.SGD``.
+        message: The text of the error for a value outside the range, in the words of `torch.optim.SGD`.
         takes_negative: True if the value may be below zero.
         takes_tensor: True if the value may be a tensor of one element.
     """

@@ -12,7 +12,7 @@ from .._torch import without_modes
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Makes tensors that may be written later, outside ``torch.inference_mode``. Autograd records nothing."""
+    """Makes tensors that may be written later, outside `torch.inference_mode`. Autograd records nothing."""
     # Leaving inference mode would turn autograd on.
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -20,6 +20,6 @@ def outside_inference_mode() -> Iterator[None]:
 
 @contextmanager
 def outside_all_modes() -> Iterator[None]:
-    """Makes tensors that have memory even under a ``FakeTensorMode``, and may be written later."""
+    """Makes tensors that have memory even under a `FakeTensorMode`, and may be written later."""
     with without_modes(), outside_inference_mode():
         yield

@@ -43,7 +43,7 @@ def state_dtype(param: Tensor) -> torch.dtype:
 
 
 def check_state(name: str, state: Any) -> None:
-    """Raises TypeError unless ``state`` can be what the optimizer's state has of the parameter ``name``."""
+    """Raises TypeError unless `state` can be what the optimizer's state has of the parameter `name`."""
     if not isinstance(state, dict):
         raise TypeError(f"the state of {name} must be a dict, got {type(state).__name__}; delete the entry")
     for key in (MASTER_PARAM, MOMENTUM_BUFFER):

@@ -47,18 +47,18 @@ class Entry:
         param: The parameter as its group lists it.
         live: Whether it can be updated: it had a gradient when the plan was made, or has had one before and is ready
             for the next. What follows is empty where it cannot.
-        source: The tensor whose memory and ``.grad`` the kernels use: the parameter, or a stand-in. That is an alias of
-            the part of a ``DTensor`` that is here, or a contiguous copy where the parameter has gaps or its gradient
+        source: The tensor whose memory and `.grad` the kernels use: the parameter, or a stand-in. That is an alias of
+            the part of a `DTensor` that is here, or a contiguous copy where the parameter has gaps or its gradient
             has other strides.
         grad_dtype: The type of its gradients; one of another type needs another plan.
         is_copy: The stand-in has memory of its own.
-        shard_class: Its class in :class:`~fused_tricks.distributed.found_inf_reduction.StepReduction`.
-        master: FP32 weights of an FP16 or BF16 parameter, with the strides of ``source``.
-        buffer: Momentum in the type of the arithmetic, with the strides of ``source``.
-        distributed: ``DTensor``s of which ``master`` and ``buffer`` are the parts that are here, where the parameter is
+        shard_class: Its class in `StepReduction`.
+        master: FP32 weights of an FP16 or BF16 parameter, with the strides of `source`.
+        buffer: Momentum in the type of the arithmetic, with the strides of `source`.
+        distributed: `DTensor`s of which `master` and `buffer` are the parts that are here, where the parameter is
             one, by their keys in the optimizer's state.
-        first_update: 0-dim INT64, the number of the update that first wrote ``buffer``; -1 before. Backends note it.
-        identity: The parameter's address and version counters when ``master`` was last known to agree with it.
+        first_update: 0-dim INT64, the number of the update that first wrote `buffer`; -1 before. Backends note it.
+        identity: The parameter's address and version counters when `master` was last known to agree with it.
         storage: Keeps that address from being given to other data.
     """
 
@@ -132,7 +132,7 @@ class Plan:
                 state.setdefault(param, {}).update(new)
 
     def withdraw_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Undoes :meth:`place_state`."""
+        """Undoes `place_state`."""
         for param, keys in self.placed.items():
             held = state.get(param, {})
             for key in keys:
@@ -192,7 +192,7 @@ class _Listed(NamedTuple):
 
 
 class _Builder:
-    """Builds one plan. The arguments are those of :func:`build_plan`."""
+    """Builds one plan. The arguments are those of `build_plan`."""
 
     def __init__(
         self,
@@ -341,7 +341,7 @@ class _Builder:
 
 
 def _placed(entry: Entry, key: str, tensor: Tensor) -> Tensor:
-    """Returns a new tensor as the optimizer's state has it: as a ``DTensor`` where the parameter is one."""
+    """Returns a new tensor as the optimizer's state has it: as a `DTensor` where the parameter is one."""
     if is_distributed(entry.param):
         tensor = entry.distributed[key] = distributed_like(tensor, entry.param)
     return tensor

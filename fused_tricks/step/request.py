@@ -15,11 +15,11 @@ class StepRequest(NamedTuple):
     """The step's own options.
 
     Attributes:
-        unscales: Gradients carry a factor: the optimizer's loss scale, or ``grad_scale``.
-        grad_scale: The factor that a ``GradScaler`` handed over; it has looked for non-finite gradients itself.
-        found_inf: The ``GradScaler``'s verdict: not zero when a gradient is not finite.
+        unscales: Gradients carry a factor: the optimizer's loss scale, or `grad_scale`.
+        grad_scale: The factor that a `GradScaler` handed over; it has looked for non-finite gradients itself.
+        found_inf: The `GradScaler`'s verdict: not zero when a gradient is not finite.
         max_norm: Measure the global norm, and clip to this.
-        scale_rule: How to adjust the loss scale after the step (``DynamicLossScale.rule()``); None leaves it.
+        scale_rule: How to adjust the loss scale after the step (`DynamicLossScale.rule()`); None leaves it.
     """
 
     unscales: bool
@@ -35,7 +35,7 @@ class StepRequest(NamedTuple):
 
     @property
     def has_found(self) -> bool:
-        """The ``GradScaler``'s verdict, read on the host."""
+        """The `GradScaler`'s verdict, read on the host."""
         return self.found_inf is not None and has_memory(self.found_inf) and float(self.found_inf) != 0
 
 
@@ -50,11 +50,11 @@ def step_request(
     Args:
         loss_scale: The optimizer's own loss scale.
         max_grad_norm: The optimizer's norm to clip to.
-        grad_scale: The factor of a ``GradScaler``.
-        found_inf: The verdict of a ``GradScaler``; None where there is no scaler.
+        grad_scale: The factor of a `GradScaler`.
+        found_inf: The verdict of a `GradScaler`; None where there is no scaler.
 
     Raises:
-        RuntimeError: There are both a loss scale and a ``GradScaler``.
+        RuntimeError: There are both a loss scale and a `GradScaler`.
     """
     if found_inf is None:
         rule = loss_scale.rule() if isinstance(loss_scale, DynamicLossScale) else None

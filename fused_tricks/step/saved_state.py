@@ -48,7 +48,7 @@ class Prepared(NamedTuple):
 
 
 class SavedState(Optimizer):
-    """State, state dicts, copies and pickles of :class:`~fused_tricks.FusedSGD`, which sets the attributes."""
+    """State, state dicts, copies and pickles of `FusedSGD`, which sets the attributes."""
 
     _state: defaultdict[Any, Any]
     _loss_scale: float | DynamicLossScale | None
@@ -64,10 +64,10 @@ class SavedState(Optimizer):
 
     @property
     def state(self) -> defaultdict[Any, Any]:
-        """``torch.optim.Optimizer.state``: ``momentum_buffer`` and ``master_param`` of each parameter.
+        """`torch.optim.Optimizer.state`: `momentum_buffer` and `master_param` of each parameter.
 
         A parameter's state is there from its first step on. A momentum buffer is zero until an update is applied, and
-        values that user code writes into it before that are ignored; :meth:`state_dict` leaves it out.
+        values that user code writes into it before that are ignored; `state_dict` leaves it out.
         """
         if is_asked_for_state():
             # torch.distributed.checkpoint loads no option that a group does not have.
@@ -85,14 +85,14 @@ class SavedState(Optimizer):
 
     @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
-        """The state in the format of ``torch.optim.SGD``, which can load it.
+        """The state in the format of `torch.optim.SGD`, which can load it.
 
-        ``state`` has ``momentum_buffer`` where there is momentum and ``master_param`` beside FP16 and BF16
+        `state` has `momentum_buffer` where there is momentum and `master_param` beside FP16 and BF16
         parameters, both FP32 (FP64 beside FP64 parameters). State that no update has written yet, as after a skipped
-        first step, is left out, so that ``optimizer.state`` may have more. Each group also carries
-        ``applied_steps``, ``skipped_steps`` and, with a loss scale, ``loss_scale``, ``growth_tracker`` and
-        ``hysteresis_tracker``: there they survive tools that keep only ``state`` and ``param_groups``.
-        ``optimizer.param_groups`` does not have them. Synchronises.
+        first step, is left out, so that `optimizer.state` may have more. Each group also carries
+        `applied_steps`, `skipped_steps` and, with a loss scale, `loss_scale`, `growth_tracker` and
+        `hysteresis_tracker`: there they survive tools that keep only `state` and `param_groups`.
+        `optimizer.param_groups` does not have them. Synchronises.
         """
         self._drop_progress()
         progress = progress_of(self._step_state, with_scale=self._loss_scale is not None)
@@ -117,11 +117,11 @@ class SavedState(Optimizer):
 
     @one_at_a_time
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class or of ``torch.optim.SGD``.
+        """Loads a state of this class or of `torch.optim.SGD`.
 
-        FP32 state stays FP32 beside an FP16 parameter, where ``torch.optim.Optimizer`` would cast it. Tensors are
+        FP32 state stays FP32 beside an FP16 parameter, where `torch.optim.Optimizer` would cast it. Tensors are
         copied. Options that the state lacks, and the scale where it has none, keep their values. So does a static
-        ``loss_scale``: only a :class:`DynamicLossScale` takes over a saved scale, within its floor and ceiling.
+        `loss_scale`: only a `DynamicLossScale` takes over a saved scale, within its floor and ceiling.
 
         Raises:
             KeyError, TypeError, ValueError: The state does not fit the optimizer. Nothing is changed then.

@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
     Attributes:
         tensor: The part of it that is on this process.
-        key: ``PARAMETER``, ``GRADIENT``, or its key in the parameter's state.
+        key: `PARAMETER`, `GRADIENT`, or its key in the parameter's state.
         owner: What errors call the parameter.
         has_master: True where the parameter has a master.
     """
@@ -47,7 +47,7 @@ class _Span(NamedTuple):
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """True unless a tensor has a shape and no elements: one on ``meta``, or a ``FakeTensor``."""
+    """True unless a tensor has a shape and no elements: one on `meta`, or a `FakeTensor`."""
     if type(tensor) in _PLAIN:
         return not tensor.is_meta
     local = local_part(tensor)
@@ -55,7 +55,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def device_of(params: Iterable[Tensor], otherwise: torch.device) -> torch.device:
-    """Returns the device of the first tensor that has memory; ``otherwise`` where none has."""
+    """Returns the device of the first tensor that has memory; `otherwise` where none has."""
     return next((param.device for param in params if has_memory(param)), otherwise)
 
 
@@ -72,7 +72,7 @@ def address_of(tensor: Tensor) -> int:
 
 
 def missing_bytes(tensor: Tensor) -> int:
-    """Returns how many bytes a tensor's storage lacks for its elements, as after ``untyped_storage().resize_(0)``."""
+    """Returns how many bytes a tensor's storage lacks for its elements, as after `untyped_storage().resize_(0)`."""
     local = local_part(tensor)
     if not is_addressable(local) or is_zero_tensor(local) or local.numel() == 0:
         return 0
@@ -81,7 +81,7 @@ def missing_bytes(tensor: Tensor) -> int:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """True if two elements of a tensor are at one address, as after ``expand``."""
+    """True if two elements of a tensor are at one address, as after `expand`."""
     if not is_addressable(tensor) or tensor.is_contiguous():
         return False
     reach = 0

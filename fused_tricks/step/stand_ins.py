@@ -1,6 +1,6 @@
 """Dense tensors that kernels read and write in place of parameters that they cannot walk.
 
-A stand-in is an alias of the local part of a ``DTensor``, or a contiguous copy where a parameter has gaps or a gradient
+A stand-in is an alias of the local part of a `DTensor`, or a contiguous copy where a parameter has gaps or a gradient
 has other strides.
 """
 

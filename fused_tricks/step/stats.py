@@ -8,13 +8,13 @@ from .device_state import StepReading
 
 
 class StepStats(NamedTuple):
-    """What :meth:`fused_tricks.FusedSGD.stats` reports.
+    """What `stats` reports.
 
     Attributes:
-        scale: The loss scale that the next ``scale(loss)`` uses; None without loss scaling.
+        scale: The loss scale that the next `scale(loss)` uses; None without loss scaling.
         applied_steps: Updates applied since the optimizer (or the checkpoint it continues) was made.
         skipped_steps: Updates skipped because a gradient was not finite.
-        grad_norm: The unscaled L2 norm over all gradients of the last step; None without ``max_grad_norm``.
+        grad_norm: The unscaled L2 norm over all gradients of the last step; None without `max_grad_norm`.
         last_step_skipped: Whether the last step was skipped.
         skipped_in_a_row: Updates skipped since the last one that was applied; 0 in training that works. A resumed run
             counts from 0.

@@ -11,7 +11,7 @@ _EMBEDDINGS = {"Embedding", "EmbeddingBag"}
 
 
 def kind(node: Node) -> str:
-    """The operation, as ``Relu`` of ``ReluBackward0``; empty for leaves and for autograd functions in Python."""
+    """The operation, as `Relu` of `ReluBackward0`; empty for leaves and for autograd functions in Python."""
     match = re.fullmatch(r"(\w+?)Backward\d+", node.name())
     return match[1] if match else ""
 
@@ -22,7 +22,7 @@ def is_layer(node: Node) -> bool:
 
 
 def operands(node: Node) -> list[Node]:
-    """The nodes whose results ``node`` reads, each once; tensors without history have none."""
+    """The nodes whose results `node` reads, each once; tensors without history have none."""
     return list(dict.fromkeys(operand for operand, _ in node.next_functions if operand is not None))
 
 
@@ -39,7 +39,7 @@ def leaf_tensor(leaf: Node) -> Tensor:
 class AutogradGraph:
     """The nodes that lead to what a model returned.
 
-    *Data* is what depends on the model's input. It enters at the nodes ``inputs``, at embeddings, and at layers
+    *Data* is what depends on the model's input. It enters at the nodes `inputs`, at embeddings, and at layers
     that read nothing but tensors without history (an image prepared without gradients, say). What is not data
     is made from parameters alone.
 
@@ -85,18 +85,18 @@ class AutogradGraph:
         return self._entries[a] & self._entries[b] != 0
 
     def layer_count(self, node: Node) -> int:
-        """How many layers lead to ``node``, itself included."""
+        """How many layers lead to `node`, itself included."""
         return self._layers[node].bit_count()
 
     def adds_layers(self, node: Node, to: Node) -> bool:
-        """Whether a layer leads to ``node`` that does not lead to ``to``."""
+        """Whether a layer leads to `node` that does not lead to `to`."""
         return self._layers[node] & ~self._layers[to] != 0
 
     def depends_on(self, node: Node, ancestor: Node) -> bool:
         return ancestor in _operands_first([node])
 
     def flows_only_into(self, node: Node, target: Node) -> bool:
-        """Whether everything that depends on ``node``, the roots included, does so by way of ``target``."""
+        """Whether everything that depends on `node`, the roots included, does so by way of `target`."""
         seen = {target}
         stack = [node]
         while stack:
@@ -109,7 +109,7 @@ class AutogradGraph:
         return True
 
     def nodes_with_gradients(self, passing_none: Collection[Node]) -> set[Node]:
-        """The nodes that a backward pass reaches when the nodes ``passing_none`` pass no gradient on."""
+        """The nodes that a backward pass reaches when the nodes `passing_none` pass no gradient on."""
         found: set[Node] = set()
         stack = list(self.roots)
         while stack:
@@ -121,7 +121,7 @@ class AutogradGraph:
         return found
 
     def uses(self, parameter: Node) -> set[Node]:
-        """The data nodes that read ``parameter``, or something made from parameters of which it is one."""
+        """The data nodes that read `parameter`, or something made from parameters of which it is one."""
         found = set()
         stack = [parameter]
         while stack:
@@ -133,12 +133,12 @@ class AutogradGraph:
         return found
 
     def leaves(self, node: Node) -> list[Node]:
-        """The leaves that ``node`` is made from."""
+        """The leaves that `node` is made from."""
         return [leaf for leaf in _operands_first([node]) if is_leaf(leaf)]
 
 
 def _operands_first(roots: Iterable[Node]) -> list[Node]:
-    """Every node that leads to ``roots``, after all of its operands."""
+    """Every node that leads to `roots`, after all of its operands."""
     order: dict[Node, None] = {}
     opened = set()
     stack = list(roots)

@@ -19,41 +19,41 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def zero_gamma_(model: ModelT, example_inputs: Any = None, *, strict: bool = False) -> ModelT:
-    """Sets γ = 0 in the last norm of every residual branch of ``model``, in place, and returns the model.
+    """Sets γ = 0 in the last norm of every residual branch of `model`, in place, and returns the model.
 
     Every residual block then begins as its shortcut, and the network trains at first like one of fewer layers.
 
     The branches are found in the graph that autograd builds in one forward pass of a copy of the model, not
     from its class. At an addition, the terms to which more convolutions and linear layers lead are the
     branches; a term to which fewer lead is the shortcut. A branch counts when it ends in a norm (BatchNorm,
-    SyncBatchNorm, InstanceNorm, GroupNorm or LayerNorm, whose γ is the layer's ``weight``) and nothing follows
+    SyncBatchNorm, InstanceNorm, GroupNorm or LayerNorm, whose γ is the layer's `weight`) and nothing follows
     up to the addition but reshapes, casts, dropout, stochastic depth, gates by a sigmoid (squeeze and
     excitation) and scales (layer scale). A norm before an activation is never set: behind a ReLU, a γ of zero
     would have no gradient for ever.
 
     The model is not moved, cast or run, and may be on any device, in any precision and in any mode; the copy is
-    on the ``meta`` device. Call it after loading the model's weights, and before `torch.jit.script` or
+    on the `meta` device. Call it after loading the model's weights, and before `torch.jit.script` or
     sharding; `DataParallel`, `DistributedDataParallel` and `torch.compile` may come before or after it.
 
     Args:
         model: the model; or a single norm layer, which is then the one to be set.
         example_inputs: what the model is called with: a tensor, a tuple of positional arguments, or a dict of
             keyword arguments. By default a batch of two of what the model's first layer takes, as images of
-            224×224 pixels and then of other usual sizes. Where a forward pass on ``meta`` fails, as it does if
+            224×224 pixels and then of other usual sizes. Where a forward pass on `meta` fails, as it does if
             the model's path depends on its data, a copy of the model runs on the values themselves, so
             then they must be on the model's device.
         strict: raise where nothing is found.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: nothing was found, with ``strict``; or the model has TorchScript modules, or lazy ones that
+        TypeError: `model` is not a module.
+        ValueError: nothing was found, with `strict`; or the model has TorchScript modules, or lazy ones that
             have not run yet.
         RuntimeError: the copy could not be made or run. A refused call changes nothing.
 
     Warns:
         UserWarning: nothing was found (`zero_gamma_` alone); or norms that end a branch, or may, were left alone: as
             many layers lead to the other side of the addition; the output or γ is used elsewhere, too; γ is frozen
-            (``requires_grad=False``); the norm is scaled by a parameter that has zeros, and a product of two zeros
+            (`requires_grad=False`); the norm is scaled by a parameter that has zeros, and a product of two zeros
             has no gradient; or the norm is deeper inside of a branch whose last norm is set.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1, zero γ; the idea
@@ -78,9 +78,9 @@ def zero_gamma_(model: ModelT, example_inputs: Any = None, *, strict: bool = Fal
 
 
 def zero_gamma_names(model: nn.Module, example_inputs: Any = None) -> list[str]:
-    """Returns the names of the norm layers that `zero_gamma_` would set, in the order of ``named_modules()``.
+    """Returns the names of the norm layers that `zero_gamma_` would set, in the order of `named_modules()`.
 
-    ``model.get_submodule(name)`` is the layer. The name of a single norm layer in itself is ``""``.
+    `model.get_submodule(name)` is the layer. The name of a single norm layer in itself is `""`.
 
     Args, errors and warnings: those of `zero_gamma_`.
     """

@@ -27,7 +27,7 @@ class LastNorm:
         node: the norm.
         gamma: the leaf of its γ.
         scales: the leaves of the parameters that scale its output before the addition.
-        problem: why γ must stay as it is; ``None`` where it may be zero.
+        problem: why γ must stay as it is; `None` where it may be zero.
     """
 
     node: Node

@@ -41,15 +41,15 @@ class DryRun:
     keep_alive: nn.Module
 
     def original(self, leaf: Node) -> Tensor:
-        """The model's own parameter whose copy ``leaf`` stands for."""
+        """The model's own parameter whose copy `leaf` stands for."""
         tensor = leaf_tensor(leaf)
         return self.originals.get(id(tensor), tensor)
 
 
 def dry_run(model: nn.Module, example_inputs: Any) -> DryRun:
-    """Runs a copy of ``model`` once and returns the graph; the model and the random states stay as they were.
+    """Runs a copy of `model` once and returns the graph; the model and the random states stay as they were.
 
-    The copy is on the ``meta`` device, where nothing is computed. Where that fails and ``example_inputs`` were
+    The copy is on the `meta` device, where nothing is computed. Where that fails and `example_inputs` were
     given, a copy on the model's own device runs on them. In the copy every parameter is trainable and every
     module in eval mode, which has neither randomness nor running statistics to update; what fails in eval mode
     is tried in training mode.

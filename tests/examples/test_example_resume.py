@@ -73,7 +73,7 @@ def launch(
         count: how many processes.
 
     Returns:
-        Their exit codes: ``-SIGTERM`` where another process failed first.
+        Their exit codes: `-SIGTERM` where another process failed first.
     """
     return launcher().submit(_fork, folder, options, meanwhile, killed_at, count).result()
 

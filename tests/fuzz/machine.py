@@ -60,7 +60,7 @@ class Histories(RuleBasedStateMachine):
         self.world: World | None = None
 
     def script(self) -> str:
-        """Returns a program that repeats the history; it runs in the folder ``tests``."""
+        """Returns a program that repeats the history; it runs in the folder `tests`."""
         return "\n".join(["from fuzz.world import World", *self.lines])
 
     def do(self, call: str, *args: Any) -> None:

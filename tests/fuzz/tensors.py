@@ -48,7 +48,7 @@ class Described(NamedTuple):
 
 
 def values(shape: tuple[int, ...], seed: int, exact: bool = False) -> Tensor:
-    """FP64 values over four decades; ``exact``: small multiples of 1/8, whose squares add up without rounding."""
+    """FP64 values over four decades; `exact`: small multiples of 1/8, whose squares add up without rounding."""
     generator = torch.Generator().manual_seed(seed)
     if exact:
         return torch.randint(-8, 9, shape, generator=generator).double() / 8

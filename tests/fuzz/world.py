@@ -27,11 +27,11 @@ class Life:
     """One optimizer with its parameters.
 
     Attributes:
-        name: A backend, or ``"torch"`` for ``torch.optim.SGD(foreach=False)``.
+        name: A backend, or `"torch"` for `torch.optim.SGD(foreach=False)`.
         params: Its parameters, in the order in which the world made them.
         optimizer: The optimizer.
         schedule: Its schedule, or None.
-        scaler: Its ``GradScaler``, or None.
+        scaler: Its `GradScaler`, or None.
     """
 
     def __init__(self, name: str, groups: list[dict[str, Any]], options: dict[str, Any]) -> None:
@@ -86,8 +86,8 @@ class World:
 
     Args:
         backends: The backends that take part beside the reference.
-        groups: Dicts with ``params``, a list of `Described`, options, and ``storage``, which is "apart" by default.
-        **options: Of the optimizers: ``loss_scale`` (a dict is a `DynamicLossScale`'s arguments), ``max_grad_norm``.
+        groups: Dicts with `params`, a list of `Described`, options, and `storage`, which is "apart" by default.
+        **options: Of the optimizers: `loss_scale` (a dict is a `DynamicLossScale`'s arguments), `max_grad_norm`.
     """
 
     def __init__(self, backends: tuple[str, ...], groups: list[dict[str, Any]], **options: Any) -> None:

@@ -123,7 +123,7 @@ def source(tmp_path) -> Path:
 
 
 def reported(folder: Path, path: Path | None = None) -> dict[str, str]:
-    """The rows of the report of ``python -m fused_tricks`` in a folder, with another on Python's path."""
+    """The rows of the report of `python -m fused_tricks` in a folder, with another on Python's path."""
     output = subprocess.run(
         [sys.executable, "-m", "fused_tricks"],
         check=True, capture_output=True, text=True, cwd=folder,

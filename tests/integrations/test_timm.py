@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> None:
-    """A name without underscores: timm takes what stands before one for a wrapper, as in ``lookahead_sgd``."""
+    """A name without underscores: timm takes what stands before one for a wrapper, as in `lookahead_sgd`."""
     timm_factory.default_registry.register(
         timm_factory.OptimInfo(
             name="fusedtricks",

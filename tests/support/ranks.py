@@ -31,7 +31,7 @@ at once."""
 
 
 def run(count: int, body: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-    """Calls ``body(*args, **options)`` on ``count`` processes, which live on to be called again.
+    """Calls `body(*args, **options)` on `count` processes, which live on to be called again.
 
     Args:
         count: How many processes.

@@ -1,4 +1,4 @@
-"""Runs a module as ``python -m`` does, with a fake `torch.cuda` and the emulated CUDA kernels as a backend.
+"""Runs a module as `python -m` does, with a fake `torch.cuda` and the emulated CUDA kernels as a backend.
 
 usage: python tests/support/with_fake_cuda.py -m MODULE ARGUMENTS
 """

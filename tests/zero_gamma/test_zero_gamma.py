@@ -28,8 +28,8 @@ class Block(nn.Module):
     """A stem, and parts of a residual block that `forward` puts together.
 
     Attributes:
-        long: two convolutions and norms; the last is ``long.3``.
-        short, other: one convolution and its norm, ``short.1`` and ``other.1``.
+        long: two convolutions and norms; the last is `long.3`.
+        short, other: one convolution and its norm, `short.1` and `other.1`.
     """
 
     def __init__(self, forward: Forward, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:

@@ -8,7 +8,7 @@ from . import IS_INTERPRETED
 
 @triton.jit
 def fma_with_two_roundings_undone(a, b, c):
-    """``a * b + c`` with one rounding by additions and multiplications, for FP32 and FP64 (Boldo and Melquiond 2008).
+    """`a * b + c` with one rounding by additions and multiplications, for FP32 and FP64 (Boldo and Melquiond 2008).
 
     The sum is first rounded to odd in FP64, which keeps the second rounding from seeing a false tie.
     """
@@ -35,7 +35,7 @@ def two_sum(a, b):
 
 @triton.jit
 def product_error(a, b, product):
-    """What FP64 rounding took from ``a * b``, by splitting each factor into halves of 26 bits."""
+    """What FP64 rounding took from `a * b`, by splitting each factor into halves of 26 bits."""
     a_high = high_half(a)
     b_high = high_half(b)
     a_low = a - a_high

@@ -30,7 +30,7 @@ HYSTERESIS = tl.constexpr(ScaleRule._fields.index("hysteresis"))
 
 @triton.jit
 def field(state, offset: tl.constexpr, dtype: tl.constexpr):
-    """A pointer to a field of the StepState (fused_tricks/step/device_state.py) at the address ``state``."""
+    """A pointer to a field of the StepState (fused_tricks/step/device_state.py) at the address `state`."""
     return (state + offset).to(tl.pointer_type(dtype))
 
 
@@ -85,7 +85,7 @@ def decide(
 
     Args:
         found: Whether a gradient is not finite.
-        squares: The sum of all squared elements as they are stored, where ``WANTS_NORM``.
+        squares: The sum of all squared elements as they are stored, where `WANTS_NORM`.
         in_double: Whether an FP64 gradient takes part, so that the norm is one in FP64.
     """
     found = found | verdict_of(found_inf)
@@ -140,7 +140,7 @@ def arrives_last(state):
 
 @triton.jit
 def inverse_scale_of(state, unscales, grad_scale):
-    """``grad_scale`` and ``found_inf`` here and below: the addresses of what a GradScaler handed over, or 0."""
+    """`grad_scale` and `found_inf` here and below: the addresses of what a GradScaler handed over, or 0."""
     scale = tl.load(field(state, SCALE, tl.float32))
     if grad_scale != 0:
         scale = tl.load(field(grad_scale, 0, tl.float32))

@@ -61,7 +61,7 @@ def word_of(groups, index, option: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def learning_rate_of(groups, index, flags, applied, GROUPS: tl.constexpr):
-    """Of the update that follows ``applied`` others."""
+    """Of the update that follows `applied` others."""
     rate = option_of(groups, index, LR, GROUPS)
     address = word_of(groups, index, LR_ADDRESS, GROUPS)
     if address != 0:

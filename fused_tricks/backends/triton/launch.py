@@ -45,9 +45,9 @@ def pair_bits(pairs: Iterable[tuple[int, int]]) -> int:
 
 
 def scan_source(grad_kinds: int, wants_norm: bool, shard_classes: int) -> ASTSource:
-    """The scan for gradients of these kinds (:func:`kind_bits`), with or without the norm.
+    """The scan for gradients of these kinds (`kind_bits`), with or without the norm.
 
-    ``shard_classes``: the sums of squares that it writes for a reduction; 0: it decides by itself.
+    `shard_classes`: the sums of squares that it writes for a reduction; 0: it decides by itself.
     """
     signature = {
         "chunks": "i64",
@@ -73,7 +73,7 @@ def decide_source(wants_norm: bool, shard_classes: int) -> ASTSource:
 
 
 def update_source(kinds: int, group_count: int) -> ASTSource:
-    """The update for these pairs of kinds (:func:`pair_bits`), and this many groups in the arguments; 0: in a table."""
+    """The update for these pairs of kinds (`pair_bits`), and this many groups in the arguments; 0: in a table."""
     signature = {
         "chunks": "i64",
         "tensors": "i64",

@@ -29,7 +29,7 @@ _version = attrgetter("_version")
 
 
 class _State(NamedTuple):
-    """What ``Optimizer.state`` held at the first step: its items, and the tensors that the plan works on."""
+    """What `Optimizer.state` held at the first step: its items, and the tensors that the plan works on."""
 
     keys: list[Any]
     values: list[Any]

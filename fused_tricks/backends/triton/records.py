@@ -69,7 +69,7 @@ def shard_class_of(tensors, tensor):
 
 @triton.jit
 def count_from(record, begin):
-    """Elements in the chunk that begins at ``begin``."""
+    """Elements in the chunk that begins at `begin`."""
     return tl.minimum(table_item(record, COUNT) - begin, CHUNK).to(tl.int32)
 
 
@@ -81,7 +81,7 @@ def size_of(kind: tl.constexpr):
 
 @triton.jit
 def write_kernel(table, begin, count, words, WORDS: tl.constexpr):
-    """Writes the first ``count`` words to the table, from its word ``begin`` on."""
+    """Writes the first `count` words to the table, from its word `begin` on."""
     for i in tl.static_range(WORDS):
         if i < count:
             tl.store(pointer_to(table, tl.int64) + begin + i, words[i].to(tl.int64))

@@ -74,7 +74,7 @@ def squares_in(word, kind: tl.constexpr):
 def with_square(high, low, value, is_exact: tl.constexpr):
     """Adds a square to a sum that is kept as two FP32 numbers, because most GPUs have few units for FP64.
 
-    ``is_exact``: FP32 holds the square exactly, as those of 16-bit elements.
+    `is_exact`: FP32 holds the square exactly, as those of 16-bit elements.
     """
     square = value * value
     total, error = two_sum(high, square)
@@ -94,7 +94,7 @@ def with_squares_in(high, low, word, kind: tl.constexpr):
 
 @triton.jit
 def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
-    """Whether one of ``count`` elements is not finite, and the sum of their squares."""
+    """Whether one of `count` elements is not finite, and the sum of their squares."""
     per_word: tl.constexpr = 2 if kind == FLOAT16 or kind == BFLOAT16 else 1
     tile: tl.constexpr = MEASURE_TILE if measures else SCAN_TILE
     found = tl.full((tile,), 0, tl.int32)
@@ -140,7 +140,7 @@ def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
 
 @triton.jit
 def squares_in_fp64(words, count, kind: tl.constexpr):
-    """The squares of the elements in ``count`` words, all in FP64."""
+    """The squares of the elements in `count` words, all in FP64."""
     lane = tl.arange(0, SCALAR_TILE)
     squares = tl.full((SCALAR_TILE,), 0, tl.float64)
     for i in range(0, count, SCALAR_TILE):
@@ -156,8 +156,8 @@ def scan_kernel(
 ):  # fmt: skip
     """Looks for gradients that are not finite and adds up their squares.
 
-    The last program decides about the step or, before a reduction over processes, writes ``partials`` with the squares
-    of each of ``SHARD_CLASSES`` shard classes.
+    The last program decides about the step or, before a reduction over processes, writes `partials` with the squares
+    of each of `SHARD_CLASSES` shard classes.
     """
     index = tl.program_id(0)
     if index < chunk_count:
@@ -234,7 +234,7 @@ def decide_kernel(
 
 @triton.jit
 def sum_of(partial_squares, chunks, tensors, count, shard_class: tl.constexpr):
-    """The sum over all chunks, or over those of tensors that belong to ``shard_class``."""
+    """The sum over all chunks, or over those of tensors that belong to `shard_class`."""
     lane = tl.arange(0, SCALAR_TILE)
     total = tl.full((SCALAR_TILE,), 0, tl.float64)
     for i in range(0, count, SCALAR_TILE):

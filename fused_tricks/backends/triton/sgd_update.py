@@ -22,8 +22,8 @@ class Rule(NamedTuple):
 
     Attributes:
         clip: The factor that wants_norm, negative to maximize.
-        weight_factor: A factor of the weight: ``1 - lr * weight_decay`` where the decay is decoupled, else 1.
-        gradient_weight: ``1 - dampening``.
+        weight_factor: A factor of the weight: `1 - lr * weight_decay` where the decay is decoupled, else 1.
+        gradient_weight: `1 - dampening`.
         decays: True if the decay adds to the gradient.
         replaces: True if the gradient becomes the buffer: in the first update of a buffer, or without momentum.
     """
@@ -42,7 +42,7 @@ class Rule(NamedTuple):
 
 @triton.jit
 def rule_of(groups, group, is_matrix, applied, inverse_scale, clip, GROUPS: tl.constexpr):
-    """Returns the rule of the update that follows ``applied`` others, in FP64. ``replaces`` is true."""
+    """Returns the rule of the update that follows `applied` others, in FP64. `replaces` is true."""
     flags = word_of(groups, group, FLAGS, GROUPS)
     momentum = option_of(groups, group, MOMENTUM, GROUPS)
     weight_decay = option_of(groups, group, WEIGHT_DECAY, GROUPS)
@@ -68,7 +68,7 @@ def rule_of(groups, group, is_matrix, applied, inverse_scale, clip, GROUPS: tl.c
 
 @triton.jit
 def rounded_rule(rule, replaces, dtype: tl.constexpr):
-    """Returns the rule with every number in ``dtype``."""
+    """Returns the rule with every number in `dtype`."""
     return Rule(
         inverse_scale=rule.inverse_scale.to(dtype),
         clip=rule.clip.to(dtype),

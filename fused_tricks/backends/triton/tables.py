@@ -132,7 +132,7 @@ GroupWords = tuple[float | int, ...]
 
 
 def group_words(group: dict[str, Any], device: torch.device) -> GroupWords:
-    """Returns the options of a group as the update kernel takes them, in the order of ``groups.WORD_TYPES``."""
+    """Returns the options of a group as the update kernel takes them, in the order of `groups.WORD_TYPES`."""
     numbers = {name: group[name] for name in NUMBERS}
     flags = sum(groups.FLAG_BITS[name] for name in FLAGS if group[name])
     lr = group["lr"]

@@ -65,7 +65,7 @@ class Chunk(NamedTuple):
 
 @triton.jit
 def is_first_update(record, begin, number):
-    """Whether update ``number`` is the first to write the tensor's buffer.
+    """Whether update `number` is the first to write the tensor's buffer.
 
     The program of the first chunk notes the number; the others read that or none at all, and either says "first".
     """
@@ -80,7 +80,7 @@ def is_first_update(record, begin, number):
 def update_elements(
     grad, weight, buffer, param, begin, count, has_momentum, rule, kind: tl.constexpr, grad_kind: tl.constexpr
 ):
-    """One element a thread and access. ``param`` is the same as ``weight`` where there is no master."""
+    """One element a thread and access. `param` is the same as `weight` where there is no master."""
     lane = tl.arange(0, SCALAR_TILE)
     reads_buffer = has_momentum & (rule.replaces == 0)
     for i in range(begin, count, SCALAR_TILE):
@@ -108,7 +108,7 @@ def update_elements(
 def update_vectors(
     grad, weight, buffer, param, count, has_momentum, rule, kind: tl.constexpr, grad_kind: tl.constexpr
 ):
-    """Sixteen bytes a thread and access; ``count`` is a multiple of 16 and every address one of 16 bytes.
+    """Sixteen bytes a thread and access; `count` is a multiple of 16 and every address one of 16 bytes.
 
     16-bit elements are loaded and stored in pairs, as words, so that each kind of access gets a layout in which a warp
     touches whole 32-byte sectors; Triton exchanges the elements between the threads.

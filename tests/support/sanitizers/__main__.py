@@ -1,7 +1,7 @@
-"""``python tests/support/sanitizers address|thread``: builds a copy of the package with a sanitizer and tests it.
+"""`python tests/support/sanitizers address|thread`: builds a copy of the package with a sanitizer and tests it.
 
-``address`` is AddressSanitizer with UndefinedBehaviorSanitizer, over the extension and the emulated CUDA kernels;
-``thread`` is ThreadSanitizer, over the extension's threads. Further arguments go to pytest.
+`address` is AddressSanitizer with UndefinedBehaviorSanitizer, over the extension and the emulated CUDA kernels;
+`thread` is ThreadSanitizer, over the extension's threads. Further arguments go to pytest.
 """
 
 from __future__ import annotations
