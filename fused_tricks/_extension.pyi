@@ -36,6 +36,7 @@ class CudaStep:
     ) -> int: ...
 
 __version__: str
+STATE_TENSORS: list[str]
 
 def cuda_unusable_because(device: int) -> str: ...
 def connect(

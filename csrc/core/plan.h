@@ -8,6 +8,7 @@
 
 #include "dtype.h"
 #include "group.h"
+#include "state_tensors.h"
 #include "step_state.h"
 
 namespace fused_tricks {
@@ -21,8 +22,7 @@ struct Entry {
   DType grad_type = DType::kFloat32;
   bool is_matrix = false;  // more than one dimension: decays whatever bias_decay says
   void* param = nullptr;
-  void* master = nullptr;           // null where the weight is the parameter itself
-  void* buffer = nullptr;           // null where there is no momentum
+  void* state[kStateTensors] = {};  // null: the parameter has no such tensor
   int64_t* first_update = nullptr;  // number of the update that first wrote the buffer; -1: none yet
   int32_t shard_class = 0;          // which of the reduction's sums of squares the gradient belongs to
   const void* grad = nullptr;       // of this step; null: no gradient, no update

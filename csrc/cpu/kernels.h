@@ -7,6 +7,7 @@
 
 #include "../core/dtype.h"
 #include "../core/sgd_update.h"
+#include "../core/state_tensors.h"
 
 namespace fused_tricks::cpu {
 
@@ -14,8 +15,8 @@ namespace fused_tricks::cpu {
 struct Span {
   const void* grad;
   void* weight;
-  void* buffer;  // null where the group has no momentum
-  void* param;   // null where the weight is the parameter
+  void* state[kStateTensors];
+  void* param;
   DType grad_type;
   DType param_type;
   int64_t count;

@@ -137,8 +137,8 @@ void update_span(const Span& span, const Rule<float>& shared_rule) {
   const auto* grad = static_cast<const Grad*>(span.grad);
   auto* weight = static_cast<float*>(span.weight);
   // Where there is none the pointer is never followed, but adding to a null pointer is undefined.
-  auto* buffer = static_cast<float*>(span.buffer != nullptr ? span.buffer : span.weight);
-  auto* param = static_cast<Param*>(span.param != nullptr ? span.param : span.weight);
+  auto* buffer = static_cast<float*>(span.state[kBuffer] != nullptr ? span.state[kBuffer] : span.weight);
+  auto* param = static_cast<Param*>(span.param);
   int64_t i = 0;
   if constexpr (!std::is_same_v<Param, float>) {
     if (span.streams && reinterpret_cast<uintptr_t>(param) % (sizeof(Param) * Simd::kWidth) == 0) {
@@ -175,7 +175,7 @@ void update_double(const Span& span, const Rule<double>& shared_rule) {
   const Rule<double> rule = shared_rule;
   const auto* grad = static_cast<const double*>(span.grad);
   auto* weight = static_cast<double*>(span.weight);
-  auto* buffer = static_cast<double*>(span.buffer);
+  auto* buffer = static_cast<double*>(span.state[kBuffer]);
   for (int64_t i = 0; i < span.count; ++i) {
     double w = weight[i];
     double b = rule.has_momentum && !rule.is_first_update ? buffer[i] : 0.0;

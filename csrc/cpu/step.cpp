@@ -33,13 +33,15 @@ const void* at(const void* base, DType type, int64_t index) {
 
 void* at(void* base, DType type, int64_t index) { return static_cast<char*>(base) + index * size_of(type); }
 
-Span span_of(const Entry& entry, const Chunk& chunk, bool has_momentum, bool streams) {
+Span span_of(const Entry& entry, const Chunk& chunk, bool streams) {
   const DType state_type = entry.type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  Span span;
+  Span span{};
   span.grad = at(entry.grad, entry.grad_type, chunk.begin);
   span.param = at(entry.param, entry.type, chunk.begin);
-  span.weight = entry.master != nullptr ? at(entry.master, state_type, chunk.begin) : span.param;
-  span.buffer = has_momentum ? at(entry.buffer, state_type, chunk.begin) : nullptr;
+  for (size_t i = 0; i < kStateTensors; ++i) {
+    if (entry.state[i] != nullptr) span.state[i] = at(entry.state[i], state_type, chunk.begin);
+  }
+  span.weight = span.state[kMaster] != nullptr ? span.state[kMaster] : span.param;
   span.grad_type = entry.grad_type;
   span.param_type = entry.type;
   span.count = chunk.count;
@@ -109,7 +111,7 @@ void Step::update(const Plan& plan, const StepRequest& request) const {
       const Chunk& chunk = chunks_[i];
       const Entry& entry = plan.entries[chunk.entry];
       if (entry.grad == nullptr) continue;
-      const Span span = span_of(entry, chunk, plan.groups[entry.group].momentum != 0, streams);
+      const Span span = span_of(entry, chunk, streams);
       if (entry.type == DType::kFloat64) {
         kernels.update_double(span, rule_of<double>(plan, entry, request));
       } else {

@@ -16,7 +16,7 @@ struct BlockWork {
   Rule<double> double_rule;  // for FP64 parameters
   const char* grad;          // null: nothing to do
   char* weight;
-  char* buffer;
+  char* state[kStateTensors];  // without meaning where the parameter has no such tensor
   char* param;
   int count;
   DType type;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 
@@ -59,8 +60,7 @@ Step::Step(const Plan& plan) {
     auto record = zeroed<TensorRecord>();
     if (entry.live) {
       record.param = entry.param;
-      record.master = entry.master;
-      record.buffer = entry.buffer;
+      std::copy(std::begin(entry.state), std::end(entry.state), record.state);
       record.first_update = entry.first_update;
       record.count = entry.count;
       record.group = static_cast<int32_t>(entry.group);

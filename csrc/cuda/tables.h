@@ -7,6 +7,7 @@
 
 #include "../core/dtype.h"
 #include "../core/group.h"
+#include "../core/state_tensors.h"
 #include "../core/step_state.h"
 
 namespace fused_tricks::cuda {
@@ -17,9 +18,8 @@ constexpr int kChunk = 8192;
 
 struct TensorRecord {
   void* param;
-  void* master;           // null where the weight is the parameter itself
-  void* buffer;           // null where there is no momentum
-  int64_t* first_update;  // number of the update that first wrote the buffer; -1: none yet
+  void* state[kStateTensors];  // null: the parameter has no such tensor
+  int64_t* first_update;       // number of the update that first wrote the buffer; -1: none yet
   int64_t count;
   int32_t group;
   DType type;

@@ -33,8 +33,9 @@ __device__ inline void prepare_update(const Args& args, const StepState& state, 
   const double lr = learning_rate(group, state.applied_steps - 1);
   const int64_t state_size = tensor.type == DType::kFloat64 ? 8 : 4;
   work.param = static_cast<char*>(tensor.param) + chunk.begin * size_of(tensor.type);
-  work.weight = tensor.master == nullptr ? work.param : static_cast<char*>(tensor.master) + chunk.begin * state_size;
-  work.buffer = static_cast<char*>(tensor.buffer) + chunk.begin * state_size;
+  for (size_t i = 0; i < kStateTensors; ++i)
+    work.state[i] = static_cast<char*>(tensor.state[i]) + chunk.begin * state_size;
+  work.weight = tensor.state[kMaster] == nullptr ? work.param : work.state[kMaster];
   if (tensor.type == DType::kFloat64) {
     work.double_rule = make_rule<double>(group, lr, tensor.is_matrix, is_first_update, state, args.request);
   } else {
@@ -196,7 +197,7 @@ __device__ inline void update_span(const BlockWork& work) {
   const Rule<float> rule = work.rule;
   const auto* grad = reinterpret_cast<const Grad*>(work.grad);
   auto* weight = reinterpret_cast<float*>(work.weight);
-  auto* buffer = reinterpret_cast<float*>(work.buffer);
+  auto* buffer = reinterpret_cast<float*>(work.state[kBuffer]);
   auto* param = reinterpret_cast<Param*>(work.param);
   int done = 0;
   if (is_aligned(grad) && is_aligned(weight) && is_aligned(param) && (!rule.has_momentum || is_aligned(buffer))) {
@@ -224,7 +225,7 @@ __device__ inline void update_double_span(const BlockWork& work) {
   const Rule<double> rule = work.double_rule;
   const auto* grad = reinterpret_cast<const double*>(work.grad);
   auto* weight = reinterpret_cast<double*>(work.weight);
-  auto* buffer = reinterpret_cast<double*>(work.buffer);
+  auto* buffer = reinterpret_cast<double*>(work.state[kBuffer]);
   for (int i = static_cast<int>(threadIdx.x); i < work.count; i += kThreads) {
     double w = load_element(weight + i);
     double b = rule.has_momentum && !rule.is_first_update ? load_element(buffer + i) : 0.0;

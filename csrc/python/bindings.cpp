@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -191,6 +192,7 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
   module.def("connect", &connect, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("increment_version"),
              py::arg("functions"), py::arg("samples"), py::arg("negative"));
   module.def("step_state_offsets", &step_state_offsets);
+  module.attr("STATE_TENSORS") = std::vector<std::string>(std::begin(kStateKeys), std::end(kStateKeys));
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("selected_instruction_set", &cpu::selected_instruction_set);
   module.def("select_instruction_set", &cpu::select_instruction_set, py::arg("name"));

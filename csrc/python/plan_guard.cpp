@@ -15,12 +15,12 @@ PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); 
 struct Names {
   PyObject* params = interned("params");
   PyObject* lr = interned("lr");
-  PyObject* momentum_buffer = interned("momentum_buffer");
-  PyObject* master_param = interned("master_param");
+  PyObject* state[kStateTensors];
   PyObject* numbers[std::size(kNumbers)];
   PyObject* flags[std::size(kFlags)];
 
   Names() {
+    for (size_t i = 0; i < kStateTensors; ++i) state[i] = interned(kStateKeys[i]);
     for (size_t i = 0; i < std::size(kNumbers); ++i) numbers[i] = interned(kNumbers[i].key);
     for (size_t i = 0; i < std::size(kFlags); ++i) flags[i] = interned(kFlags[i].key);
   }
@@ -66,23 +66,25 @@ PyObject* state_item(PyObject* state, PyObject* key) {
 
 // Whether a parameter's state still has these tensors, null for none. Most dicts have nothing else, under the very
 // strings that are known here, and walking through them is faster than looking both up.
-bool has_state(PyObject* state, PyObject* buffer, PyObject* master) {
+bool has_state(PyObject* state, PyObject* const* held) {
   if (PyDict_Check(state)) {
-    PyObject *key, *value, *found_buffer = nullptr, *found_master = nullptr;
+    PyObject *key, *value, *found[kStateTensors] = {};
     Py_ssize_t position = 0;
     bool is_known = true;
     while (is_known && PyDict_Next(state, &position, &key, &value)) {
-      if (key == names().momentum_buffer) {
-        found_buffer = value;
-      } else if (key == names().master_param) {
-        found_master = value;
-      } else {
-        is_known = false;
+      is_known = false;
+      for (size_t i = 0; i < kStateTensors; ++i) {
+        if (key != names().state[i]) continue;
+        found[i] = value;
+        is_known = true;
       }
     }
-    if (is_known) return found_buffer == buffer && found_master == master;
+    if (is_known) return std::equal(found, found + kStateTensors, held);
   }
-  return state_item(state, names().momentum_buffer) == buffer && state_item(state, names().master_param) == master;
+  for (size_t i = 0; i < kStateTensors; ++i) {
+    if (state_item(state, names().state[i]) != held[i]) return false;
+  }
+  return true;
 }
 
 // Whether a tensor of the state, and this process's part of it, are still where the plan works.
@@ -153,7 +155,8 @@ void PlanGuard::add_entry(const py::handle& item) {
   guarded.object = item.attr("param").ptr();
   guarded.source = item.attr("source").ptr();
   if (entry.live) {
-    const py::object alias = item.attr("alias"), master = item.attr("master"), buffer = item.attr("buffer");
+    const py::object alias = item.attr("alias");
+    const py::tuple state = item.attr("state");
     TensorView tensor;
     if (!read_tensor(guarded.source, tensor)) throw std::invalid_argument("a parameter's dtype is not supported");
     entry.type = tensor.type;
@@ -162,17 +165,17 @@ void PlanGuard::add_entry(const py::handle& item) {
     for (int64_t i = 0; i < tensor.dimensions; ++i) entry.count *= tensor.shape[i];
     entry.is_matrix = tensor.dimensions > 1;
     entry.param = tensor.data;
-    entry.master = data_of(master);
-    entry.buffer = data_of(buffer);
+    for (size_t i = 0; i < kStateTensors; ++i) {
+      entry.state[i] = data_of(state[i]);
+      guarded.own[i] = state[i].ptr();
+    }
     entry.first_update = static_cast<int64_t*>(data_of(item.attr("first_update")));
     entry.shard_class = item.attr("shard_class").cast<int32_t>();
     if (!alias.is_none()) guarded.alias = alias.ptr();
     guarded.layout.shape.assign(tensor.shape, tensor.shape + tensor.dimensions);
     guarded.layout.strides.assign(tensor.strides, tensor.strides + tensor.dimensions);
     guarded.device = tensor.device;
-    guarded.has_buffer = !buffer.is_none();
-    guarded.own_master = master.ptr();
-    guarded.own_buffer = buffer.ptr();
+    guarded.has_buffer = !state[kBuffer].is_none();
     guarded.watches_version = item.attr("watches_version").cast<bool>();
     if (guarded.watches_version) guarded.version = version_of(guarded.object);
   }
@@ -188,8 +191,7 @@ void PlanGuard::find_written_memory() {
   for (const Entry& entry : plan.entries) {
     const int64_t state_size = entry.type == DType::kFloat64 ? 8 : 4;
     add(entry.param, entry.count * size_of(entry.type));
-    add(entry.master, entry.count * state_size);
-    add(entry.buffer, entry.count * state_size);
+    for (const void* tensor : entry.state) add(tensor, entry.count * state_size);
   }
   std::sort(written_.begin(), written_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
 }
@@ -212,8 +214,9 @@ void PlanGuard::watch_state(const py::dict& optimizer_state) {
     if (plan.entries[i].live && optimizer_state.contains(py::handle(guarded.object))) {
       guarded.state = PyDict_GetItem(optimizer_state.ptr(), guarded.object);
     }
-    guarded.state_buffer = state_item(guarded.state, names().momentum_buffer);
-    guarded.state_master = state_item(guarded.state, names().master_param);
+    for (size_t key = 0; key < kStateTensors; ++key) {
+      guarded.held[key] = state_item(guarded.state, names().state[key]);
+    }
   }
 }
 
@@ -230,9 +233,10 @@ bool PlanGuard::state_is_unchanged(const py::dict& optimizer_state) const {
     const Entry& entry = plan.entries[i];
     const GuardedEntry& guarded = guarded_[i];
     if (guarded.state == nullptr) continue;
-    if (!has_state(guarded.state, guarded.state_buffer, guarded.state_master)) return false;
-    if (!is_in_place(guarded.state_buffer, guarded.own_buffer, entry.buffer)) return false;
-    if (!is_in_place(guarded.state_master, guarded.own_master, entry.master)) return false;
+    if (!has_state(guarded.state, guarded.held)) return false;
+    for (size_t key = 0; key < kStateTensors; ++key) {
+      if (!is_in_place(guarded.held[key], guarded.own[key], entry.state[key])) return false;
+    }
   }
   return true;
 }

@@ -36,11 +36,9 @@ struct GuardedEntry {
   int64_t version = 0;
   int64_t version_step = 1;   // views of one tensor share its counter, which then grows by more than one in an update
   PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and what it must still hold
-  PyObject* state_buffer = nullptr;
-  PyObject* state_master = nullptr;
-  PyObject* own_buffer = nullptr;  // what the plan works on: the same, or this process's part of it
-  PyObject* own_master = nullptr;
-  Range unwritten{0, 0};  // addresses that no step writes, around the last gradient
+  PyObject* held[kStateTensors] = {};
+  PyObject* own[kStateTensors] = {};  // what the plan works on: the same, or this process's part of it
+  Range unwritten{0, 0};              // addresses that no step writes, around the last gradient
 };
 
 // A learning rate that follows the updates applied: `object`, where a group has it, stands for `base` times the factor

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..step.device_lr import device_lr_of
 from ..step.device_state import StepState
+from ..step.parameters import STATE_TENSORS
 from ..step.plan import Plan
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class CompiledEntry(NamedTuple):
     """An entry of a plan, as csrc/python/plan_guard.cpp reads it by the names of its fields.
 
     Attributes:
+        state: The local parts of the state's tensors, in the order of `STATE_TENSORS`.
         alias: A tensor that shares the parameter's version counter; None where the caller writes the parameter.
         watches_version: True where a new version of the parameter means that user code wrote to it.
         first_update: Where the kernels note the number of the update that first writes `buffer`.
@@ -31,8 +33,7 @@ class CompiledEntry(NamedTuple):
     alias: Tensor | None
     live: bool
     grad_dtype: torch.dtype | None
-    master: Tensor | None
-    buffer: Tensor | None
+    state: tuple[Tensor | None, ...]
     watches_version: bool
     first_update: Tensor | None
     shard_class: int
@@ -82,7 +83,7 @@ class CompiledPlanGuard:
         ]
         # A second owner in C++ halves the time that torch needs to look at a tensor: the Python object's own reference
         # count then need not follow every use of it.
-        state = [tensor for entry in plan.entries for tensor in (entry.master, entry.buffer)]
+        state = [tensor for entry in plan.entries for tensor in entry.local_state.values()]
         self._second_owners = [_owner_of(tensor) for tensor in (*aliases, *state) if tensor is not None]
         self._step_state = step_state
         self._reduction = plan.reduction
@@ -95,8 +96,7 @@ class CompiledPlanGuard:
                 alias=alias,
                 live=entry.live,
                 grad_dtype=entry.grad_dtype,
-                master=entry.master,
-                buffer=entry.buffer,
+                state=tuple(map(entry.local_state.get, STATE_TENSORS)),
                 watches_version=entry.master is not None and not entry.is_staged,
                 first_update=entry.first_update,
                 shard_class=entry.shard_class,

@@ -17,7 +17,14 @@ from ..loss_scale import DynamicLossScale
 from ..validation import check_numbers, check_range, check_readable, integer
 from .device_lr import device_lr_of
 from .device_state import StepState
-from .parameters import LOW_PRECISION, MASTER_PARAM, MOMENTUM_BUFFER, named_parameters, state_dtype
+from .parameters import (
+    LOW_PRECISION,
+    MASTER_PARAM,
+    MOMENTUM_BUFFER,
+    STATE_TENSORS,
+    named_parameters,
+    state_dtype,
+)
 from .shared_memory import missing_bytes
 
 # Written into every group of a state dict; not options of a group.
@@ -222,7 +229,7 @@ def _import_value(name: str, param: Tensor, key: str, value: Any) -> Any:
         )
     if key == MASTER_PARAM and param.dtype not in LOW_PRECISION:
         return None
-    if key not in (MASTER_PARAM, MOMENTUM_BUFFER):
+    if key not in STATE_TENSORS:
         try:
             return value.to(param.device, copy=True) if isinstance(value, Tensor) else value
         except (RuntimeError, NotImplementedError) as error:

@@ -11,8 +11,10 @@ from .._torch import is_wrapper_subclass
 from ..distributed.sharding import is_distributed, local_part
 from .shared_memory import GRADIENT, PARAMETER, has_memory, missing_bytes, overlaps_itself
 
-MOMENTUM_BUFFER = "momentum_buffer"
 MASTER_PARAM = "master_param"
+MOMENTUM_BUFFER = "momentum_buffer"
+STATE_TENSORS = (MASTER_PARAM, MOMENTUM_BUFFER)
+"""The keys of a parameter's tensors in the optimizer's state, in the order of `StateTensor` in csrc/core/plan.h."""
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 SUPPORTED = (*LOW_PRECISION, torch.float32, torch.float64)
 
@@ -46,7 +48,7 @@ def check_state(name: str, state: Any) -> None:
     """Raises TypeError unless `state` can be what the optimizer's state has of the parameter `name`."""
     if not isinstance(state, dict):
         raise TypeError(f"the state of {name} must be a dict, got {type(state).__name__}; delete the entry")
-    for key in (MASTER_PARAM, MOMENTUM_BUFFER):
+    for key in STATE_TENSORS:
         value = state.get(key)
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(
@@ -108,7 +110,7 @@ def check_update(
         raise RuntimeError(
             f"{name} has elements that share memory (it was expanded); clone() it before it is optimized"
         )
-    for key in (MASTER_PARAM, MOMENTUM_BUFFER):
+    for key in STATE_TENSORS:
         value = state.get(key)
         if value is not None and value.shape != param.shape:
             raise RuntimeError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._torch import is_zero_tensor
 from ..distributed.found_inf_reduction import StepReduction
-from ..distributed.sharding import distributed_like, is_distributed, local_part, placed_like
+from ..distributed.sharding import distributed_like, local_part, placed_like
 from .device_state import StepState
 from .new_state import NewState
 from .parameters import (
@@ -53,10 +53,8 @@ class Entry:
         grad_dtype: The type of its gradients; one of another type needs another plan.
         is_copy: The stand-in has memory of its own.
         shard_class: Its class in `StepReduction`.
-        master: FP32 weights of an FP16 or BF16 parameter, with the strides of `source`.
-        buffer: Momentum in the type of the arithmetic, with the strides of `source`.
-        distributed: `DTensor`s of which `master` and `buffer` are the parts that are here, where the parameter is
-            one, by their keys in the optimizer's state.
+        state: The tensors of the parameter in the optimizer's state, by their keys there.
+        local_state: The parts of these tensors on this process, with the strides of `source`.
         first_update: 0-dim INT64, the number of the update that first wrote `buffer`; -1 before. Backends note it.
         identity: The parameter's address and version counters when `master` was last known to agree with it.
         storage: Keeps that address from being given to other data.
@@ -69,17 +67,21 @@ class Entry:
     grad_dtype: torch.dtype | None = None
     is_copy: bool = False
     shard_class: int = 0
-    master: Tensor | None = None
-    buffer: Tensor | None = None
-    distributed: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    local_state: dict[str, Tensor] = field(default_factory=dict)
     first_update: Tensor | None = None
     identity: tuple[int, ...] = ()
     storage: Tensor | None = None
 
-    def own_state(self) -> dict[str, Tensor]:
-        """What of it belongs into the optimizer's state."""
-        tensors = {MASTER_PARAM: self.master, MOMENTUM_BUFFER: self.buffer} | self.distributed
-        return {k: t for k, t in tensors.items() if t is not None and t.shape == self.param.shape}
+    @property
+    def master(self) -> Tensor | None:
+        """The local part of the FP32 weights of an FP16 or BF16 parameter."""
+        return self.local_state.get(MASTER_PARAM)
+
+    @property
+    def buffer(self) -> Tensor | None:
+        """The local part of the momentum, in the type of the arithmetic."""
+        return self.local_state.get(MOMENTUM_BUFFER)
 
     @property
     def is_staged(self) -> bool:
@@ -120,7 +122,7 @@ class Plan:
 
     def place_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """Puts the masters and buffers that are not in the optimizer's state there."""
-        owned = {entry.param: entry.own_state() for entry in self.entries if entry.live}
+        owned = {entry.param: entry.state for entry in self.entries if entry.live}
         if not any(owned.values()):
             return
         # Those that need none as well, where others have: torch.distributed.checkpoint misses them otherwise.
@@ -233,8 +235,8 @@ class _Builder:
         ]
         self._new_state.add(self._masters, self._buffers, self._step_state, self._device)
         for entry in entries:
-            if entry.buffer is not None:
-                buffer = entry.distributed.get(MOMENTUM_BUFFER, entry.buffer)
+            if MOMENTUM_BUFFER in entry.state:
+                buffer = entry.state[MOMENTUM_BUFFER]
                 entry.first_update = self._new_state.first_update_of(buffer, self._device)
         return Plan(entries, [group["lr"] for group in self._groups], is_in_order=self._is_in_order)
 
@@ -294,32 +296,30 @@ class _Builder:
         for key in held.keys() - item.state.keys():
             del held[key]
         if param.dtype in LOW_PRECISION:
-            entry.master = self._take_state(entry, item.state, MASTER_PARAM)
-            if entry.master is None:
-                entry.master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
-                self._masters.append(_placed(entry, MASTER_PARAM, entry.master))
+            if self._take_state(entry, item.state, MASTER_PARAM):
+                adopt_foreign_values(entry.local_state[MASTER_PARAM], local)
             else:
-                adopt_foreign_values(entry.master, local)
+                master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
+                self._masters.append(_hold_new(entry, MASTER_PARAM, master))
         else:
             # A master from before the parameter was converted would be stale when the parameter is converted back.
             held.pop(MASTER_PARAM, None)
-        if self._groups[item.group]["momentum"] != 0:
-            entry.buffer = self._take_state(entry, item.state, MOMENTUM_BUFFER)
-            if entry.buffer is None:
-                entry.buffer = torch.zeros_like(source, dtype=state_dtype(param), requires_grad=False)
-                self._buffers.append(_placed(entry, MOMENTUM_BUFFER, entry.buffer))
+        if self._groups[item.group]["momentum"] != 0 and not self._take_state(
+            entry, item.state, MOMENTUM_BUFFER
+        ):
+            buffer = torch.zeros_like(source, dtype=state_dtype(param), requires_grad=False)
+            self._buffers.append(_hold_new(entry, MOMENTUM_BUFFER, buffer))
         return entry
 
-    def _take_state(self, entry: Entry, state: dict[str, Any], key: str) -> Tensor | None:
-        """Returns this process's part of a state tensor, after it was made to fit; None where there is none."""
+    def _take_state(self, entry: Entry, state: dict[str, Any], key: str) -> bool:
+        """Has an entry hold a tensor of the state, made to fit; returns False where there is none."""
         # torch.optim.SGD takes None for "not there yet".
-        value: Tensor | None = state.get(key)
-        if value is None:
-            return None
-        value = self._fitting_state(entry, key, value)
-        if is_distributed(value):
-            entry.distributed[key] = value
-        return local_part(value)
+        if state.get(key) is None:
+            return False
+        value = self._fitting_state(entry, key, state[key])
+        entry.state[key] = value
+        entry.local_state[key] = local_part(value)
+        return True
 
     def _fitting_state(self, entry: Entry, key: str, value: Tensor) -> Tensor:
         source = entry.source
@@ -340,11 +340,11 @@ class _Builder:
         return fitting
 
 
-def _placed(entry: Entry, key: str, tensor: Tensor) -> Tensor:
-    """Returns a new tensor as the optimizer's state has it: as a `DTensor` where the parameter is one."""
-    if is_distributed(entry.param):
-        tensor = entry.distributed[key] = distributed_like(tensor, entry.param)
-    return tensor
+def _hold_new(entry: Entry, key: str, local: Tensor) -> Tensor:
+    """Has an entry hold a new tensor, and returns it as the optimizer's state has it."""
+    entry.local_state[key] = local
+    entry.state[key] = distributed_like(local, entry.param)
+    return entry.state[key]
 
 
 def _used_state(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor | None]:

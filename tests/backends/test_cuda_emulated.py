@@ -256,7 +256,8 @@ def untouched_zeros(size: int, dtype: type) -> Tensor:
 def run_one_update(param: Tensor, master: Tensor, buffer: Tensor, grad: Tensor, blocks: int) -> None:
     """An update without the optimizer, which would walk the whole tensor to make its master."""
     param.grad = grad
-    entry = Entry(0, param, live=True, source=param, master=master, buffer=buffer)
+    local_state = {"master_param": master, "momentum_buffer": buffer}
+    entry = Entry(0, param, live=True, source=param, local_state=local_state)
     entry.grad_dtype = grad.dtype
     entry.first_update = torch.ones((), dtype=torch.int64)
     group = {

@@ -10,6 +10,7 @@ import torch
 
 from fused_tricks.extension import load_extension, missing_because
 from fused_tricks.step.device_state import OFFSETS, StepState
+from fused_tricks.step.parameters import STATE_TENSORS
 
 
 def test_a_copy_of_the_state_keeps_nothing_of_the_graphs_that_use_the_first() -> None:
@@ -29,3 +30,9 @@ def test_the_layout_is_that_of_the_kernels() -> None:
     if missing_because() is not None:
         pytest.skip(str(missing_because()))
     assert load_extension().step_state_offsets() == OFFSETS
+
+
+def test_the_extension_has_the_same_state_tensors_in_the_same_order() -> None:
+    if missing_because() is not None:
+        pytest.skip(str(missing_because()))
+    assert tuple(load_extension().STATE_TENSORS) == STATE_TENSORS

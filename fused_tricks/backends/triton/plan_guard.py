@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...distributed.sharding import is_distributed
-from ...step.parameters import MASTER_PARAM, MOMENTUM_BUFFER
+from ...step.parameters import STATE_TENSORS
 from ...step.plan import Plan
 from ...step.shared_memory import missing_bytes
 from ...step.stand_ins import same_strides
@@ -34,8 +34,7 @@ class _State(NamedTuple):
     keys: list[Any]
     values: list[Any]
     dicts: list[dict[str, Any]]
-    buffers: list[Any]
-    masters: list[Any]
+    held: dict[str, list[Any]]
     tensors: list[Tensor]
     addresses: list[int]
 
@@ -81,8 +80,8 @@ class PlanGuard:
             (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
             for entry in entries
             if entry.live
-            for tensor in (entry.source, entry.master, entry.buffer)
-            if tensor is not None and tensor.numel()
+            for tensor in (entry.source, *entry.local_state.values())
+            if tensor.numel()
         )
         self._begins = [begin for begin, _ in self._written]
         self._watched = [e.param for e in entries if e.live and e.master is not None and not e.is_staged]
@@ -92,23 +91,14 @@ class PlanGuard:
     def _watch(self, state: dict[Any, Any]) -> None:
         """Remembers the optimizer's state as it is at the first step."""
         live = [(entry, state[entry.param]) for entry in self._entries if entry.live and entry.param in state]
-        pairs = [
-            (own.get(key), tensor)
-            for entry, own in live
-            for key, tensor in ((MOMENTUM_BUFFER, entry.buffer), (MASTER_PARAM, entry.master))
-        ]
+        pairs = [(own.get(key), tensor) for entry, own in live for key, tensor in entry.local_state.items()]
         # A DTensor has no address of its own, and its part here is the plan's tensor.
-        tensors = [
-            tensor if is_distributed(held) else held
-            for held, tensor in pairs
-            if held is not None and tensor is not None
-        ]
+        tensors = [tensor if is_distributed(held) else held for held, tensor in pairs if held is not None]
         self._state = _State(
             list(state),
             list(state.values()),
             [own for _, own in live],
-            [own.get(MOMENTUM_BUFFER) for _, own in live],
-            [own.get(MASTER_PARAM) for _, own in live],
+            {key: [own.get(key) for _, own in live] for key in STATE_TENSORS},
             tensors,
             list(map(Tensor.data_ptr, tensors)),
         )
@@ -195,8 +185,10 @@ class PlanGuard:
             len(state) == len(known.keys)
             and all(map(is_, state, known.keys))
             and all(map(is_, state.values(), known.values))
-            and all(map(is_, map(dict.get, known.dicts, repeat(MOMENTUM_BUFFER)), known.buffers))
-            and all(map(is_, map(dict.get, known.dicts, repeat(MASTER_PARAM)), known.masters))
+            and all(
+                all(map(is_, map(dict.get, known.dicts, repeat(key)), held))
+                for key, held in known.held.items()
+            )
             and list(map(Tensor.data_ptr, known.tensors)) == known.addresses
             and not any(map(Tensor.is_neg, known.tensors))
         )

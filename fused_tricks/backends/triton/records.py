@@ -6,6 +6,7 @@ Kernels take the tables' addresses as INT64, too, so that a launch depends on no
 import triton
 import triton.language as tl
 
+from ...step.parameters import MASTER_PARAM, MOMENTUM_BUFFER, STATE_TENSORS
 from . import IS_INTERPRETED
 
 # Elements of a chunk, which one program of one warp works on.
@@ -20,16 +21,19 @@ KINDS = 4
 KIND_COUNT = KINDS if IS_INTERPRETED else tl.constexpr(KINDS)
 # The words of a tensor's record. Addresses are 0 where there is none.
 PARAM = tl.constexpr(0)
-MASTER = tl.constexpr(1)
-BUFFER = tl.constexpr(2)
-FIRST_UPDATE = tl.constexpr(3)  # the address of the number of the update that first wrote the buffer
-COUNT = tl.constexpr(4)
-KIND = tl.constexpr(5)
-GRAD_KIND = tl.constexpr(6)
-IS_MATRIX = tl.constexpr(7)  # more than one dimension: decays whatever bias_decay is
-GROUP = tl.constexpr(8)
-SHARD_CLASS = tl.constexpr(9)
-RECORD_WORDS = tl.constexpr(10)
+STATE = tl.constexpr(1)  # the first of STATE_TENSORS; the others follow
+MASTER = tl.constexpr(STATE.value + STATE_TENSORS.index(MASTER_PARAM))
+BUFFER = tl.constexpr(STATE.value + STATE_TENSORS.index(MOMENTUM_BUFFER))
+FIRST_UPDATE = tl.constexpr(
+    STATE.value + len(STATE_TENSORS)
+)  # the address of the number of the update that first wrote the buffer
+COUNT = tl.constexpr(FIRST_UPDATE.value + 1)
+KIND = tl.constexpr(FIRST_UPDATE.value + 2)
+GRAD_KIND = tl.constexpr(FIRST_UPDATE.value + 3)
+IS_MATRIX = tl.constexpr(FIRST_UPDATE.value + 4)  # more than one dimension: decays whatever bias_decay is
+GROUP = tl.constexpr(FIRST_UPDATE.value + 5)
+SHARD_CLASS = tl.constexpr(FIRST_UPDATE.value + 6)
+RECORD_WORDS = tl.constexpr(FIRST_UPDATE.value + 7)
 
 
 @triton.jit

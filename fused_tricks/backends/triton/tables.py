@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...step.device_lr import device_lr_of
 from ...step.options import FLAGS, NUMBERS
+from ...step.parameters import STATE_TENSORS
 from ...step.plan import Entry, Plan
 from ...validation import as_float
 from ..gpu import is_capturing
@@ -69,8 +70,6 @@ def _record(entry: Entry) -> list[int]:
     assert entry.grad_dtype is not None
     words = {
         records.PARAM: _address(entry.source),
-        records.MASTER: _address(entry.master),
-        records.BUFFER: _address(entry.buffer),
         records.FIRST_UPDATE: _address(entry.first_update),
         records.COUNT: entry.source.numel(),
         records.KIND: _KINDS[entry.source.dtype],
@@ -80,6 +79,8 @@ def _record(entry: Entry) -> list[int]:
         records.SHARD_CLASS: entry.shard_class,
     }
     by_index = {index.value: word for index, word in words.items()}
+    for index, key in enumerate(STATE_TENSORS, start=records.STATE.value):
+        by_index[index] = _address(entry.local_state.get(key))
     return [by_index[index] for index in range(records.RECORD_WORDS.value)]
 
 
