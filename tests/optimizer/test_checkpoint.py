@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_tricks import DynamicLossScale, FusedSGD
-from support.backends import device_of
+from support.backends import device_of, takes_no_step
 from support.comparison import (
     assert_all_same_bits,
     assert_same_bits,
@@ -206,6 +206,7 @@ def test_loaded_fp32_state_stays_fp32_beside_low_precision_parameters(backend):
             assert_same_bits(value, run.optimizer.state[source][key], key)
 
 
+@takes_no_step
 def test_a_loaded_static_scale_does_not_replace_the_one_asked_for_elsewhere(backend, device):
     params = parameters([(3,)], device=device)
     unscaled = FusedSGD(params, lr=0.1, backend=backend)
@@ -306,6 +307,7 @@ def test_a_torch_checkpoint_keeps_the_bias_decay_that_was_asked_for(backend, dev
         assert torch.equal(params[0], before) is not bias_decay
 
 
+@takes_no_step
 def test_a_torch_checkpoint_keeps_the_bias_decay_of_each_group(backend, device):
     params = parameters([(5,), (5,)], device=device)
     groups = [{"params": params[:1]}, {"params": params[1:], "bias_decay": True}]
