@@ -55,10 +55,10 @@ def pytest_report_header() -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs tests with the marker `without_extension` on one backend more."""
+    """Runs tests with the marker `both_watches` on one backend more."""
     test = metafunc.definition
     chosen = any("backend" in mark.args[0] for mark in test.iter_markers("parametrize"))
-    if "backend" in metafunc.fixturenames and test.get_closest_marker("without_extension") and not chosen:
+    if "backend" in metafunc.fixturenames and test.get_closest_marker("both_watches") and not chosen:
         every = [*backends.NAMES, backends.WITHOUT_EXTENSION]
         test.add_marker(pytest.mark.parametrize("backend", every, indirect=True))
 

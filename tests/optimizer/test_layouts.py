@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from fused_tricks import FusedSGD, extension
 from support.comparison import assert_same_bits, copies, gradients, set_gradients
 
-pytestmark = pytest.mark.without_extension
+pytestmark = pytest.mark.both_watches
 
 DTYPES = [torch.float32, torch.float16, torch.float64]
 OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": True}

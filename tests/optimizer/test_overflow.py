@@ -23,7 +23,7 @@ from support.comparison import (
     snapshot,
 )
 
-pytestmark = pytest.mark.without_extension
+pytestmark = pytest.mark.both_watches
 
 NON_FINITE = {"inf": torch.inf, "-inf": -torch.inf, "nan": torch.nan}
 NAN_PATTERNS = {
