@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 # Test processes share the cores, so a thread that waits must not spin. OpenMP reads this when torch loads it.
@@ -23,6 +25,15 @@ GPU_BACKENDS = {"cuda"} if IS_INTERPRETED else {"cuda", "triton"}
 collect_ignore_glob = [] if torch.distributed.is_available() else ["distributed/*"]
 
 
+# Of each test, as many instances as run on Triton's interpreter, which takes 50 ms for a step.
+INTERPRETED = 6
+
+
+def spread(items: list[pytest.Item], count: int) -> list[pytest.Item]:
+    """At most `count` of them, drawn by their names: neighbours often differ in a little only."""
+    return sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode()))[:count]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend",
@@ -36,14 +47,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_report_header() -> list[str]:
     """Names each backend whose tests are left out, with the reason."""
     reasons = {name: backends.left_out_because(name) for name in backends.NAMES}
-    return [f"no tests of backend {name}: {reason}" for name, reason in reasons.items() if reason]
+    lines = [f"no tests of backend {name}: {reason}" for name, reason in reasons.items() if reason]
+    if backends.is_slow("triton"):
+        lines.append(f"backend triton: {INTERPRETED} instances of a test; --backend=triton runs all")
+    return lines
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs tests with the marker `without_extension` on one backend more."""
+    """Runs tests with the marker `both_watches` on one backend more."""
     test = metafunc.definition
-    if "backend" in metafunc.fixturenames and test.get_closest_marker("without_extension"):
+    chosen = any("backend" in mark.args[0] for mark in test.iter_markers("parametrize"))
+    if "backend" in metafunc.fixturenames and test.get_closest_marker("both_watches") and not chosen:
         every = [*backends.NAMES, backends.WITHOUT_EXTENSION]
         test.add_marker(pytest.mark.parametrize("backend", every, indirect=True))
 
@@ -52,6 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves out the tests of backends that nobody asked for or that are unusable, and marks those of slow ones."""
     asked = config.getoption("backend")
     kept, left_out = [], []
+    interpreted: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
     for item in items:
         callspec = getattr(item, "callspec", None)
         given = "" if callspec is None else str(callspec.params.get("backend", ""))
@@ -60,11 +76,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out.append(item)
             continue
         kept.append(item)
+        if backends.is_slow(name) and not asked and not item.get_closest_marker("every_case"):
+            interpreted[item.nodeid.partition("[")[0], given].append(item)
         if name in GPU_BACKENDS:
             item.add_marker("gpu")
         if backends.is_slow(name):
             item.add_marker("slow")
-    items[:] = kept
+    few = {item for instances in interpreted.values() for item in spread(instances, INTERPRETED)}
+    many = {item for instances in interpreted.values() for item in instances} - few
+    items[:] = [item for item in kept if item not in many]
+    left_out += many
     if left_out:
         config.hook.pytest_deselected(items=left_out)
 

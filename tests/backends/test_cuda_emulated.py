@@ -18,7 +18,7 @@ from fused_tricks.step.device_state import StepState
 from fused_tricks.step.plan import Entry, Plan
 from fused_tricks.step.request import StepRequest
 from support import backends, emulation
-from support.comparison import assert_same_bits, bits
+from support.comparison import assert_same_bits, bits, fill_gradients, parameters
 
 pytestmark = pytest.mark.skipif(
     emulation.unusable_because() is not None, reason=f"no emulation of CUDA: {emulation.unusable_because()}"
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 # As many elements in as many tensors as a few layers of ResNet-50, so that per-tensor costs weigh as they do there.
 SIZES = (64 * 3 * 7 * 7, 64, 64, 512 * 256, 512, 2048 * 64, 1000)
+SHAPES = [(size,) for size in SIZES]
 
 
 def test_the_optimizer_tests_run_on_the_emulation() -> None:
@@ -47,31 +48,27 @@ def steady_step(
     return emulation.take_traffic()
 
 
-def parameters(dtype: torch.dtype, sizes: tuple[int, ...] = SIZES) -> list[Parameter]:
-    return [Parameter(torch.ones(size, dtype=dtype)) for size in sizes]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_scaled_step_of_16_bit_parameters_moves_22_bytes_an_element(dtype: torch.dtype) -> None:
-    traffic = steady_step(parameters(dtype), loss_scale="dynamic")
+    traffic = steady_step(parameters(SHAPES, dtype), loss_scale="dynamic")
     assert traffic.element_bytes_read == (2 + 10) * sum(SIZES)
     assert traffic.element_bytes_written == 10 * sum(SIZES)
 
 
 def test_a_step_of_fp32_parameters_without_a_scale_moves_20_bytes_an_element() -> None:
-    traffic = steady_step(parameters(torch.float32))
+    traffic = steady_step(parameters(SHAPES, torch.float32))
     assert traffic.element_bytes_read == 12 * sum(SIZES)
     assert traffic.element_bytes_written == 8 * sum(SIZES)
 
 
 def test_a_step_of_fp64_parameters_moves_40_bytes_an_element() -> None:
-    traffic = steady_step(parameters(torch.float64))
+    traffic = steady_step(parameters(SHAPES, torch.float64))
     assert traffic.element_bytes_read == 24 * sum(SIZES)
     assert traffic.element_bytes_written == 16 * sum(SIZES)
 
 
 def test_a_step_without_momentum_does_not_touch_a_buffer() -> None:
-    traffic = steady_step(parameters(torch.float16), momentum=0)
+    traffic = steady_step(parameters(SHAPES, torch.float16), momentum=0)
     assert traffic.element_bytes_read == 6 * sum(SIZES)
     assert traffic.element_bytes_written == 6 * sum(SIZES)
 
@@ -87,13 +84,13 @@ def test_a_step_without_momentum_does_not_touch_a_buffer() -> None:
 )
 def test_warps_request_whole_sectors(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
     with emulation.counted_sectors():
-        traffic = steady_step(parameters(dtype), grad_dtype, loss_scale="dynamic")
+        traffic = steady_step(parameters(SHAPES, dtype), grad_dtype, loss_scale="dynamic")
     assert 32 * traffic.element_sectors_read <= 1.1 * traffic.element_bytes_read
     assert 32 * traffic.element_sectors_written <= 1.1 * traffic.element_bytes_written
 
 
 def test_a_skipped_step_reads_the_gradients_once_and_writes_no_element() -> None:
-    params = parameters(torch.float16)
+    params = parameters(SHAPES, torch.float16)
     optimizer = FusedSGD(params, lr=0.1, momentum=0.9, loss_scale="dynamic", backend="emulated_cuda")
     for param in params:
         param.grad = torch.full_like(param, float("inf"))
@@ -106,15 +103,15 @@ def test_a_skipped_step_reads_the_gradients_once_and_writes_no_element() -> None
 
 @pytest.mark.parametrize("options", [{"loss_scale": "dynamic"}, {"loss_scale": 8.0}, {"max_grad_norm": 1.0}])
 def test_a_step_that_scans_takes_two_launches(options: dict[str, object]) -> None:
-    assert steady_step(parameters(torch.float16), **options).launches == 2
+    assert steady_step(parameters(SHAPES, torch.float16), **options).launches == 2
 
 
 def test_a_step_that_does_not_scan_takes_one_launch() -> None:
-    assert steady_step(parameters(torch.float32)).launches == 1
+    assert steady_step(parameters(SHAPES, torch.float32)).launches == 1
 
 
 def test_a_schedule_of_applied_updates_costs_no_launch() -> None:
-    params = parameters(torch.float16)
+    params = parameters(SHAPES, torch.float16)
     optimizer = FusedSGD(params, lr=0.1, loss_scale="dynamic", backend="emulated_cuda")
     WarmupCosineLR(optimizer, 8, 4, count="applied")
     for _ in range(3):
@@ -129,12 +126,14 @@ def test_a_schedule_of_applied_updates_costs_no_launch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_tables_and_scalars_cost_at_most_half_a_byte_an_element(dtype: torch.dtype) -> None:
-    traffic = steady_step(parameters(dtype), lr=torch.tensor(0.1), loss_scale="dynamic", max_grad_norm=1.0)
+    traffic = steady_step(
+        parameters(SHAPES, dtype), lr=torch.tensor(0.1), loss_scale="dynamic", max_grad_norm=1.0
+    )
     assert traffic.table_bytes_read <= 0.5 * sum(SIZES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 256, 257, 1024, 1025, 3584, 3585, 10_000])
+@pytest.mark.parametrize("count", [1, 256, 257, 1024, 1025, 3585])
 def test_any_number_of_tensors_is_updated_in_two_launches(count: int) -> None:
     params = [Parameter(torch.full((3,), float(i), dtype=torch.float16)) for i in range(count)]
     optimizer = FusedSGD(params, lr=0.5, loss_scale=8.0, backend="emulated_cuda")
@@ -152,25 +151,20 @@ def test_any_number_of_tensors_is_updated_in_two_launches(count: int) -> None:
 
 def many_parameters() -> list[Parameter]:
     """More than a kernel's argument has gradient addresses for."""
-    return [Parameter(torch.zeros(1)) for _ in range(4000)]
-
-
-def set_gradients(params: list[Parameter], value: float) -> None:
-    for param in params:
-        param.grad = torch.full_like(param, value)
+    return [Parameter(torch.zeros(1)) for _ in range(3600)]
 
 
 @pytest.mark.slow
 def test_gradient_addresses_that_do_not_fit_the_argument_are_written_only_when_they_change() -> None:
     params = many_parameters()
     optimizer = FusedSGD(params, lr=0.5, backend="emulated_cuda")
-    set_gradients(params, 1.0)
+    fill_gradients(params, 1.0)
     optimizer.step()
     launches = []
     for renews in (False, True, False):
         former = [param.grad for param in params]  # so that the new ones get other addresses
         if renews:
-            set_gradients(params, 1.0)
+            fill_gradients(params, 1.0)
         emulation.take_traffic()
         optimizer.step()
         launches.append(emulation.take_traffic().launches)
@@ -182,13 +176,13 @@ def test_gradient_addresses_that_do_not_fit_the_argument_are_written_only_when_t
 def test_a_replay_reads_the_gradients_of_its_capture_and_an_eager_step_its_own() -> None:
     params = many_parameters()
     optimizer = FusedSGD(params, lr=1.0, backend="emulated_cuda")
-    set_gradients(params, 1.0)
+    fill_gradients(params, 1.0)
     captured = [param.grad for param in params]
     optimizer.step()
     graph = emulation.Graph()
     with graph.capture():
         optimizer.step()
-    set_gradients(params, 100.0)
+    fill_gradients(params, 100.0)
     expected = [-101.0, -102.0, -202.0, -203.0]
     for step, value in zip((optimizer.step, graph.replay) * 2, expected, strict=True):
         step()

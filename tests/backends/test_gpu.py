@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from fused_tricks import FusedSGD, WarmupCosineLR
 from fused_tricks.backends import availability
-from support.comparison import assert_all_same_bits, parameters
+from support.comparison import assert_all_same_bits, fill_gradients, gradients, parameters, set_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,14 +32,9 @@ SHAPES = [(64, 3, 7, 7), (64,), (300, 100), (10,)]
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
 
-def gradients(step: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
-
-
-def set_gradients(params: list[Parameter], grads: list[Tensor]) -> None:
-    for param, grad in zip(params, grads, strict=True):
-        param.grad = grad.to(param)
+def gradients_of(params: list[Parameter], step: int) -> list[Tensor]:
+    (grads,) = gradients(params, 1, seed=step)
+    return grads
 
 
 def on_cpu(steps: int, dtype: torch.dtype, **options: object) -> list[Parameter]:
@@ -47,7 +42,7 @@ def on_cpu(steps: int, dtype: torch.dtype, **options: object) -> list[Parameter]
     params = parameters(SHAPES, dtype)
     optimizer = FusedSGD(params, backend="cpu", **OPTIONS, **options)
     for step in range(steps):
-        set_gradients(params, gradients(step))
+        set_gradients(params, gradients_of(params, step))
         optimizer.step()
     return params
 
@@ -57,7 +52,7 @@ def test_a_gpu_gives_the_bits_of_the_cpu(gpu_backend: str, dtype: torch.dtype) -
     params = parameters(SHAPES, dtype, "cuda")
     optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
     for step in range(20):
-        set_gradients(params, gradients(step))
+        set_gradients(params, gradients_of(params, step))
         optimizer.step()
     assert_all_same_bits(params, on_cpu(20, dtype, loss_scale="dynamic"))
 
@@ -65,7 +60,7 @@ def test_a_gpu_gives_the_bits_of_the_cpu(gpu_backend: str, dtype: torch.dtype) -
 def test_steps_do_not_synchronise(gpu_backend: str) -> None:
     params = parameters(SHAPES, torch.float16, "cuda")
     optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", max_grad_norm=1.0, **OPTIONS)
-    set_gradients(params, gradients(0))
+    set_gradients(params, gradients_of(params, 0))
     loss = torch.ones((), device="cuda", requires_grad=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -80,7 +75,7 @@ def test_steps_do_not_synchronise(gpu_backend: str) -> None:
 def test_steps_do_not_allocate_once_a_plan_exists(gpu_backend: str) -> None:
     params = parameters(SHAPES, torch.float16, "cuda")
     optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
-    set_gradients(params, gradients(0))
+    set_gradients(params, gradients_of(params, 0))
     optimizer.step()
     optimizer.step()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
@@ -94,7 +89,7 @@ def test_a_captured_step_replays_with_its_scale_and_its_skips(gpu_backend: str) 
     optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
     twins = [Parameter(param.detach().clone()) for param in params]
     other = FusedSGD(twins, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
-    set_gradients(params, gradients(0))
+    set_gradients(params, gradients_of(params, 0))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -104,11 +99,11 @@ def test_a_captured_step_replays_with_its_scale_and_its_skips(gpu_backend: str) 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
-    set_gradients(twins, gradients(0))
+    set_gradients(twins, gradients_of(twins, 0))
     for _ in range(3):
         other.step()
     for step in range(6):
-        new = gradients(step)
+        new = gradients_of(params, step)
         if step == 2:
             new[-1][-1] = float("inf")
         for param, twin, grad in zip(params, twins, new, strict=True):
@@ -155,7 +150,7 @@ def test_a_schedule_of_applied_updates_does_not_synchronise(gpu_backend: str) ->
     params = parameters(SHAPES, torch.float16, "cuda")
     optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
     schedule = WarmupCosineLR(optimizer, 8, 4, count="applied")
-    set_gradients(params, gradients(0))
+    set_gradients(params, gradients_of(params, 0))
     optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -187,7 +182,7 @@ def test_a_step_runs_on_the_device_of_its_parameters_whatever_is_current(gpu_bac
     optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
     with torch.cuda.device(0):
         for step in range(3):
-            set_gradients(params, gradients(step))
+            set_gradients(params, gradients_of(params, step))
             optimizer.step()
         assert torch.cuda.current_device() == 0
     assert_all_same_bits(params, on_cpu(3, torch.float16, loss_scale="dynamic"))
@@ -196,7 +191,7 @@ def test_a_step_runs_on_the_device_of_its_parameters_whatever_is_current(gpu_bac
 def test_steps_skipped_for_ever_are_warned_of_without_waiting_for_the_device(gpu_backend: str) -> None:
     params = parameters(SHAPES, torch.float16, "cuda")
     optimizer = FusedSGD(params, backend=gpu_backend, loss_scale=8.0, **OPTIONS)
-    set_gradients(params, [torch.full(shape, torch.nan) for shape in SHAPES])
+    fill_gradients(params, torch.nan)
     loss = torch.ones((), device="cuda", requires_grad=True)
     optimizer.scale(loss)
     optimizer.step()

@@ -8,7 +8,7 @@ from torch.nn import Parameter
 
 from fused_tricks import FusedSGD
 from support import backends
-from support.comparison import assert_same_bits
+from support.comparison import assert_same_bits, fill_gradients
 
 pytestmark = pytest.mark.skipif(
     backends.unusable_because("triton") is not None,
@@ -34,13 +34,8 @@ def launches(monkeypatch) -> list[str]:
     return names
 
 
-def parameters(count: int, dtype: torch.dtype = torch.float32) -> list[Parameter]:
+def zeros(count: int, dtype: torch.dtype = torch.float32) -> list[Parameter]:
     return [Parameter(torch.zeros(2, device=DEVICE, dtype=dtype)) for _ in range(count)]
-
-
-def give_gradients(params: list[Parameter]) -> None:
-    for param in params:
-        param.grad = torch.ones_like(param)
 
 
 def test_the_extension_watches_the_plan_where_there_is_one(launches, monkeypatch) -> None:
@@ -50,7 +45,7 @@ def test_the_extension_watches_the_plan_where_there_is_one(launches, monkeypatch
     if missing_because() is not None:
         pytest.skip(str(missing_because()))
     monkeypatch.setattr(stepper, "PlanGuard", None)
-    params = parameters(2, torch.float16)
+    params = zeros(2, torch.float16)
     params[0].grad_dtype = torch.float32
     optimizer = FusedSGD(params, lr=1.0, momentum=0.5, loss_scale=2.0, backend="triton")
     for step in range(4):
@@ -67,9 +62,9 @@ def test_the_extension_watches_the_plan_where_there_is_one(launches, monkeypatch
 
 @pytest.mark.parametrize("options", [{"loss_scale": "dynamic"}, {"loss_scale": 8.0}, {"max_grad_norm": 1.0}])
 def test_a_steady_step_that_scans_takes_two_launches(launches, options) -> None:
-    params = parameters(3, torch.float16)
+    params = zeros(3, torch.float16)
     optimizer = FusedSGD(params, backend="triton", **options)
-    give_gradients(params)
+    fill_gradients(params)
     optimizer.step()
     launches.clear()
     optimizer.step()
@@ -77,9 +72,9 @@ def test_a_steady_step_that_scans_takes_two_launches(launches, options) -> None:
 
 
 def test_a_steady_step_that_does_not_scan_takes_one_launch(launches) -> None:
-    params = parameters(3)
+    params = zeros(3)
     optimizer = FusedSGD(params, backend="triton")
-    give_gradients(params)
+    fill_gradients(params)
     optimizer.step()
     launches.clear()
     optimizer.step()
@@ -87,9 +82,9 @@ def test_a_steady_step_that_does_not_scan_takes_one_launch(launches) -> None:
 
 
 def test_a_new_learning_rate_takes_no_launch_more(launches) -> None:
-    params = parameters(3)
+    params = zeros(3)
     optimizer = FusedSGD(params, lr=1.0, backend="triton")
-    give_gradients(params)
+    fill_gradients(params)
     optimizer.step()
     launches.clear()
     optimizer.param_groups[0]["lr"] = 0.5
@@ -99,13 +94,13 @@ def test_a_new_learning_rate_takes_no_launch_more(launches) -> None:
 
 
 def test_new_gradients_are_written_to_the_table_128_at_a_time(launches) -> None:
-    params = parameters(130)
+    params = zeros(130)
     optimizer = FusedSGD(params, lr=1.0, backend="triton")
-    give_gradients(params)
+    fill_gradients(params)
     optimizer.step()
     former = [param.grad for param in params]
     launches.clear()
-    give_gradients(params)
+    fill_gradients(params)
     optimizer.step()
     assert launches == ["write", "write", "update"]
     assert all(param.tolist() == [-2.0, -2.0] for param in params)
@@ -114,13 +109,13 @@ def test_new_gradients_are_written_to_the_table_128_at_a_time(launches) -> None:
 
 @pytest.mark.parametrize("count", [1, 8, 9, 40])
 def test_any_number_of_groups_keeps_its_own_options(launches, count: int) -> None:
-    params = parameters(count)
+    params = zeros(count)
     groups = [
         {"params": [param], "lr": float(i + 1), "maximize": i % 2 == 1, "momentum": 0.5 * (i % 3)}
         for i, param in enumerate(params)
     ]
     optimizer = FusedSGD(groups, backend="triton")
-    give_gradients(params)
+    fill_gradients(params)
     optimizer.step()
     launches.clear()
     optimizer.step()
@@ -135,9 +130,9 @@ def test_any_number_of_groups_keeps_its_own_options(launches, count: int) -> Non
 def test_a_captured_step_writes_a_table_of_its_own_in_every_replay(launches, monkeypatch) -> None:
     from fused_tricks.backends.triton import tables
 
-    params = parameters(1)
+    params = zeros(1)
     optimizer = FusedSGD(params, lr=1.0, backend="triton")
-    give_gradients(params)
+    fill_gradients(params)
     optimizer.step()
     launches.clear()
     monkeypatch.setattr(tables, "is_capturing", lambda device: True)
@@ -153,9 +148,9 @@ def test_a_captured_step_writes_a_table_of_its_own_in_every_replay(launches, mon
 def test_a_table_is_written_anew_after_a_write_that_failed_half_way(monkeypatch) -> None:
     from fused_tricks.backends.triton import launch, tables
 
-    params = parameters(130)
+    params = zeros(130)
     optimizer = FusedSGD(params, lr=1.0, backend="triton")
-    give_gradients(params)
+    fill_gradients(params)
     optimizer.step()
     former = [param.grad for param in params]
     calls = []
@@ -167,7 +162,7 @@ def test_a_table_is_written_anew_after_a_write_that_failed_half_way(monkeypatch)
         launch.launch(*args)
 
     monkeypatch.setattr(tables, "launch", fail_second)
-    give_gradients(params)
+    fill_gradients(params)
     with pytest.raises(RuntimeError, match="no launch"):
         optimizer.step()
     for param, grad in zip(params, former, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -156,8 +157,13 @@ def test_torchrun_trains_as_one_process_does(count):
     # torchrun's own limits are 10 minutes and 1 minute.
     command += ["--rdzv-conf", f"join_timeout={ranks.PATIENCE},read_timeout={ranks.PATIENCE}"]
     # torchrun ends every process as soon as one of them fails.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(
-        [*command, str(Path(__file__))], capture_output=True, text=True, timeout=ranks.PATIENCE
+        [*command, str(Path(__file__))],
+        capture_output=True,
+        text=True,
+        timeout=ranks.PATIENCE,
+        env=environment,
     )
     assert result.returncode == 0, result.stderr
     # Gloo of torch 2.10 writes lines of its own.

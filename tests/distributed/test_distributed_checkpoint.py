@@ -105,10 +105,9 @@ def save(folder: str, model: Module, optimizer: FusedSGD, options: StateDictOpti
 @pytest.mark.parametrize(
     "options", [{}, {"momentum": 0.0, "dampening": 0.0}, {"loss_scale": 8.0, "max_grad_norm": None}], ids=str
 )
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_to_ask_for_the_state_changes_nothing(backend, device, dtype, options, before):
+def test_to_ask_for_the_state_changes_nothing(backend, device, options, before):
     """Neither before the first step, nor after one that was skipped, nor later."""
-    models = [Products(dtype).to(device) for _ in range(2)]
+    models = [Products(torch.float16).to(device) for _ in range(2)]
     optimizers = [optimizer_of(model, backend, **options) for model in models]
     for model, optimizer in zip(models, optimizers, strict=True):
         train_on(device, model, optimizer, range(before))

@@ -25,6 +25,7 @@ from support.comparison import (
     parameters,
     set_gradients,
 )
+from support.networks import Network
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "migration.md").read_text(encoding="utf-8")
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
@@ -37,16 +38,6 @@ def sections() -> dict[str, list[str]]:
         name: re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
         for name, text in zip(parts[1::2], parts[2::2], strict=True)
     }
-
-
-class Network(nn.Module):
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.body, self.norm, self.fc = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.norm(self.body(images)))
 
 
 def loader() -> Iterator[tuple[Tensor, Tensor]]:

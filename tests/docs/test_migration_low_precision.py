@@ -7,22 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_tricks as ft
 from fused_tricks import FusedSGD
 from support.comparison import assert_all_same_bits, assert_same_bits, set_gradients
-
-
-class Network(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.norm, self.fc = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.norm(self.body(images)))
+from support.networks import Network
 
 
 def trained_in_fp16() -> tuple[nn.Module, FusedSGD]:

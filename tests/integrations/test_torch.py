@@ -26,6 +26,7 @@ from support.comparison import (
     parameters,
     set_gradients,
 )
+from support.networks import Network
 
 pytestmark = pytest.mark.integration
 
@@ -71,18 +72,6 @@ def test_every_scheduler_of_torch_gives_torchs_bits(backend, device, name):
     assert (len({momentum for _, momentum in ours}) > 1) == ("momentum" in name)
 
 
-class Small(nn.Module):
-    """Two layers that can be frozen one by one, and a BatchNorm between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.norm, self.head = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.norm(self.body(inputs)))
-
-
 def inputs(step: int) -> Tensor:
     return torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
 
@@ -94,9 +83,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
     optimizer.step()
 
 
-def rivals(**options: Any) -> list[tuple[Small, torch.optim.Optimizer]]:
+def rivals(**options: Any) -> list[tuple[Network, torch.optim.Optimizer]]:
     """The same network twice, with FusedSGD and with torch.optim.SGD."""
-    ours, torchs = Small(), Small()
+    ours, torchs = Network(), Network()
     return [
         (ours, FusedSGD(ours.parameters(), bias_decay=True, **options)),
         (torchs, torch.optim.SGD(torchs.parameters(), foreach=False, **options)),
@@ -121,7 +110,7 @@ def test_averages_of_fp32_weights_have_the_bits_of_torchs(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["mean", "ema"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_an_fp32_twin_averages_the_masters_of_low_precision_weights(dtype: torch.dtype, kind: str) -> None:
-    model = cast_model(Small(), dtype)
+    model = cast_model(Network(), dtype)
     optimizer = FusedSGD(model.parameters(), lr=1e-4, loss_scale=128.0)
     twin = cast_model(deepcopy(model), torch.float32)
     average = AveragedModel(twin, multi_avg_fn=get_ema_multi_avg_fn(0.9) if kind == "ema" else None)
@@ -130,26 +119,26 @@ def test_an_fp32_twin_averages_the_masters_of_low_precision_weights(dtype: torch
         train_step(model, optimizer, step)
         twin.load_state_dict(fp32_state_dict(model, optimizer))
         average.update_parameters(twin)
-        history.append(optimizer.state[model.head.weight]["master_param"].double())
+        history.append(optimizer.state[model.fc.weight]["master_param"].double())
     expected = history[0]
     for count, weights in enumerate(history[1:], start=1):
         expected = expected + (weights - expected) * (0.1 if kind == "ema" else 1 / (count + 1))
-    torch.testing.assert_close(average.module.head.weight.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(average.module.fc.weight.double(), expected, rtol=1e-6, atol=0)
     assert average(inputs(0)).dtype == torch.float32
 
 
 def test_an_average_of_the_low_precision_weights_themselves_stands_still() -> None:
     """Why the twin: an exponential average in FP16 rounds small changes away."""
-    model = cast_model(Small(), torch.float16)
+    model = cast_model(Network(), torch.float16)
     optimizer = FusedSGD(model.parameters(), lr=1e-2, loss_scale=128.0)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
     for step in range(20):
         train_step(model, optimizer, step)
         average.update_parameters(model)
         if step == 0:
-            first = average.module.head.weight.detach().clone()
-    assert not torch.equal(model.head.weight, first)
-    assert torch.equal(average.module.head.weight, first)
+            first = average.module.fc.weight.detach().clone()
+    assert not torch.equal(model.fc.weight, first)
+    assert torch.equal(average.module.fc.weight, first)
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])
@@ -200,13 +189,13 @@ def test_layers_frozen_and_unfrozen_during_a_run_are_trained_as_by_torch() -> No
     for model, optimizer in pairs:
         for step in range(9):
             model.body.requires_grad_(step not in (2, 3, 4))
-            model.head.requires_grad_(step > 1)
+            model.fc.requires_grad_(step > 1)
             train_step(model, optimizer, step)
     assert_all_same_bits(ours.parameters(), torchs.parameters())
 
 
 def test_the_master_of_a_frozen_low_precision_layer_waits_for_it() -> None:
-    model = cast_model(Small(), torch.float16)
+    model = cast_model(Network(), torch.float16)
     optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, loss_scale=128.0)
     train_step(model, optimizer, 0)
     kept = {key: value.clone() for key, value in optimizer.state[model.body.weight].items()}
@@ -240,7 +229,7 @@ def test_a_group_added_under_a_dynamic_scale_changes_neither_it_nor_the_masters(
 
 
 def test_a_whole_optimizer_saved_with_its_model_trains_on_alike(tmp_path):
-    model = cast_model(Small(), torch.bfloat16)
+    model = cast_model(Network(), torch.bfloat16)
     optimizer = FusedSGD(model.named_parameters(), lr=0.1, momentum=0.9)
     schedule = lrs.OneCycleLR(optimizer, 0.1, total_steps=8)
     for step in range(3):
@@ -260,7 +249,7 @@ def test_a_whole_optimizer_saved_with_its_model_trains_on_alike(tmp_path):
 def test_one_optimizer_a_parameter_may_step_inside_the_backward_pass(dtype: torch.dtype | None) -> None:
     results = []
     for inside in (False, True):
-        model = Small() if dtype is None else cast_model(Small(), dtype)
+        model = Network() if dtype is None else cast_model(Network(), dtype)
         optimizers = {p: FusedSGD([p], lr=0.1, momentum=0.9) for p in model.parameters()}
         if inside:
             for param in model.parameters():
@@ -277,7 +266,7 @@ def test_one_optimizer_a_parameter_may_step_inside_the_backward_pass(dtype: torc
 
 
 def test_a_state_of_named_parameters_moves_to_torch_and_back() -> None:
-    ours, torchs = Small(), Small()
+    ours, torchs = Network(), Network()
     fused = FusedSGD(ours.named_parameters(), lr=0.1, momentum=0.9, bias_decay=True)
     plain = torch.optim.SGD(torchs.named_parameters(), lr=0.7, foreach=False)
     train_step(ours, fused, 0)

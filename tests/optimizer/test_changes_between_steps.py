@@ -24,7 +24,7 @@ from support.comparison import (
     set_gradients,
 )
 
-pytestmark = pytest.mark.without_extension
+pytestmark = pytest.mark.both_watches
 
 CHANGES: dict[str, Callable[[int, dict[str, Any]], dict[str, Any]]] = {
     "lr": lambda i, g: {"lr": 0.1 / (i + 1)},

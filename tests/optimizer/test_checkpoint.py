@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_tricks import DynamicLossScale, FusedSGD
-from support.backends import device_of
+from support.backends import NAMES, device_of, is_slow, takes_no_step, unusable_because
 from support.comparison import (
     assert_all_same_bits,
     assert_same_bits,
@@ -30,7 +30,7 @@ from support.comparison import (
     snapshot,
 )
 
-pytestmark = pytest.mark.without_extension
+pytestmark = pytest.mark.both_watches
 
 SHAPES = [(65,), (3, 5), (4,), (0,), (9,)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float16, torch.float64]
@@ -89,39 +89,38 @@ def through_a_file(checkpoint: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def resume_all(folder: str, backend: str) -> None:
-    """In the new process: run each checkpoint in `folder` to the end and write its result beside it."""
-    for path in sorted(Path(folder).glob("*.checkpoint")):
-        run = Run(backend, seed=99)
+def resume_all(folder: str) -> None:
+    """In the new process: runs each checkpoint in `folder` to the end and writes its result beside it."""
+    for path in sorted(Path(folder).glob("*/*.checkpoint")):
+        run = Run(path.parent.name, seed=99)
         run.load(torch.load(path, weights_only=True))
         run.go(int(path.stem), STEPS)
         torch.save(run.result(), path.with_suffix(".result"))
 
 
 @pytest.mark.slow
-def test_a_new_process_resumes_bit_for_bit_from_any_step(backend, tmp_path):
-    run = Run(backend)
-    for step in range(STEPS):
-        if step in CHECKPOINTS:
-            torch.save(run.save(), tmp_path / f"{step}.checkpoint")
-        run.go(step, step + 1)
+def test_a_new_process_resumes_bit_for_bit_from_any_step(request, tmp_path):
+    """On every backend, because a process takes seconds to start."""
+    names = request.config.getoption("backend") or NAMES
+    runs = {name: Run(name) for name in names if unusable_because(name) is None}
+    for name, run in runs.items():
+        (tmp_path / name).mkdir()
+        for step in range(STEPS):
+            if step in (CHECKPOINTS[-1:] if is_slow(name) else CHECKPOINTS):
+                torch.save(run.save(), tmp_path / name / f"{step}.checkpoint")
+            run.go(step, step + 1)
     folder = Path(__file__).parent
     paths = [str(folder), str(folder.parent), str(folder.parents[1]), os.environ.get("PYTHONPATH", "")]
     subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys, test_checkpoint as t; t.resume_all(*sys.argv[1:])",
-            tmp_path,
-            backend,
-        ],
+        [sys.executable, "-c", "import sys, test_checkpoint as t; t.resume_all(sys.argv[1])", tmp_path],
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
-    for step in CHECKPOINTS:
-        assert_all_same_bits(
-            torch.load(tmp_path / f"{step}.result"), run.result(), f"from step {step}, value"
-        )
+    for name, run in runs.items():
+        results = sorted((tmp_path / name).glob("*.result"))
+        assert len(results) == (1 if is_slow(name) else len(CHECKPOINTS))
+        for path in results:
+            assert_all_same_bits(torch.load(path), run.result(), f"{name}, from step {path.stem}, value")
 
 
 @pytest.mark.parametrize("step", CHECKPOINTS)
@@ -207,6 +206,7 @@ def test_loaded_fp32_state_stays_fp32_beside_low_precision_parameters(backend):
             assert_same_bits(value, run.optimizer.state[source][key], key)
 
 
+@takes_no_step
 def test_a_loaded_static_scale_does_not_replace_the_one_asked_for_elsewhere(backend, device):
     params = parameters([(3,)], device=device)
     unscaled = FusedSGD(params, lr=0.1, backend=backend)
@@ -307,6 +307,7 @@ def test_a_torch_checkpoint_keeps_the_bias_decay_that_was_asked_for(backend, dev
         assert torch.equal(params[0], before) is not bias_decay
 
 
+@takes_no_step
 def test_a_torch_checkpoint_keeps_the_bias_decay_of_each_group(backend, device):
     params = parameters([(5,), (5,)], device=device)
     groups = [{"params": params[:1]}, {"params": params[1:], "bias_decay": True}]

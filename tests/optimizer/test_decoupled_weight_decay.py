@@ -12,6 +12,7 @@ import torch
 from torch.nn import Parameter
 
 from fused_tricks import FusedSGD, WarmupCosineLR
+from support.backends import takes_no_step
 from support.comparison import assert_all_same_bits, copies, gradients, parameters, set_gradients
 
 OPTIONS: list[dict[str, Any]] = [
@@ -134,6 +135,7 @@ def test_a_skipped_step_decays_nothing(backend, device):
     assert torch.equal(param, before)
 
 
+@takes_no_step
 def test_a_checkpoint_without_the_option_keeps_the_optimizers(backend, device):
     params = parameters([(4, 2)], device=device)
     ours = FusedSGD(params, 0.5, weight_decay=0.1, decoupled_weight_decay=True, backend=backend)

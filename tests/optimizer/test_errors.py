@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fused_tricks import DynamicLossScale, FusedSGD
-from support.backends import NAMES, device_of, unusable_because
+from support.backends import NAMES, device_of, takes_no_step, unusable_because
 from support.comparison import (
     assert_all_same_bits,
     assert_unchanged,
@@ -59,6 +60,7 @@ BAD_RULES = [
 ]
 
 
+@takes_no_step
 @pytest.mark.parametrize(("options", "message"), BAD_HYPER_PARAMETERS, ids=str)
 def test_bad_hyper_parameters_are_refused_in_torchs_words(backend, device, options, message):
     params = parameters([(3,)], device=device)
@@ -66,12 +68,14 @@ def test_bad_hyper_parameters_are_refused_in_torchs_words(backend, device, optio
         FusedSGD(params, backend=backend, **options)
 
 
+@takes_no_step
 @pytest.mark.parametrize("value", BAD_SCALES, ids=repr)
 def test_a_bad_loss_scale_is_refused(backend, device, value):
     with pytest.raises(ValueError, match="loss_scale"):
         FusedSGD(parameters([(3,)], device=device), lr=0.1, loss_scale=value, backend=backend)
 
 
+@takes_no_step
 @pytest.mark.parametrize("value", [object(), [1.0], {"scale": 1.0}], ids=lambda v: type(v).__name__)
 def test_a_loss_scale_of_the_wrong_type_is_refused(backend, device, value):
     with pytest.raises(TypeError, match="loss_scale"):
@@ -90,12 +94,14 @@ def test_a_rule_of_the_wrong_type_is_refused_by_name(option):
         DynamicLossScale(**{option: "big"})
 
 
+@takes_no_step
 @pytest.mark.parametrize("value", [-1.0, float("nan"), -float("inf")], ids=str)
 def test_a_bad_max_grad_norm_is_refused(backend, device, value):
     with pytest.raises(ValueError, match="max_grad_norm"):
         FusedSGD(parameters([(3,)], device=device), lr=0.1, max_grad_norm=value, backend=backend)
 
 
+@takes_no_step
 def test_a_max_grad_norm_of_the_wrong_type_is_refused(backend, device):
     with pytest.raises(TypeError, match="max_grad_norm"):
         FusedSGD(parameters([(3,)], device=device), lr=0.1, max_grad_norm="1", backend=backend)
@@ -127,6 +133,7 @@ def test_a_backend_that_is_not_usable_here_is_refused_with_its_reason():
         assert unusable_because(name) in str(raised.value)
 
 
+@takes_no_step
 def test_differentiable_is_refused(backend, device):
     with pytest.raises((ValueError, RuntimeError), match="differentiable"):
         FusedSGD(parameters([(3,)], device=device), lr=0.1, differentiable=True, backend=backend)
@@ -166,6 +173,7 @@ def test_torchs_implementation_flags_are_accepted(backend, device, flag, value):
     assert optimizer.stats().applied_steps == 1
 
 
+@takes_no_step
 def test_one_loss_scale_serves_one_optimizer(backend, device):
     rule = DynamicLossScale(init_scale=8.0)
     first = FusedSGD(parameters([(3,)], device=device), lr=0.1, loss_scale=rule, backend=backend)
@@ -175,6 +183,7 @@ def test_one_loss_scale_serves_one_optimizer(backend, device):
     assert_unchanged(first, before)
 
 
+@takes_no_step
 @pytest.mark.parametrize(
     "options", [{"lr": -1.0}, {"lr": 0.1, "max_grad_norm": -1.0}, {"lr": 0.1, "params": []}], ids=str
 )
@@ -186,7 +195,7 @@ def test_a_refused_construction_leaves_the_loss_scale_free(backend, device, opti
     assert FusedSGD(params, lr=0.1, loss_scale=rule, backend=backend).stats().scale == 8.0
 
 
-SCALINGS = [{}, {"loss_scale": "dynamic"}, {"max_grad_norm": 1.0}]
+SCALINGS = [{}, {"loss_scale": "dynamic", "max_grad_norm": 1.0}]
 
 
 def sparse(p: Parameter) -> None:
@@ -232,58 +241,46 @@ BAD_GRADIENTS: dict[str, tuple[torch.dtype, Callable[[Parameter], None], str]] =
 
 
 def in_training(
-    backend: str, device: torch.device, last: torch.dtype, *, names: bool = False, **options: Any
+    backend: str,
+    device: torch.device,
+    last: torch.dtype,
+    *,
+    steps: int = 2,
+    names: bool = False,
+    **options: Any,
 ) -> tuple[FusedSGD, list[Parameter]]:
-    """An optimizer over two groups, two good steps into training, its gradients set for the third."""
+    """An optimizer over two groups, some good steps into training, its gradients set for the next."""
     params = parameters(
         [(4,), (2, 3), (5,), (6,)], [torch.float16, torch.float32, torch.float32, last], device
     )
     items = list(zip(("stem", "conv", "norm", "head.weight"), params, strict=True)) if names else params
     groups = [{"params": items[:1]}, {"params": items[1:]}]
     optimizer = FusedSGD(groups, lr=0.1, momentum=0.9, backend=backend, **options)
-    one, two, three = gradients(params, 3)
-    for grads in (one, two):
+    *good, last_ones = gradients(params, steps + 1)
+    for grads in good:
         set_gradients(params, grads)
         optimizer.step()
-    set_gradients(params, three)
+    set_gradients(params, last_ones)
     return optimizer, params
 
 
 @pytest.mark.parametrize("options", SCALINGS, ids=str)
 @pytest.mark.parametrize("case", BAD_GRADIENTS)
-def test_a_bad_gradient_of_the_last_parameter_changes_no_parameter(backend, device, case, options):
+def test_a_bad_gradient_of_the_last_parameter_is_refused_by_its_name_and_changes_nothing(
+    backend, device, case, options
+):
+    """In training, and in the first step, which creates no state."""
     dtype, spoil, word = BAD_GRADIENTS[case]
-    optimizer, params = in_training(backend, device, dtype, **options)
-    params[-1].grad = None
-    spoil(params[-1])
-    before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match=f"(?i){word}"):
-        optimizer.step()
-    assert_unchanged(optimizer, before)
-
-
-@pytest.mark.parametrize("case", BAD_GRADIENTS)
-def test_a_bad_gradient_in_the_first_step_creates_no_state(backend, device, case):
-    dtype, spoil, word = BAD_GRADIENTS[case]
-    params = parameters([(4,), (6,)], [torch.float16, dtype], device)
-    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, backend=backend)
-    set_gradients(params[:1], [torch.ones(4).half()])
-    spoil(params[-1])
-    with pytest.raises(RuntimeError, match=f"(?i){word}"):
-        optimizer.step()
-    assert all(not optimizer.state.get(p) for p in params)
-    assert optimizer.stats().applied_steps == 0
-
-
-@pytest.mark.parametrize("case", BAD_GRADIENTS)
-def test_the_error_names_the_parameter(backend, device, case):
-    dtype, spoil, _ = BAD_GRADIENTS[case]
-    for names, where in ((True, r"head\.weight"), (False, r"(?i)group\W*1\D.*\b2\b|\b2\b.*group\W*1\b")):
-        optimizer, params = in_training(backend, device, dtype, names=names)
+    for steps, names, where in ((2, True, r"head\.weight"), (0, False, "parameter 2 of group 1")):
+        optimizer, params = in_training(backend, device, dtype, steps=steps, names=names, **options)
         params[-1].grad = None
         spoil(params[-1])
-        with pytest.raises(RuntimeError, match=where):
+        before = snapshot(optimizer)
+        with pytest.raises(RuntimeError, match=f"(?i){word}") as refused:
             optimizer.step()
+        assert re.search(where, str(refused.value)), str(refused.value)
+        assert_unchanged(optimizer, before)
+        assert any(before["state"]) is (steps > 0)
 
 
 @pytest.mark.parametrize(

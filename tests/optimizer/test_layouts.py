@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from fused_tricks import FusedSGD, extension
 from support.comparison import assert_same_bits, copies, gradients, set_gradients
 
-pytestmark = pytest.mark.without_extension
+pytestmark = pytest.mark.both_watches
 
 DTYPES = [torch.float32, torch.float16, torch.float64]
 OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": True}
@@ -64,9 +64,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# Every layout of a parameter, and every layout of a gradient beside some of them.
+BESIDE = ("scalar", "permuted", "channels_last", "rows with gaps")
+PAIRS = [(layout, gradient) for gradient in GRADIENTS for layout in BESIDE if gradient != "contiguous"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("layout", PARAMETERS)
+@pytest.mark.parametrize(("layout", "gradient"), [*((layout, "contiguous") for layout in PARAMETERS), *PAIRS])
 def test_any_layout_gives_the_values_of_the_contiguous_one(backend, device, layout, gradient, dtype):
     param = Parameter(strided_to(PARAMETERS[layout](), device, dtype))
     strides, pointer = param.stride(), param.data_ptr()

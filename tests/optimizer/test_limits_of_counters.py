@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fused_tricks import DynamicLossScale, FusedSGD
+from support.backends import takes_no_step
 from support.comparison import (
     assert_all_same_bits,
     assert_unchanged,
@@ -56,6 +57,7 @@ def reloaded(optimizer: FusedSGD) -> dict[str, int]:
     return saved["param_groups"][0]
 
 
+@takes_no_step
 @pytest.mark.parametrize("key", ["applied_steps", "skipped_steps"])
 def test_counters_that_no_device_can_hold_are_refused_by_name(backend, device, key):
     optimizer = loaded(backend, device, applied_steps=5)

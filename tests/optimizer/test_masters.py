@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_tricks import FusedSGD, fp32_state_dict
+from support.backends import takes_no_step
 from support.comparison import assert_same_bits, parameters, set_gradients
 
 LOW = [torch.float16, torch.bfloat16]
@@ -117,6 +118,7 @@ def test_masters_that_are_refreshed_for_nothing_keep_their_bits(backend, device)
     assert_same_bits(master(optimizer, model), before)
 
 
+@takes_no_step
 def test_there_is_nothing_to_refresh_before_the_first_step(backend, device):
     optimizer = FusedSGD(parameters([(3,)], torch.float16, device), lr=0.1, backend=backend)
     optimizer.refresh_masters()

@@ -23,7 +23,7 @@ from support.comparison import (
     snapshot,
 )
 
-pytestmark = pytest.mark.without_extension
+pytestmark = pytest.mark.both_watches
 
 NON_FINITE = {"inf": torch.inf, "-inf": -torch.inf, "nan": torch.nan}
 NAN_PATTERNS = {
@@ -140,15 +140,15 @@ def test_the_last_element_of_the_last_tensor_counts_between_empty_neighbours(bac
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", VECTOR_EDGES)
-def test_every_position_around_the_vector_width_counts(backend, device, dtype, size):
-    params = parameters([(size,)], dtype, device)
-    optimizer = FusedSGD(params, lr=0.1, loss_scale=8.0, backend=backend)
-    for element in range(size):
-        grad = torch.ones(size, dtype=dtype)
-        grad[element] = torch.inf
-        step_with(optimizer, params, [grad])
-        assert optimizer.stats().last_step_skipped, f"element {element} of {size}"
+def test_every_position_around_the_vector_width_counts(backend, device, dtype):
+    for size in VECTOR_EDGES:
+        params = parameters([(size,)], dtype, device)
+        optimizer = FusedSGD(params, lr=0.1, loss_scale=8.0, backend=backend)
+        for element in {0, size // 2, size - 1} if is_slow(backend) else range(size):
+            grad = torch.ones(size, dtype=dtype)
+            grad[element] = torch.inf
+            step_with(optimizer, params, [grad])
+            assert optimizer.stats().last_step_skipped, f"element {element} of {size}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

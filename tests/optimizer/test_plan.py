@@ -15,7 +15,7 @@ from fused_tricks import FusedSGD, extension
 from fused_tricks.backends import BACKENDS
 from support.comparison import assert_all_same_bits, assert_same_bits
 
-pytestmark = pytest.mark.without_extension
+pytestmark = pytest.mark.both_watches
 
 
 def stepped(backend: str, param: Parameter, times: int = 2, **options: object) -> FusedSGD:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from unittest import mock
 
+import pytest
 import torch
 
 from fused_tricks.backends import BACKENDS
@@ -39,6 +40,10 @@ def prepared(name: str) -> Iterator[str]:
 def unusable_because(name: str) -> str | None:
     """Why tests cannot run on the backend `name` here, or None when they can."""
     return BACKENDS[name].unavailable_because() or (_cannot_interpret() if is_slow(name) else None)
+
+
+takes_no_step = pytest.mark.parametrize("backend", ["reference"], indirect=True)
+"""For tests in which the backend has nothing to do."""
 
 
 @functools.cache

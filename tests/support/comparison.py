@@ -103,6 +103,12 @@ def set_gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> N
         param.grad = None if grad is None else grad.to(param.device, copy=True)
 
 
+def fill_gradients(params: Iterable[Tensor], value: float = 1.0) -> None:
+    """Give each parameter a new gradient whose elements are all the same."""
+    for param in params:
+        param.grad = torch.full_like(param, value)
+
+
 def copies(params: Iterable[Tensor], dtype: torch.dtype | None = None) -> list[Parameter]:
     """Contiguous parameters on the CPU with the same values, for the optimizer compared with."""
     return [
