@@ -114,7 +114,7 @@ def _bits(request: Request) -> list[str]:
 
 
 def _step(request: Request) -> list[str]:
-    tiny = "--parameters synthetic:2:300 --rounds 2 --host-rounds 2 --loop-mib 1"
+    tiny = "--parameters synthetic:2:300 --rounds 2 --host-rounds 1 --loop-mib 1"
     return (tiny if request.tiny else "--parameters resnet50 --rounds 40 --host-rounds 60").split()
 
 

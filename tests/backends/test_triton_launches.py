@@ -10,10 +10,13 @@ from fused_tricks import FusedSGD
 from support import backends
 from support.comparison import assert_same_bits, fill_gradients
 
-pytestmark = pytest.mark.skipif(
-    backends.unusable_because("triton") is not None,
-    reason=f"backend triton: {backends.unusable_because('triton')}",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        backends.unusable_because("triton") is not None,
+        reason=f"backend triton: {backends.unusable_because('triton')}",
+    ),
+]
 
 DEVICE = backends.device_of("triton")
 

@@ -292,7 +292,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_peers_that_are_installed_take_part(tmp_path: Path, fake_cuda: FakeCuda, peers: None) -> None:
-    result = run(tmp_path, "--backend", "reference")
+    result = run(tmp_path, "--backend", "reference", "--host-rounds", "1")
     assert result["left_out"] == {}
     assert set(PEERS) < set(result["contestants"])
 

@@ -30,7 +30,10 @@ from support.comparison import assert_all_same_bits, assert_same_bits
 from support.products import Products, inputs_of, with_overflow
 
 # Torch says so when a process saves or loads alone.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "dampening": 0.25}
 OVERFLOWS = (0, 4, 7)

@@ -141,6 +141,7 @@ def test_a_tensor_learning_rate_is_not_written(backend, device):
     assert optimizer.param_groups[0]["lr"] is lr
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("options", HYPER_PARAMETERS, ids=name_of)
 def test_the_update_is_the_documented_arithmetic(backend, device, options):
     """Against fused multiply-adds computed in NumPy: independent of torch and of the machine."""

@@ -5,6 +5,7 @@ usage: python tests/support/with_fake_cuda.py -m MODULE ARGUMENTS
 
 from __future__ import annotations
 
+import gc
 import runpy
 import sys
 from pathlib import Path
@@ -20,4 +21,7 @@ if __name__ == "__main__":
         from support.fake_cuda import FakeCuda
 
         FakeCuda(pytest.MonkeyPatch())
+    # Benchmarks collect garbage again and again, of which modules are no part.
+    gc.collect()
+    gc.freeze()
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
