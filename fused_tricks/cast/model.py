@@ -1,4 +1,4 @@
-"""Low-precision training: a network in FP16 or BF16 whose norm layers stay in FP32."""
+"""The conversion of a model to FP16 or BF16, with its norm layers in FP32."""
 
 import inspect
 import sys
@@ -17,19 +17,28 @@ from .working_dtype import Cast, Surroundings, TensorDtype, WorkingDtype, is_nor
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Keep = type | str | nn.Module
 
-# Their kernels take FP16 or BF16 input with FP32 weights and statistics; autocast relies on the same.
+# The kernels take FP16 or BF16 input beside FP32 weights and statistics. autocast relies on the same.
 _MIXED_FORWARDS = (BatchNormBase.forward, nn.SyncBatchNorm.forward)
-
-# By this name in the pickles of models that an earlier version converted.
-_WorkingDtype = TensorDtype
 
 
 def norm_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the norm layers of `model`: what `cast_model` keeps in FP32 when not told otherwise.
+    """Returns the norm layers of a model, which `cast_model` keeps in FP32 by default.
 
-    These are PyTorch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm, RMSNorm and its two local
-    response norms, with subclasses and lazy ones, and any module that owns a `running_var` buffer (a frozen
-    BatchNorm, say).
+    Norm layers are PyTorch's BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm, RMSNorm, LocalResponseNorm
+    and CrossMapLRN2d, their subclasses and lazy forms, and every module with a buffer `running_var` (such as a frozen
+    BatchNorm).
+
+    Args:
+        model: The model.
+
+    Example:
+        ```python
+        import fused_tricks as ft
+        from torch import nn
+
+        model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+        assert ft.norm_layers(model) == [model[1]]
+        ```
     """
     return [module for module in model.modules() if is_norm(module)]
 
@@ -41,53 +50,69 @@ def cast_model(
     output_dtype: torch.dtype | None = torch.float32,
     cast_inputs: bool | Iterable[str] = True,
 ) -> ModelT:
-    """Converts `model` to low-precision training, in place, and returns it.
+    """Converts a model to low-precision training, in place, and returns the model.
 
-    Floating-point parameters, their gradients and floating-point buffers become `dtype`; those of the kept
-    modules become FP32. Parameters stay the objects they were, so an optimizer built before and tied weights
-    still refer to them. Calling the model casts every floating-point tensor among its arguments to `dtype`
-    (FP64 ones too) and every floating-point tensor that it returns to `output_dtype`, within tuples, named
-    tuples, lists, dicts and dataclasses. Containers in which nothing is cast are passed on as they are, so that
-    the model can write into them; of others it gets a copy.
+    Floating-point parameters, their gradients and floating-point buffers become `dtype`. The same tensors of kept
+    modules become FP32. Parameters stay the same objects, so optimizers that exist and tied weights stay valid.
 
-    A kept module gets its input in FP32 and gives its output in `dtype`; a BatchNorm, whose kernels take
-    both precisions at once, reads and writes `dtype` directly. The casts are forward hooks: a method that
-    does not go through `model(...)` or `kept_module(...)` runs without them. Convert first, then wrap the
-    model in `torch.compile` or `DistributedDataParallel`.
+    A call of the model casts every floating-point argument to `dtype`, FP64 included, and every floating-point output
+    to `output_dtype`. Tensors inside tuples, named tuples, lists, dicts and dataclasses are cast as well. A container
+    without a tensor to cast is passed on as the same object, so the model can write into the container. A container
+    with one is copied.
 
-    After `model.float()`, `model.half()` or `model.to(dtype)` the casts follow: the model works in the dtype
-    that its weights have then, and returns `output_dtype` as before. Layers may be replaced or removed in between. A
-    model whose weights are all kept works in their dtype, which is FP32 until it is converted again. A model that
-    computes its loss itself, such as a detector, takes boxes and targets that `dtype` would round: convert a part, as
-    in `cast_model(model.backbone)`, or choose by `cast_inputs` what is cast.
+    A kept module receives FP32 input, and its output becomes `dtype`. BatchNorm reads and writes `dtype` directly,
+    because its kernels take both precisions at once. The casts are forward hooks, so they run in `model(...)` and
+    `kept_module(...)` and not in other methods. Convert the model before `torch.compile` or `DistributedDataParallel`
+    wraps it.
 
-    Calling it again starts anew from the arguments given then; with `torch.float32` it undoes the
-    conversion: everything is FP32, and nothing is cast on the way in or out.
+    The casts follow the model: after `model.float()`, `model.half()` or `model.to(dtype)` the model works in the dtype
+    of its weights and returns `output_dtype` as before. Layers may be replaced or removed. A model whose weights are
+    all kept works in their dtype.
+
+    A model that computes its own loss, such as a detector, receives boxes and targets that `dtype` would round. For
+    such a model, convert a part (`cast_model(model.backbone)`) or name the inputs to cast (`cast_inputs`).
+
+    Another call starts from its own arguments. With `torch.float32` it undoes the conversion: all tensors are FP32, and
+    nothing is cast.
 
     Args:
-        model: the model to convert.
+        model: The model.
         dtype: `torch.float16`, `torch.bfloat16` or `torch.float32`.
-        keep_fp32: the modules to keep in FP32, with all that they contain, instead of the default
-            `norm_layers(model)`. One or several of: a type (its instances), a module, or a name pattern (as
-            in `fnmatch`, case-sensitive, against the whole name in `model.named_modules()`; `*` matches
-            dots too). To keep the classifier as well: `[*norm_layers(model), "fc"]`. A name pattern also keeps
-            the buffers whose whole name in `model.named_buffers()` it matches, such as a table of 4096 positions,
-            of which BF16 has 769; the code that reads such a buffer casts what it takes from it.
-        output_dtype: a floating-point dtype; `None` leaves the outputs as the model computes them.
-        cast_inputs: True, False, or the names of those arguments of `model.forward` that are cast to `dtype`. All
-            others are passed on as they are; a kept module still gets its input in FP32.
+        keep_fp32: The modules to keep in FP32, with all that they contain, in place of `norm_layers(model)`. One or
+            several of: a type (its instances), a module, or a name pattern. A name pattern is matched as in `fnmatch`,
+            case-sensitive, against whole names of `model.named_modules()`; `*` matches dots too. To keep the
+            classifier as well: `[*norm_layers(model), "fc"]`. A name pattern also keeps matching buffers of
+            `model.named_buffers()`, such as a table of 4096 positions, of which BF16 represents 769. Code that reads a
+            kept buffer must cast its values.
+        output_dtype: A floating-point dtype; None leaves outputs in the dtype of the computation.
+        cast_inputs: True casts all arguments of `model.forward`, False none, and names cast these arguments only. A
+            kept module receives FP32 input in every case.
+
+    Returns:
+        The same model.
 
     Raises:
-        TypeError: `model` is not a module, or `keep_fp32` or `cast_inputs` holds something of another kind.
-        ValueError: `dtype` or `output_dtype` is not one of the above; a name pattern or module in
-            `keep_fp32` is not found in `model`, or a name in `cast_inputs` not among the arguments of its
-            `forward`; a parameter to be cast is complex; a parameter belongs to a kept module and to another one;
-            `model` contains itself, or is wrapped in `DistributedDataParallel` already. A refused call leaves
-            the model as it was. Calling the model raises it for an input or output to be cast that contains itself,
-            such as a list within itself.
+        TypeError: `model` is not a module, or `keep_fp32` or `cast_inputs` contains a value of another kind.
+        ValueError: `dtype` or `output_dtype` is not one of the above; a pattern or module in `keep_fp32` is not found
+            in the model; a name in `cast_inputs` is not an argument of `forward`; a parameter to cast is complex; a
+            parameter belongs to a kept module and to another one; the model contains itself, or
+            `DistributedDataParallel` wraps the model already. The model is unchanged then. A call of the model raises
+            ValueError for an input or output that contains itself, such as a list within itself.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.2, low-precision
-    training; "Mixed Precision Training" (arXiv 1710.03740), section 3.3, for the norm layers in FP32.
+    training; "Mixed Precision Training" (arXiv 1710.03740), section 3.3, for norm layers in FP32.
+
+    Example:
+        ```python
+        import fused_tricks as ft
+        import torch
+        from torch import nn
+
+        model = ft.cast_model(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2)), torch.bfloat16)
+        assert model[0].weight.dtype == torch.bfloat16
+        assert model[1].weight.dtype == torch.float32
+        assert model(torch.ones(4, 8)).dtype == torch.float32
+        ```
     """
     check_module(model)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -98,8 +123,8 @@ def cast_model(
         raise ValueError(f"output_dtype must be a floating-point dtype or None, got {output_dtype!r}")
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError(
-            "model is wrapped in DistributedDataParallel, which would no longer see the gradients of converted "
-            "parameters; convert the model first, then wrap it"
+            "model is wrapped in DistributedDataParallel, which would miss the gradients of converted parameters; "
+            "convert the model first, then wrap it"
         )
     _check_ends(model)
     casts_argument = _argument_names(model, cast_inputs)
@@ -111,7 +136,7 @@ def cast_model(
         target = torch.float32 if id(tensor) in fp32 else dtype
         if not tensor.is_floating_point() or tensor.dtype == target:
             return tensor
-        # Once, so that a buffer which several modules share stays one. Keeping it keeps its id from being reused.
+        # A buffer that several modules share stays one tensor. The original is kept so that its id is not reused.
         if id(tensor) not in converted:
             converted[id(tensor)] = tensor, tensor.to(target)
         return converted[id(tensor)][1]
@@ -124,15 +149,15 @@ def cast_model(
 
 
 def _check_ends(model: nn.Module) -> None:
-    """Raises if a module contains itself: torch's own recursions over modules do not end there."""
+    """Raises if a module contains itself, because torch's recursions over modules would not end."""
     around: dict[nn.Module, None] = {}
     finished: set[nn.Module] = set()
 
     def enter(module: nn.Module, name: str) -> None:
         if module in around:
             raise ValueError(
-                f"{type(module).__name__} contains itself, as {name}, where torch's own to() and train() do not end: "
-                "keep the reference in a plain list, which registers no module"
+                f"{type(module).__name__} contains itself, as {name}, and torch's to() and train() would not end; keep "
+                "the reference in a plain list, which registers no module"
             )
         if module not in finished:
             around[module] = None
@@ -145,7 +170,7 @@ def _check_ends(model: nn.Module) -> None:
 
 
 def _argument_names(model: nn.Module, cast_inputs: bool | Iterable[str]) -> frozenset[str] | bool:
-    """`cast_inputs`, with the names checked against the arguments of `model.forward`."""
+    """Returns `cast_inputs`, with its names checked against the arguments of `model.forward`."""
     if isinstance(cast_inputs, bool):
         return cast_inputs
     names: Any = [cast_inputs] if isinstance(cast_inputs, str) else cast_inputs
@@ -166,11 +191,11 @@ def _argument_names(model: nn.Module, cast_inputs: bool | Iterable[str]) -> froz
 
 
 def _kept(model: nn.Module, keep_fp32: Iterable[Keep] | Keep) -> tuple[set[nn.Module], list[Tensor]]:
-    """The modules that `keep_fp32` asks for, with all that they contain, and the buffers that it names."""
+    """Returns the modules that `keep_fp32` selects, with all that they contain, and the buffers that it names."""
     if isinstance(keep_fp32, Keep):
         keep_fp32 = (keep_fp32,)
     if not isinstance(keep_fp32, Iterable):
-        raise TypeError(f"keep_fp32 takes types, name patterns and modules, got {keep_fp32!r}")
+        raise TypeError(f"keep_fp32 must contain types, name patterns and modules, got {keep_fp32!r}")
     named = list(model.named_modules(remove_duplicate=False))
     kept: set[nn.Module] = set()
     kept_buffers: list[Tensor] = []
@@ -184,7 +209,7 @@ def _kept(model: nn.Module, keep_fp32: Iterable[Keep] | Keep) -> tuple[set[nn.Mo
             buffers = [buffer for name, buffer in named_buffers if fnmatchcase(name, keep)]
             if not found and not buffers:
                 raise ValueError(
-                    f"keep_fp32: no module's name matches {keep!r}, and no buffer's; see model.named_modules() and "
+                    f"keep_fp32: {keep!r} matches no name of a module or buffer; see model.named_modules() and "
                     "model.named_buffers()"
                 )
             kept_buffers += buffers
@@ -193,18 +218,18 @@ def _kept(model: nn.Module, keep_fp32: Iterable[Keep] | Keep) -> tuple[set[nn.Mo
             if not found:
                 raise ValueError(f"keep_fp32: this module is not in the model: {keep}")
         else:
-            raise TypeError(f"keep_fp32 takes types, name patterns and modules, got {keep!r}")
+            raise TypeError(f"keep_fp32 must contain types, name patterns and modules, got {keep!r}")
         for module in found:
             kept.update(_inside(module))
     for _, module in named:
-        # It computes with out_proj's weight without calling out_proj, so the two go together.
+        # MultiheadAttention reads out_proj's weight without a call of out_proj, so both have one dtype.
         if isinstance(module, nn.MultiheadAttention) and module.out_proj in kept:
             kept.update(module.modules())
     return kept, kept_buffers
 
 
 def _inside(module: nn.Module) -> Iterator[nn.Module]:
-    """`module` and all that it contains; for a list or dict of modules, which is never called, its items."""
+    """Yields a module and all that it contains; of a list or dict of modules, which is never called, the items."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         for item in module.children():
             yield from _inside(item)
@@ -213,7 +238,11 @@ def _inside(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _fp32_tensors(model: nn.Module, kept: set[nn.Module]) -> dict[int, Tensor]:
-    """The kept modules' parameters, gradients and buffers by id; raises where a parameter cannot be cast."""
+    """Returns the parameters, gradients and buffers of kept modules by id.
+
+    Raises:
+        ValueError: A parameter cannot be cast, or is in a kept module and in another one.
+    """
     fp32: dict[int, Tensor] = {}
     for module in kept:
         for param in module.parameters(recurse=False):
@@ -233,16 +262,13 @@ def _fp32_tensors(model: nn.Module, kept: set[nn.Module]) -> dict[int, Tensor]:
 
 
 class _CastInput(Cast):
-    """Forward pre-hook: casts the arguments of the module it is on.
+    """A forward pre-hook that casts the arguments of its module.
 
     Args:
-        module: the module.
-        dtype: the dtype to cast to.
-        names: the arguments of the module's `forward` to cast; all without it.
+        module: The module.
+        dtype: The dtype to cast to.
+        names: The arguments of the module's `forward` to cast; None casts all.
     """
-
-    dtype: WorkingDtype | TensorDtype
-    names: frozenset[str] | None = None  # the default of a pickle of an earlier version, which has none
 
     def __init__(self, module: nn.Module, dtype: WorkingDtype, names: frozenset[str] | None = None) -> None:
         self.dtype = dtype
@@ -253,13 +279,8 @@ class _CastInput(Cast):
                 a.name for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)
             ]
             self.rest = next((a.name for a in arguments if a.kind is a.VAR_POSITIONAL), "")
-        # Pickled along, so that a process that loads the model gives the hook's key to no other hook.
+        # Pickled as well: a process that loads the model must not use the hook's key for another hook.
         self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if isinstance(state["dtype"], torch.dtype):
-            self.dtype = WorkingDtype(state["dtype"])
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         dtype = self.dtype.now(module)
@@ -279,12 +300,12 @@ class _CastInput(Cast):
 
 
 class _CastOutput(Cast):
-    """Forward hook: casts what the module it is on returns.
+    """A forward hook that casts the outputs of its module.
 
     Args:
-        module: the module.
-        dtype: the dtype to cast to; `None` casts nothing.
-        is_whole: True for the whole model, where an error about images in integers is given a line of advice.
+        module: The module.
+        dtype: The dtype to cast to; None casts nothing.
+        is_whole: True for the whole model, where an error about integer images gets a line of advice.
     """
 
     def __init__(
@@ -293,9 +314,7 @@ class _CastOutput(Cast):
         self.dtype: Surroundings | TensorDtype | torch.dtype | None = dtype
         self.handle = module.register_forward_hook(self, with_kwargs=True, always_call=is_whole)
 
-    def __call__(self, module: nn.Module, args: Any, *kwargs_and_output: Any) -> Any:
-        # Without kwargs where an earlier version registered it, before the model was pickled.
-        *kwargs, output = kwargs_and_output
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if output is None and not torch.compiler.is_compiling():
             _explain_integers(sys.exc_info()[1], (args, kwargs))
         dtype = self.dtype
@@ -305,7 +324,7 @@ class _CastOutput(Cast):
 
 
 def _explain_integers(error: BaseException | None, inputs: Any) -> None:
-    """Adds to the error of a forward pass what to write where it was given images in integers."""
+    """Adds advice to the error of a forward pass whose input is images in integers."""
     if error is None or [type(arg) for arg in error.args] != [str]:
         return
     try:
@@ -315,7 +334,7 @@ def _explain_integers(error: BaseException | None, inputs: Any) -> None:
     if not any(isinstance(x, Tensor) and x.dtype is torch.uint8 and x.dim() >= 3 for x in leaves):
         return
     advice = (
-        "The model was given torch.uint8 tensors, and cast_model casts floating-point tensors alone: for images write "
+        "The input has torch.uint8 tensors, and cast_model casts floating-point tensors only: for images write "
         "model(images.float() / 255)"
     )
     error.args = (f"{error.args[0]}\n{advice}",)

@@ -14,13 +14,16 @@ _TRACES_COPY = torch.__version__ >= "2.14"
 
 
 def cast_nested(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> Any:
-    """`value` with every floating-point tensor in `dtype`; containers are rebuilt where one of theirs is cast.
+    """Returns a value with every floating-point tensor in `dtype`. Containers with a tensor to cast are rebuilt.
 
-    `done` holds what was cast so far, by the original: a tensor that occurs several times stays one
-    tensor, which is how attention knows self-attention.
+    Args:
+        value: A tensor or container.
+        dtype: The dtype to cast to.
+        done: The tensors cast so far, by their originals. A tensor that occurs several times stays one tensor, because
+            attention recognises self-attention by the identity of its arguments.
 
     Raises:
-        ValueError: `value` has a container that contains itself.
+        ValueError: A container contains itself.
     """
     if torch.compiler.is_compiling():
         return _cast(value, dtype, done)
@@ -31,8 +34,8 @@ def cast_nested(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> A
         if container is None:
             raise
     raise ValueError(
-        f"a {type(container).__name__} among the inputs or outputs contains itself, and cast_model cannot cast it: "
-        "pass it without the reference to itself, or choose by cast_inputs which arguments are cast"
+        f"a {type(container).__name__} among the inputs or outputs contains itself and cannot be cast; remove the "
+        "reference to itself, or leave the argument out of cast_inputs"
     )
 
 
@@ -49,7 +52,7 @@ def _cast(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> Any:
         items = [_cast(item, dtype, done) for item in value]
         if not hasattr(value, "_make"):
             return type(value)(items)
-        # A compiled graph of torch 2.10 cannot return what _make made, which asks no __new__ of a subclass.
+        # A compiled graph of torch 2.10 cannot return the result of _make, which skips the __new__ of a subclass.
         return type(value)(*items) if torch.compiler.is_compiling() else value._make(items)
     if isinstance(value, list):
         items = [_cast(item, dtype, done) for item in value]
@@ -58,7 +61,8 @@ def _cast(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> Any:
         sequence = _copy(value)
         sequence[:] = items
         return sequence
-    if type(value) in (dict, OrderedDict):  # the copy below would break torch.compile's graph
+    # copy.copy would break torch.compile's graph.
+    if type(value) in (dict, OrderedDict):
         return type(value)((key, _cast(item, dtype, done)) for key, item in value.items())
     if isinstance(value, MutableMapping):
         mapping = _copy(value)
@@ -72,7 +76,7 @@ def _cast(value: Any, dtype: torch.dtype, done: dict[Tensor, Tensor]) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    """A shallow copy; in a compiled graph of an older torch, which cannot trace one, an object with the same fields."""
+    """Returns a shallow copy, by its fields in a compiled graph of an older torch, which cannot trace copy.copy."""
     if not torch.compiler.is_compiling() or _TRACES_COPY or not dataclasses.is_dataclass(value):
         return copy.copy(value)
     kind: Any = type(value)
@@ -83,7 +87,7 @@ def _copy(value: Any) -> Any:
 
 
 def _needs_cast(value: Any, dtype: torch.dtype) -> bool:
-    """Whether there is a floating-point tensor of another type in `value`."""
+    """True if a value contains a floating-point tensor of another dtype."""
     if isinstance(value, Tensor):
         return value.is_floating_point() and value.dtype != dtype
     return any(_needs_cast(item, dtype) for item in _items(value))
@@ -101,7 +105,7 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def _endless(value: Any) -> Any:
-    """A container in `value` that contains itself, or None."""
+    """Returns a container in a value that contains itself; None without one."""
     around: list[tuple[Any, Iterator[Any]]] = [(value, iter(_items(value)))]
     finished: dict[int, Any] = {}
     while around:
@@ -118,5 +122,5 @@ def _endless(value: Any) -> Any:
 
 
 def _field_names(value: Any) -> list[str]:
-    """Without those with init=False that are not set yet."""
+    """Returns the names of the fields that are set; fields with init=False may be missing."""
     return [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]

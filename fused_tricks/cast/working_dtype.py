@@ -1,4 +1,4 @@
-"""The dtype in which a model works at present: that of the weights that it has now."""
+"""The present dtype of a model, read from its weights."""
 
 import copy
 import dataclasses
@@ -21,16 +21,16 @@ def is_norm(module: nn.Module) -> bool:
 
 
 class Cast:
-    """A hook that casts; `handle` takes it off."""
+    """A hook that casts. `handle` removes the hook."""
 
     handle: torch.utils.hooks.RemovableHandle
 
     @property
     def __name__(self) -> str:
-        # The first thing that torch.jit.script asks of a hook, and shows as the reason that it fails.
+        # torch.jit.script reads this attribute first, and shows the error as the reason of its failure.
         raise AttributeError(
-            "torch.jit.script cannot compile the casts of cast_model: use torch.jit.trace or torch.export, or undo the "
-            "conversion by cast_model(model, torch.float32) before it"
+            "torch.jit.script cannot compile the casts of cast_model; use torch.jit.trace or torch.export, or undo the "
+            "conversion first, by cast_model(model, torch.float32)"
         )
 
 
@@ -39,9 +39,9 @@ class TensorDtype:
     """The dtype of one tensor of a module.
 
     Attributes:
-        module: the module that owns the tensor; `None` where there is no tensor.
-        name: the tensor's name there. Not the tensor: `nn.Module.to` may put another one in its place.
-        at_first: the dtype where there is no tensor.
+        module: The module that owns the tensor; None without a tensor.
+        name: The tensor's name in the module. `nn.Module.to` may replace the tensor itself.
+        at_first: The dtype without a tensor.
     """
 
     module: nn.Module | None
@@ -49,18 +49,19 @@ class TensorDtype:
     at_first: torch.dtype
 
     def now(self, _: nn.Module) -> torch.dtype:
+        """Returns the present dtype of the tensor."""
         return _dtype_of(self.module, self.name) or self.at_first
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkingDtype:
-    """The dtype in which a module works, told by one of its tensors.
+    """The working dtype of a module: the dtype of one of its tensors.
 
     Attributes:
-        at_first: the dtype where the module has no floating-point tensor.
-        path: the names that lead from the module to the owner of the tensor; `None` where it is searched for.
-        name: the tensor's name there.
-        kind: the owner's type. Another layer in its place, such as a norm, may work in another dtype.
+        at_first: The dtype of a module without floating-point tensors.
+        path: The names that lead from the module to the owner of the tensor; None searches for the owner.
+        name: The tensor's name in the owner.
+        kind: The owner's type. Another layer in its place, such as a norm, may have another dtype.
     """
 
     at_first: torch.dtype
@@ -70,7 +71,7 @@ class WorkingDtype:
 
     @staticmethod
     def of(root: nn.Module, at_first: torch.dtype) -> "WorkingDtype":
-        """That of the first tensor in `root` whose dtype is `at_first`."""
+        """Returns the working dtype by the first tensor in `root` that has the dtype `at_first`."""
         for path, module in root.named_modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and tensor.dtype == at_first:
@@ -78,7 +79,7 @@ class WorkingDtype:
         return WorkingDtype(at_first)
 
     def now(self, root: nn.Module) -> torch.dtype:
-        """Returns the dtype in which `root` works now: that of its kept modules where it has no other weights."""
+        """Returns the present dtype of `root`; without other weights, the dtype of its kept modules."""
         dtype = self.of_weights(root)
         if dtype is not None:
             return dtype
@@ -89,7 +90,7 @@ class WorkingDtype:
         return self.at_first
 
     def of_weights(self, root: nn.Module) -> torch.dtype | None:
-        """The present dtype of the weights in `root` that are not kept in FP32; `None` where there are none."""
+        """Returns the present dtype of the weights in `root` that are not kept in FP32; None without such weights."""
         owner = None if self.path is None else _at(root, self.path)
         dtype = _dtype_of(owner, self.name) if isinstance(owner, self.kind) else None
         if dtype is None:
@@ -99,16 +100,16 @@ class WorkingDtype:
 
 
 class Surroundings:
-    """The dtype in which the modules around a kept one work.
+    """The working dtype of the modules around a kept module.
 
-    The references are weak: a kept module that is taken out of the model holds none of the rest in memory. A pickle
-    names the tensor that tells the dtype instead, so that one of a part does not contain the model.
+    References to modules are weak, so that a kept module that leaves the model does not hold the model in memory. A
+    pickle names the tensor that has the dtype, so that the pickle of a part does not contain the model.
 
     Args:
-        model: the whole model.
-        path: the names that lead from it to the kept module's parent.
-        whole: the dtype in which it works.
-        at_first: the dtype that the weights have beside the kept module.
+        model: The whole model.
+        path: The names that lead from the model to the kept module's parent.
+        whole: The working dtype of the model.
+        at_first: The dtype of the weights beside the kept module.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Surroundings:
         self.beside = WorkingDtype.of(parent, at_first)
 
     def now(self, kept: nn.Module) -> torch.dtype:
-        """Returns the dtype in which what is around `kept` works now, the nearest weights first."""
+        """Returns the present dtype around a kept module, by the nearest weights."""
         model, parent = self.model(), self.parent()
         if model is not None and (parent is None or _at(model, self.path) is not parent):
             for module in model.modules():
@@ -137,7 +138,7 @@ class Surroundings:
         return self.whole.at_first if model is None else self.whole.now(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Surroundings":
-        """Refers to the copies of the model and the parent, where they are copied as well."""
+        """Refers to the copies of model and parent if the same deepcopy makes them."""
         twin = copy.copy(self)
         for name in ("model", "parent"):
             module = getattr(self, name)()
@@ -160,7 +161,7 @@ class Surroundings:
 
 
 def _nothing() -> None:
-    """A weak reference to what is gone."""
+    """Returns None, as a weak reference to a freed object does."""
 
 
 def _at(root: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
@@ -182,7 +183,7 @@ def _dtype_of(module: nn.Module | None, name: str) -> torch.dtype | None:
 
 
 def _first_name(module: nn.Module) -> str:
-    """The name of the module's first floating-point tensor; empty where it has none."""
+    """Returns the name of a module's first floating-point tensor; empty without one."""
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
             if tensor is not None and tensor.is_floating_point():
@@ -191,7 +192,7 @@ def _first_name(module: nn.Module) -> str:
 
 
 def _first_owner(root: nn.Module) -> nn.Module | None:
-    """The first module in `root` with a floating-point tensor, without the kept ones and the norms."""
+    """Returns the first module in `root` with a floating-point tensor that is neither kept nor a norm."""
     todo, seen = [root], {root}
     while todo:
         module = todo.pop()

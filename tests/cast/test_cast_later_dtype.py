@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fused_tricks import FusedSGD
 from fused_tricks.cast import cast_model
-from fused_tricks.cast import model as low_precision
 
 FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 later_dtype = pytest.mark.parametrize("later", [FP16, BF16, FP32, FP64], ids=str)
@@ -240,42 +239,3 @@ def test_a_model_without_its_first_layer_compiles_to_one_graph() -> None:
     model.float()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(torch.ones(2, 4)), model(torch.ones(2, 4)))
-
-
-def _as_in_the_first_version(model: nn.Module) -> None:
-    """Gives the casts the state that the first version's have: dtypes, no names, output hooks without kwargs."""
-    for module in model.modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            is_input = hook in module._forward_pre_hooks.values()
-            dtype = FP32 if (module is model) != is_input else BF16
-            state = {"dtype": dtype, "handle": hook.handle}
-            hook.__dict__.clear()
-            hook.__dict__.update(state)
-        module._forward_hooks_with_kwargs.clear()
-        module._forward_hooks_always_called.clear()
-
-
-def _as_in_the_second_version(model: nn.Module) -> None:
-    """Gives the casts the state that the second version's have: the module that owns the tensor, and its name."""
-    for module in model.modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            is_input = hook in module._forward_pre_hooks.values()
-            if is_input or module is not model:
-                owner, dtype = (module, FP32) if is_input and module is not model else (model[0], BF16)
-                hook.dtype = low_precision._WorkingDtype(owner, "weight", dtype)
-
-
-@pytest.mark.parametrize("as_before", [_as_in_the_first_version, _as_in_the_second_version])
-def test_a_model_that_an_earlier_version_saved_loads_with_its_casts(
-    as_before: Callable[[nn.Module], None],
-) -> None:
-    model = cast_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)), BF16)
-    expected = model(torch.ones(2, 4))
-    as_before(model)
-    loaded = _saved_and_loaded(model)
-    assert torch.equal(loaded(torch.ones(2, 4)), expected)
-    assert torch.equal(cast_model(loaded, BF16)(torch.ones(2, 4)), expected)
-    assert (
-        sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in cast_model(loaded, FP32).modules())
-        == 0
-    )
