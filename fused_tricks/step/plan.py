@@ -46,8 +46,8 @@ class Entry:
         group: The index of the parameter's group.
         param: The parameter, as listed in the group.
         live: True if the plan can update the parameter: the parameter had a gradient when the plan was made, or the
-            former plan could update the parameter and its state is complete. Otherwise the entry has no stand-in, master
-            or buffer.
+            former plan could update the parameter and its state is complete. Otherwise the entry has no stand-in,
+            master or buffer.
         source: The tensor whose memory and `.grad` the kernels use: the parameter, or a stand-in. A stand-in is an
             alias of the local part of a `DTensor`, or a contiguous copy of a parameter that has gaps or whose
             gradient has other strides.
