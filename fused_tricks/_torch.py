@@ -1,8 +1,7 @@
-"""Torch's private names, each with the reason why no public one serves.
+"""The private names of torch in use, each with the reason why no public name suffices.
 
-A release of torch that changes one of them breaks it here, and `make test-torches` finds out. `Module._parameters`,
-`_buffers` and `_modules` are used where modules are walked: the public iterators leave out duplicates, which a
-module may have.
+A release of torch that changes a private name breaks this module, which `make test-torches` detects. Other modules use
+`Module._parameters`, `_buffers` and `_modules`, because the public iterators leave out duplicates.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ from torch.utils._pytree import tree_leaves
 # torch.compiler.disable does the same, but imports the compiler at once.
 disable_dynamo = _disable_dynamo
 
-# The base classes of every convolution, of every BatchNorm (SyncBatchNorm and the lazy ones too), and of these and
-# every InstanceNorm.
+# The base classes of all convolutions, of all BatchNorms (with SyncBatchNorm and lazy BatchNorms), and of all
+# BatchNorms and InstanceNorms. torch has no public base classes.
 ConvBase = _ConvNd
 BatchNormBase = _BatchNorm
 NormBase = _NormBase
 
-# The public module of pytrees came after the oldest torch that is served.
+# The oldest supported torch has no public module for pytrees.
 leaves_of = tree_leaves
 
-# Tensors whose elements are in other tensors; torch has no public question for it.
+# True for a tensor whose elements are in other tensors. torch has no public check.
 is_wrapper_subclass: Callable[[object], bool] = is_traceable_wrapper_subclass
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """Returns a context outside every `TorchDispatchMode`, such as `FakeTensorMode`; no public one leaves them."""
+    """Returns a context outside every `TorchDispatchMode`, such as `FakeTensorMode`. torch has no public context."""
     context: AbstractContextManager[Any] = _disable_current_modes()
     return context
 
@@ -54,36 +53,36 @@ def has_modes() -> bool:
 
 
 def current_raw_stream(index: int) -> int:
-    """Returns the handle of a GPU's current stream. The public function makes an object at each call."""
+    """Returns the handle of a GPU's current stream. The public function builds an object in every call."""
     stream: int = torch._C._cuda_getCurrentRawStream(index)
     return stream
 
 
 def library_path() -> str:
-    """Returns the path of the library that links all others of torch, to look up functions of its C interface."""
+    """Returns the path of a library that links all libraries of torch, for lookups of functions in its C interface."""
     assert torch._C.__file__ is not None
     return torch._C.__file__
 
 
 def negative_view(tensor: Tensor) -> Tensor:
-    """Returns a view with the negative bit; no public function makes a dense one."""
+    """Returns a dense view with the negative bit set. No public function returns a dense one."""
     return torch._neg_view(tensor)
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:
-    """True for a tensor of zeros without memory, as autograd makes them."""
+    """True for a tensor of zeros without memory, as autograd creates."""
     return tensor._is_zerotensor()
 
 
 def is_fake(tensor: Tensor) -> bool:
     """True for a `FakeTensor`."""
-    # Code that made one has imported the module, which takes long.
+    # A FakeTensor exists only after an import of the module. The import takes long.
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
 
 
 def has_step_hooks(optimizer: Optimizer) -> bool:
-    """True if an optimizer's steps have hooks or are profiled; torch's decorator opens a profiler range to find out."""
+    """True if an optimizer has step hooks or a profiler is active. torch's decorator does not check this first."""
     return bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
@@ -97,7 +96,7 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
 def first_state_dict_hook(
     optimizer: Optimizer, hook: Callable[[Optimizer, dict[str, Any]], None]
 ) -> Iterator[None]:
-    """Runs a hook before all others that are registered for `state_dict`, which may replace the dict."""
+    """Runs a hook before the registered `state_dict` hooks, because a registered hook may replace the dict."""
     hooks = optimizer._optimizer_state_dict_post_hooks
     optimizer._optimizer_state_dict_post_hooks = OrderedDict({-1: hook, **hooks})
     try:
@@ -107,39 +106,39 @@ def first_state_dict_hook(
 
 
 def load_state_dict_pre_hooks(optimizer: Optimizer) -> Iterable[Callable[..., Any]]:
-    """Returns the hooks of an optimizer that overrides `load_state_dict` and has to run them itself."""
+    """Returns the `load_state_dict` pre-hooks. A class that overrides `load_state_dict` must run the hooks itself."""
     return optimizer._optimizer_load_state_dict_pre_hooks.values()
 
 
 def load_state_dict_post_hooks(optimizer: Optimizer) -> Iterable[Callable[..., Any]]:
-    """As `load_state_dict_pre_hooks`."""
+    """Returns the `load_state_dict` post-hooks."""
     return optimizer._optimizer_load_state_dict_post_hooks.values()
 
 
 def run_load_state_dict_hooks(module: nn.Module) -> None:
-    """Runs a module's hooks as if a state had been loaded: FSDP2 looks for its shards in them."""
+    """Runs a module's `load_state_dict` post-hooks. FSDP2 updates its shards in such a hook."""
     for hook in module._load_state_dict_post_hooks.values():
         hook(module, _IncompatibleKeys([], []))
 
 
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """Returns the hooks before and after a module's forward; a module cannot be asked for them."""
+    """Returns the forward pre-hooks and forward hooks of a module. torch has no public function for the hooks."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def clear_backward_hooks(module: nn.Module) -> None:
-    """Removes a module's backward hooks, whose handles belong to user code."""
+    """Removes a module's backward hooks. The public way requires the handles, which user code has."""
     module._backward_hooks.clear()
     module._backward_pre_hooks.clear()
 
 
 def is_flattened_by_fsdp1(tensor: Tensor) -> bool:
-    """True if FSDP1 has flattened a parameter, which has no type of its own."""
+    """True if FSDP1 has flattened a parameter. A flattened parameter has no public type."""
     return getattr(tensor, "_fsdp_flattened", False)
 
 
 def is_called_by(module: str, code: CodeType | None = None) -> bool:
-    """True if a caller is that function, or with None any function, of a module of torch that asks in no other way."""
+    """True if the call stack contains a function of the module `module`, or the function with the code `code`."""
     frame = sys._getframe()
     caller: Any = frame
     while caller is not None:
@@ -154,15 +153,15 @@ _DISTRIBUTED_CHECKPOINT = "torch.distributed.checkpoint.state_dict"
 
 
 def is_called_by_distributed_checkpoint() -> bool:
-    """True in what `torch.distributed.checkpoint` calls."""
+    """True inside a call from `torch.distributed.checkpoint`."""
     return _DISTRIBUTED_CHECKPOINT in sys.modules and is_called_by(_DISTRIBUTED_CHECKPOINT)
 
 
 def is_asked_for_state() -> bool:
-    """True while `torch.distributed.checkpoint` looks for an optimizer's state, or has a step create it.
+    """True while `torch.distributed.checkpoint` reads or initialises optimizer state.
 
-    That step has gradients of zero and `lr=0`. Only its caller sets it apart: a first step of training may look the
-    same, and on one process of several alone.
+    The initialisation is a dummy step with gradients of zero and `lr=0`. Only the call stack identifies the dummy step,
+    because a first step of training may have the same gradients and `lr`, perhaps on one process only.
     """
     init_optim_state = getattr(sys.modules.get(_DISTRIBUTED_CHECKPOINT), "_init_optim_state", None)
     return init_optim_state is not None and is_called_by(_DISTRIBUTED_CHECKPOINT, init_optim_state.__code__)

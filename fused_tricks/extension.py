@@ -1,4 +1,4 @@
-"""The compiled extension, where there is one."""
+"""The compiled extension: import, connection to torch, and the reason for a missing extension."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ._torch import library_path, negative_view
 
 _REINSTALL = "reinstall fused_tricks"
 
-# As csrc/core/dtype.h numbers them.
+# In the order of the enum in csrc/core/dtype.h.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# The extension does without any of them, more slowly.
+# The extension works without these functions, only slower.
 _STABLE_FUNCTIONS = (
     "torch_parallel_for",
     "torch_tensor_from_pyobject",
@@ -36,7 +36,7 @@ _STABLE_FUNCTIONS = (
     "aoti_torch_device_type_cuda",
     "aoti_torch_get_storage_size",
     "aoti_torch_get_storage_offset",
-    # Not a stable one: the extension tries it before it relies on it.
+    # This function is not stable, so the extension tests its result before using it.
     "_ZN2at6native6is_negERKNS_6TensorE",
 )
 
@@ -47,7 +47,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
         module = importlib.import_module("fused_tricks._extension")
     except ImportError as error:
         return None, _why_missing() or f"the compiled extension cannot be imported ({error}); {_REINSTALL}"
-    # The finder of an editable installation has one for a source tree elsewhere, too.
+    # The finder of an editable installation may find the extension of another source tree.
     if Path(str(module.__file__)).parent != Path(__file__).parent:
         return None, _why_missing()
     if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
@@ -63,10 +63,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def connect(module: ModuleType) -> None:
-    """Gives an extension module what it needs of torch.
+    """Connects an extension module to torch: types, functions and sample tensors.
 
     Raises:
-        RuntimeError: torch's interfaces are not those that the module was written for.
+        RuntimeError: The interfaces of torch differ from those that the module requires.
     """
     module.connect(
         torch.Tensor,
@@ -79,10 +79,10 @@ def connect(module: ModuleType) -> None:
 
 
 def load_extension() -> ModuleType:
-    """The extension, connected to torch.
+    """Returns the extension, connected to torch.
 
     Raises:
-        RuntimeError: There is none; `missing_because` says why.
+        RuntimeError: The extension is missing. The message is the reason of `missing_because`.
     """
     module, reason = _load()
     if module is None:
@@ -91,12 +91,12 @@ def load_extension() -> ModuleType:
 
 
 def missing_because() -> str | None:
-    """Why the extension cannot be used; None when it can."""
+    """Returns the reason why the extension is unusable; None if it is usable."""
     return _load()[1]
 
 
 def _stable_functions() -> dict[str, int]:
-    """The addresses of those functions that this torch has: of its stable C interface, and one more."""
+    """Returns the addresses of the functions in `_STABLE_FUNCTIONS` that this torch has."""
     try:
         library = ctypes.CDLL(library_path())
     except OSError:
@@ -109,17 +109,17 @@ def _stable_functions() -> dict[str, int]:
 
 
 def _why_missing() -> str | None:
-    """Why there is no extension for this Python, and what to do; None where there is one."""
+    """Returns the reason why no extension exists for this Python, and a remedy; None if one exists."""
     package = Path(__file__).parent
     if any((package / f"_extension{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
         return None
-    # Only a source tree has its C++ beside the package.
+    # Only a source tree contains C++ sources beside the package.
     is_source = (package.parent / "csrc").is_dir()
     installed = _other_installation(package) if is_source else None
     if installed is not None:
         return (
-            f"Python runs the source tree {package.parent}, in which nothing is built, and not what is installed in "
-            f"{installed}: run Python from another folder, or pip install -e {package.parent}"
+            f"Python runs the source tree {package.parent}, in which nothing is built, instead of the package "
+            f"installed in {installed}; run Python from another folder, or pip install -e {package.parent}"
         )
     reason = _failure(package)
     if reason is not None:
@@ -128,18 +128,18 @@ def _why_missing() -> str | None:
     if others:
         return (
             f"the extension was built for another Python ({', '.join(others)}), and this is Python "
-            f"{platform.python_version()}; {_REINSTALL} with it"
+            f"{platform.python_version()}; {_REINSTALL} with this Python"
         )
     if is_source:
         return (
-            f"Python runs the source tree {package.parent}, in which nothing is built: pip install -e "
+            f"Python runs the source tree {package.parent}, in which nothing is built; pip install -e "
             f"{package.parent}, or pip install it and run Python from another folder"
         )
     return f"{package} has no extension; {_REINSTALL}"
 
 
 def _other_installation(package: Path) -> Path | None:
-    """The folder of another copy of the package on Python's path, which this one hides."""
+    """Returns the folder of another copy of the package on `sys.path`, which this copy hides; None without one."""
     for entry in sys.path:
         folder = Path(entry).resolve()
         if folder != package.parent and (folder / package.name / "__init__.py").is_file():
@@ -148,7 +148,7 @@ def _other_installation(package: Path) -> Path | None:
 
 
 def _failure(package: Path) -> str | None:
-    """Why the build left the extension out, as its record says."""
+    """Returns the recorded reason why the build left the extension out; None without a record."""
     try:
         info = json.loads((package / "_build_info.json").read_text())
     except (OSError, ValueError):
@@ -159,8 +159,8 @@ def _failure(package: Path) -> str | None:
 
 def _advice(reason: str) -> str:
     if reason.startswith("FUSED_TRICKS_EXTENSION"):
-        # setup.py was told so: a compiler may well be there.
-        return f"{_REINSTALL} without it"
+        # The user disabled the build with this variable, so a compiler may exist.
+        return f"{_REINSTALL} without this variable"
     if reason.startswith("no C++ compiler"):
         return f"install a C++ compiler and {_REINSTALL}"
-    return f"mend that and {_REINSTALL}"
+    return f"fix this problem and {_REINSTALL}"

@@ -1,4 +1,4 @@
-"""Dynamic loss scaling, decided on the device."""
+"""Dynamic loss scaling, computed on the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SMALLEST_NORMAL = 2.0**-126
 
 
 class ScaleRule(NamedTuple):
-    """The numbers by which a step adjusts the scale; each is an argument of `DynamicLossScale`."""
+    """The numbers of the scale adjustment after a step. Each number is an argument of `DynamicLossScale`."""
 
     growth_factor: float
     backoff_factor: float
@@ -30,32 +30,40 @@ _rule_fields = attrgetter(*ScaleRule._fields)
 
 
 class DynamicLossScale:
-    """The rules and the state of a loss scale that follows the gradients' range.
+    """A dynamic loss scale: the rules of `torch.amp.GradScaler`, with a floor, a ceiling and Apex's hysteresis.
 
-    `torch.amp.GradScaler`'s rules with a floor, a ceiling and Apex's hysteresis. After a step with a gradient
-    that is not finite the scale is multiplied by `backoff_factor`; after `growth_interval` good steps in a row
-    it is multiplied by `growth_factor` where the product is finite. Either result is clamped to
-    `[min_scale, max_scale]`. Products are taken in FP64 and rounded to FP32.
+    - After a step with a gradient that is not finite, the scale is multiplied by `backoff_factor`.
+    - After `growth_interval` good steps in a row, the scale is multiplied by `growth_factor`, if the product is finite.
+    - Both results are clamped to `[min_scale, max_scale]`. Products are computed in FP64 and rounded to FP32.
+    - A step without gradients counts as a good step.
 
-    A step in which no parameter has a gradient found nothing that is not finite, and counts as a good one.
-
-    An instance serves one `FusedSGD`, which decides and updates it inside its step. The
-    attributes named as the arguments may be assigned at any time; they are checked then, too. The growth tracker is
-    compared with `>=`, so lowering `growth_interval` below it grows the scale in the next good step.
+    An instance belongs to one `FusedSGD`, which adjusts the scale in its step, on the device. The attributes with the
+    names of the arguments may be assigned at any time, with the same checks. The growth tracker is compared with `>=`.
+    If `growth_interval` is set below the tracker, the scale therefore grows in the next good step.
 
     Args:
-        init_scale: The first scale, within `[min_scale, max_scale]`.
-        growth_factor: Greater than 1.
-        backoff_factor: Between 0 and 1, both excluded.
-        growth_interval: Good steps in a row before the scale grows, at least 1.
-        hysteresis: Overflows before the scale backs off, at least 1. A good step restores the count; once it is
-            used up, every further overflow backs off (Apex `update_scale_hysteresis`).
+        init_scale: The initial scale, in `[min_scale, max_scale]`.
+        growth_factor: The factor of growth, greater than 1.
+        backoff_factor: The factor of backoff, greater than 0 and less than 1.
+        growth_interval: The number of good steps in a row before the scale grows, at least 1.
+        hysteresis: The number of overflows before the scale backs off, at least 1. A good step resets the count.
+            Without a good step, every further overflow backs off (as in Apex `update_scale_hysteresis`).
         min_scale: The floor, greater than 0.
         max_scale: The ceiling, at least `min_scale`.
 
     Raises:
-        TypeError: An argument is not a number, or a count is not an `int`.
+        TypeError: An argument is not a number, or a count is not an integer.
         ValueError: An argument is outside its range.
+
+    Example:
+        ```python
+        import torch
+        import fused_tricks as ft
+
+        model = torch.nn.Linear(4, 2)
+        loss_scale = ft.DynamicLossScale(init_scale=2.0**14, growth_interval=1000)
+        optimizer = ft.FusedSGD(model.parameters(), lr=0.1, loss_scale=loss_scale)
+        ```
     """
 
     init_scale: float
@@ -103,46 +111,48 @@ class DynamicLossScale:
         return {**self.__dict__, "_owner": None}
 
     def __copy__(self) -> DynamicLossScale:
-        # The state belongs to one instance, so that a shallow copy cannot share it.
+        # Two instances cannot share one step state, so a shallow copy is a deep copy.
         return deepcopy(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{rule}={getattr(self, rule)}' for rule in _RULES)})"
 
     def rule(self) -> ScaleRule:
-        """Returns the numbers by which a step adjusts the scale."""
+        """Returns the numbers of the scale adjustment after a step."""
         return ScaleRule._make(_rule_fields(self))
 
     def is_free_for(self, owner: object) -> bool:
-        """Whether it serves no other optimizer that is still alive."""
+        """True unless the scale belongs to another optimizer that is still alive."""
         current = self._owner() if self._owner is not None else None
         return current is None or current is owner
 
     def bind(self, owner: object) -> StepState:
-        """Makes `owner` the one optimizer that this scale serves, and returns the state that it updates.
+        """Binds the scale to the optimizer `owner`, and returns the step state that the optimizer updates.
 
         Raises:
-            ValueError: It serves another optimizer that is still alive.
+            ValueError: The scale belongs to another optimizer that is still alive.
         """
         if not self.is_free_for(owner):
             raise ValueError(
-                "loss_scale: this DynamicLossScale serves another optimizer; each optimizer updates its scale in "
-                "every step, so give each its own DynamicLossScale"
+                "loss_scale must belong to one optimizer, but this DynamicLossScale serves another optimizer; give "
+                "each optimizer its own DynamicLossScale, because each step updates the scale"
             )
         self._owner = weakref.ref(owner)
         return self._step_state
 
     def get_scale(self) -> float:
-        """The scale that the next `scale(loss)` uses. Synchronises."""
+        """Returns the loss scale of the next `scale(loss)`. Synchronises with the device."""
         self._step_state.scale_was_read = True
         return self._step_state.scale.item()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in the keys of `torch.amp.GradScaler.state_dict()`, which can load it, and three more.
+        """Returns the state with the keys of `torch.amp.GradScaler.state_dict()`, and four more keys. Synchronises.
+
+        `torch.amp.GradScaler.load_state_dict()` can load the state.
 
         Returns:
-            `scale`, `growth_factor`, `backoff_factor`, `growth_interval` and `_growth_tracker` as
-            GradScaler has them, then `hysteresis`, `min_scale`, `max_scale` and `_hysteresis_tracker`.
+            A dict with GradScaler's keys `scale`, `growth_factor`, `backoff_factor`, `growth_interval` and
+            `_growth_tracker`, and with `hysteresis`, `min_scale`, `max_scale` and `_hysteresis_tracker`.
         """
         now = self._step_state.read()
         return {
@@ -158,15 +168,21 @@ class DynamicLossScale:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state of this class or of `torch.amp.GradScaler`, whose missing rules keep their values.
+        """Loads the state of a `DynamicLossScale` or of a `torch.amp.GradScaler`.
+
+        Rules that the state lacks keep their values. The scale is clamped to `[min_scale, max_scale]`.
+
+        Args:
+            state_dict: The result of `state_dict()` of either class.
 
         Raises:
-            KeyError: A key that GradScaler writes is missing, as in the empty state of a disabled one.
-            TypeError, ValueError: A value is outside its range. Nothing is changed.
+            KeyError: A key of GradScaler is missing, as in the empty state of a disabled GradScaler. Nothing is
+                changed then.
+            TypeError, ValueError: A value has the wrong type or is outside its range. Nothing is changed then.
         """
         missing = [key for key in _GRAD_SCALER_KEYS if key not in state_dict]
         if missing:
-            raise KeyError(f"the state has no {', '.join(missing)}; was it saved from a disabled GradScaler?")
+            raise KeyError(f"state_dict has no {', '.join(missing)}; save it from an enabled GradScaler")
         rules = {rule: state_dict.get(rule, getattr(self, rule)) for rule in _RULES}
         rules = _checked_rules(rules)
         saved = (
@@ -179,10 +195,15 @@ class DynamicLossScale:
         self.restore(*saved)
 
     def restore(self, scale: float, growth_tracker: int, hysteresis_tracker: int) -> None:
-        """Sets the scale, clamped to `[min_scale, max_scale]`, and its trackers.
+        """Sets the scale, clamped to `[min_scale, max_scale]`, and the trackers.
+
+        Args:
+            scale: The scale, positive.
+            growth_tracker: The number of good steps since growth or an overflow last reset the tracker.
+            hysteresis_tracker: The number of overflows left until the scale backs off.
 
         Raises:
-            TypeError, ValueError: One is not a number or outside its range. Nothing is changed.
+            TypeError, ValueError: An argument has the wrong type or is outside its range. Nothing is changed then.
         """
         _check_state(scale, growth_tracker, hysteresis_tracker)
         self._step_state.scale.fill_(min(max(scale, self.min_scale), self.max_scale))
@@ -195,10 +216,11 @@ _GRAD_SCALER_KEYS = ("scale", "growth_factor", "backoff_factor", "growth_interva
 
 
 def parse_loss_scale(loss_scale: Any) -> float | DynamicLossScale | None:
-    """What `FusedSGD(loss_scale=...)` stands for: None, a static scale, or a dynamic one.
+    """Returns the loss scaling for an argument `FusedSGD(loss_scale=...)`: None, a static scale, or a dynamic scale.
 
     Raises:
-        TypeError, ValueError: It is none of them.
+        TypeError: The argument is not None, a number, a string or a `DynamicLossScale`.
+        ValueError: The argument is another string than `"dynamic"`, or a number outside the range of a scale.
     """
     if loss_scale is None or isinstance(loss_scale, DynamicLossScale):
         return loss_scale
@@ -213,7 +235,7 @@ def parse_loss_scale(loss_scale: Any) -> float | DynamicLossScale | None:
 
 
 def check_scale(name: str, value: Any) -> None:
-    """Raises unless a scale is positive and finite in FP32, and so is its reciprocal."""
+    """Raises TypeError or ValueError unless a scale is a positive normal number in FP32."""
     check_number(name, value)
     if not (value > 0 and _SMALLEST_NORMAL <= to_float32(as_double(value)) < math.inf):
         raise ValueError(
@@ -228,7 +250,7 @@ def _check_state(scale: Any, growth_tracker: Any, hysteresis_tracker: Any) -> No
 
 
 def _checked_rules(rules: dict[str, Any]) -> dict[str, Any]:
-    """Returns the rules with counts as `int`."""
+    """Checks the rules, and returns them with counts as `int`."""
     for name in ("init_scale", "min_scale", "max_scale"):
         check_scale(name, rules[name])
     for name in ("growth_factor", "backoff_factor"):

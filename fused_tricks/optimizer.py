@@ -44,15 +44,12 @@ if TYPE_CHECKING:
 
 
 class FusedSGD(SavedState):
-    """`torch.optim.SGD` for low-precision training, as one pass over every parameter.
+    """`torch.optim.SGD` for low-precision training, in one fused update.
 
-    Parameters in FP16 or BF16 are updated through FP32 master weights and momentum, which live in the optimizer's
-    state; FP32 and FP64 parameters are updated in place in their own type (Bag of Tricks, arXiv 1812.01187, section
-    3). The roundings are those of `torch.optim.SGD(foreach=False)`: with FP32 parameters, `loss_scale=None` and
-    `bias_decay=True` the results are equal bit for bit, except where a gradient has been expanded (it has a stride of
-    0), which torch's loops round otherwise in places that depend on the processor. Gradients are read and never
-    written. One step updates the weight `w` (the FP32 master of a parameter in FP16 or BF16, otherwise the parameter)
-    and the momentum buffer `b`; each line is one rounding:
+    FP16 and BF16 parameters have FP32 masters and FP32 momentum buffers in the optimizer's state (Bag of Tricks, arXiv
+    1812.01187, section 3). FP32 and FP64 parameters are updated in place in their own dtype. Gradients are read and
+    never written. A step updates the weight `w` (the master, or the parameter without a master) and the momentum
+    buffer `b`. Each operation is rounded as written, and `fma` is rounded once:
 
         g = grad * (1 / scale)                           with a loss scale
         g = g * min(1, max_grad_norm / (norm + 1e-6))    with max_grad_norm
@@ -65,62 +62,77 @@ class FusedSGD(SavedState):
         w = fma(-lr, d, w)
         param = round_to_nearest_even(w)                 parameters in FP16 and BF16
 
-    Parameters that share memory are updated one after the other, as `torch.optim.SGD` does, by
-    `backend="reference"`; FP16 and BF16 parameters that do are refused. Parameters on `meta` and `FakeTensor`s
-    get the state that real ones would. Steps of several threads wait for each other.
+    With FP32 parameters, `loss_scale=None` and `bias_decay=True`, the result equals `torch.optim.SGD(foreach=False)`
+    bit for bit. Expanded gradients (with a stride of 0) are an exception, because torch rounds them differently,
+    depending on the processor.
 
-    A step in which any gradient element is not finite is skipped where gradients are scanned, that is with a loss
-    scale or `max_grad_norm`: it changes nothing but the scale and the counters. `loss_scale=None` works under a
-    `torch.amp.GradScaler`, whose unscaling and verdict are taken into the update.
+    With a loss scale or `max_grad_norm`, a step is skipped if any gradient element is not finite. A skipped step
+    changes only the scale and the counters. With `loss_scale=None`, a `torch.amp.GradScaler` may call the step, and
+    the update applies its `grad_scale` and `found_inf`.
 
-    A low-precision parameter may be written to between steps (under `torch.no_grad()`, by `load_state_dict`, or
-    with a new `.data`); the next step continues from the new values. Some writes go unnoticed; call
-    `refresh_masters` after them.
+    User code may write to an FP16 or BF16 parameter between steps: under `torch.no_grad()`, by `load_state_dict`, or by
+    assigning `.data`. The next step continues from the new values. `refresh_masters` lists writes that the step cannot
+    detect.
 
-    Mistakes that raise no error are warned of, once for each optimizer: a loss scale although `scale` is never
-    called; FP16 gradients with neither a loss scale nor a `GradScaler`, where `loss_scale=1.0` states that none is
-    wanted; and 25 skipped steps in a row with a static loss scale or with a dynamic one at its floor.
+    Parameters that share memory are updated one after the other by `backend="reference"`, as in `torch.optim.SGD`. FP16
+    and BF16 parameters must not share memory. Parameters on `meta` and `FakeTensor`s get the same state as real
+    parameters. Concurrent steps of several threads run one after the other.
+
+    A `UserWarning` is issued once for each optimizer, if the optimizer has a loss scale and `scale` is never called; if
+    FP16 gradients have neither a loss scale nor a `GradScaler` (`loss_scale=1.0` turns this warning off); and after 25
+    skipped steps in a row with a static loss scale, with a dynamic loss scale at its floor, or without a loss scale.
+
+    All options from `lr` to `decoupled_weight_decay` may differ between groups.
 
     Args:
-        params: Tensors, `(name, tensor)` pairs as of `named_parameters()`, or dicts that define groups.
+        params: Tensors, `(name, tensor)` pairs as from `named_parameters()`, or dicts that define groups.
         lr: Learning rate, a number or a tensor of one element.
         momentum: Momentum factor.
-        dampening: Dampening for momentum; it does not apply to a parameter's first update.
-        weight_decay: L2 penalty.
-        nesterov: Nesterov momentum; needs momentum and no dampening.
-        maximize: Ascend instead of descend.
-        bias_decay: Whether parameters of one dimension or fewer (biases, norms' γ and β) are decayed as well. False
-            is the paper's "no bias decay" (section 3.1), True the behaviour of `torch.optim.SGD`. A group of nothing
-            but such parameters that states a `weight_decay` above zero itself means it: it gets
-            `bias_decay=True`, unless it states `bias_decay` as well.
-        decoupled_weight_decay: True multiplies a weight that decays by `1 - lr * weight_decay` before the update, and
-            leaves the gradient alone, as `torch.optim.AdamW` does and, bit for bit, timm's `SGDW`. False adds
-            `weight_decay` times the weight to the gradient, as `torch.optim.SGD` does.
+        dampening: Dampening for momentum. The first update of a parameter ignores dampening.
+        weight_decay: Weight decay factor, a number or a tensor of one element.
+        nesterov: True for Nesterov momentum, which requires momentum and no dampening.
+        maximize: True to ascend instead of descend.
+        bias_decay: True to decay parameters of one dimension or fewer (biases, γ and β of norms) as well, as in
+            `torch.optim.SGD`. False is the "no bias decay" of Bag of Tricks, section 3.1. A group that contains only
+            such parameters and states a `weight_decay` above 0 gets `bias_decay=True`, unless it states `bias_decay`.
+        decoupled_weight_decay: True to multiply a decaying weight by `1 - lr * weight_decay` before the update, as in
+            `torch.optim.AdamW` and, bit for bit, timm's `SGDW`. False to add `weight_decay` times the weight to the
+            gradient, as in `torch.optim.SGD`.
         loss_scale: None, a positive number (a static scale), `"dynamic"`, or a `DynamicLossScale`.
-        max_grad_norm: Clip gradients to this global L2 norm, as `torch.nn.utils.clip_grad_norm_`, without writing
-            to them; `inf` only measures. Squares are summed in FP64 (on a GPU partly in pairs of FP32 numbers that
-            keep more than 40 bits), in an order that each backend fixes: the same backend gives the same bits for the
-            same gradients, and two backends may, rarely, differ in the last bit of the FP32 norm, and so in the bits of
-            what they clip. With FP64 gradients norm and factor are FP64, and backends often differ in their last bits.
-        partition_group: The processes among which the model's parameters are partitioned, each with an optimizer of its
-            own, as `ZeroRedundancyOptimizer` and pipeline stages have them: an overflow in one of them skips the step
-            in all, and they clip by the norm of all their gradients. All of them must then call `step` equally often.
-            What is divided as `DTensor`s needs no group: their meshes say with whom to agree.
-        backend: `"auto"`, or one of the names that `python -m fused_tricks` lists.
-        foreach: Accepted as `torch.optim.SGD` does; chooses nothing.
-        fused: Accepted as `torch.optim.SGD` does, though not together with `foreach`; chooses nothing.
+        max_grad_norm: Clips by this global L2 norm, as `torch.nn.utils.clip_grad_norm_`, without a write to the
+            gradients. `inf` only measures. Each backend sums the squares in a fixed order, in FP64 or in pairs of FP32
+            numbers that keep more than 40 bits, so equal gradients give equal bits. Norms of two backends may differ in
+            the last bit: rarely in FP32, and often with FP64 gradients, whose norm and clip factor are FP64.
+        partition_group: The process group over which the model's parameters are partitioned, if each process has an
+            optimizer for its own part, as with `ZeroRedundancyOptimizer` or pipeline stages. An overflow in one process
+            skips the step in all processes, and all clip by the norm of all gradients. Every process must call `step`
+            equally often. `DTensor`s require no group, because their device meshes define the processes.
+        backend: `"auto"`, or a name that `python -m fused_tricks` lists.
+        foreach: Ignored; for compatibility with `torch.optim.SGD`.
+        fused: Ignored; for compatibility with `torch.optim.SGD`, which also refuses `fused` with `foreach`.
         differentiable: Must be False.
-
-    All options up to `decoupled_weight_decay` may differ between groups.
 
     Raises:
         TypeError: An option has the wrong type.
         ValueError: An option is outside its range, or a group is malformed.
-        RuntimeError: The backend is not usable here, `foreach` and `fused` are both True, or the groups are those
-            of another FusedSGD with a loss scale, clipping or partition group, which this one would not have.
+        RuntimeError: The backend is unusable here, `foreach` and `fused` are both True, or the groups are from another
+            `FusedSGD` whose loss scale, clipping or partition group the new optimizer would lose.
+
+    Example:
+        ```python
+        import torch
+        import fused_tricks as ft
+
+        model = ft.cast_model(torch.nn.Linear(4, 2), torch.bfloat16)
+        optimizer = ft.FusedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, loss_scale="dynamic")
+        loss = model(torch.randn(8, 4)).square().mean()
+        optimizer.scale(loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ```
     """
 
-    # torch.amp.GradScaler hands `grad_scale` and `found_inf` to an optimizer that has this.
+    # torch.amp.GradScaler passes `grad_scale` and `found_inf` to an optimizer with this attribute.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -190,13 +202,13 @@ class FusedSGD(SavedState):
 
     @property
     def loss_scale(self) -> float | DynamicLossScale | None:
-        """The loss scaling in use: None, the static scale, or the `DynamicLossScale`."""
+        """The loss scaling: None, the static scale, or the `DynamicLossScale`."""
         self._step_state.scale_was_read = True
         return self._loss_scale
 
     @property
     def backend(self) -> str:
-        """The name of the backend that runs the steps; before the first step, the one asked for, such as `"auto"`."""
+        """The name of the backend of the last plan; before the first step, the argument `backend`."""
         return self._backend_in_use or self._backend
 
     def __repr__(self) -> str:
@@ -211,7 +223,7 @@ class FusedSGD(SavedState):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """The norm that gradients are clipped to, or None; it may be assigned."""
+        """The global norm that gradients are clipped to, or None. May be assigned."""
         return self._max_grad_norm
 
     @max_grad_norm.setter
@@ -220,11 +232,11 @@ class FusedSGD(SavedState):
         self._max_grad_norm = max_grad_norm
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss times the loss scale, on the device and without a sync; `loss` itself without loss scaling.
+        """Returns the loss times the loss scale, without a sync; `loss` itself without loss scaling.
 
         Args:
-            loss: A floating-point tensor of any shape. FP16 and BF16 are multiplied in FP32, where the product
-                cannot overflow.
+            loss: A floating-point tensor of any shape. FP16 and BF16 losses are converted to FP32, because the product
+                may overflow FP16.
 
         Raises:
             TypeError: `loss` is not a floating-point tensor.
@@ -239,39 +251,42 @@ class FusedSGD(SavedState):
             scale = loss.new_ones((), dtype=torch.float32)
         if scale.device != loss.device:
             scale = scale.to(loss.device, non_blocking=True)
-        # A copy, because the step changes the scale before autograd is through with a retained graph.
+        # Autograd keeps the factor. A copy stays valid for a retained graph when the step changes the scale.
         return (loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss) * scale.clone()
 
-    # torch.compile would trace the making of a plan, and guard it by every tensor in it.
+    # torch.compile would trace build_plan, with a guard for every tensor.
     @disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
 
         Args:
-            closure: Reevaluates the model and returns the loss, as in `torch.optim.SGD`.
+            closure: A function that reevaluates the model and returns the loss, as in `torch.optim.SGD`. Not allowed
+                with loss scaling.
 
         Returns:
-            What the closure returns, or None.
+            The result of the closure, or None.
 
         Raises:
-            RuntimeError: A closure came together with loss scaling, a `GradScaler` together with `loss_scale`,
-                or a parameter or gradient that cannot be updated; the message names it. Nothing is changed then.
+            RuntimeError: A closure is combined with loss scaling, a `GradScaler` is combined with `loss_scale`, or a
+                parameter or gradient cannot be updated. No parameter and no state is changed then.
+            KeyError, TypeError, ValueError: An option of a group is missing or not valid. No parameter and no state is
+                changed then.
         """
         try:
             if has_step_hooks(self) and runs_hooks(FusedSGD._own_step, self):
                 return self._observed_step() if closure is None else self._observed_step(closure)
             return self._step(closure)
         except BaseException:
-            # GradScaler removes what it hands over only after a step that returns, and multiplies what it finds.
+            # If step() raises, GradScaler leaves grad_scale behind and would multiply it into the next one.
             self.__dict__.pop("grad_scale", None)
             self.__dict__.pop("found_inf", None)
             raise
 
-    # The base class would wrap every step in a profiler range, at several times the cost of the step itself.
+    # Prevents the base class from wrapping `step` in a profiler range, which costs several times the step's host time.
     step.hooked = True  # type: ignore[attr-defined]
     _own_step = staticmethod(step)
 
-    # torch wraps the step of a class that overrides it in this.
+    # torch decorates the `step` of a subclass with this function.
     profile_hook_step = staticmethod(with_hooks)
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -294,14 +309,14 @@ class FusedSGD(SavedState):
                 self._update(request)
 
     def _has_no_rate(self) -> bool:
-        """True if every learning rate is known to be 0, as `torch.distributed.checkpoint` sets it to get state."""
+        """True if every learning rate is 0, as in the dummy step of `torch.distributed.checkpoint`."""
         return all(is_zero(group["lr"]) for group in self.param_groups)
 
     def _evaluate(self, closure: Callable[[], Any], request: StepRequest) -> Any:
         if request.unscales or "found_inf" in self.__dict__:
             raise RuntimeError(
-                "a closure cannot be combined with loss scaling: the optimizer cannot tell whether the closure "
-                "scales its loss; call backward() yourself and step() without a closure"
+                "a closure cannot be combined with loss scaling, because the closure may or may not scale its loss; "
+                "call optimizer.scale(loss).backward(), and then step() without a closure"
             )
         with torch.enable_grad():
             return closure()
@@ -314,7 +329,7 @@ class FusedSGD(SavedState):
                 self._prepared = self._prepare()
                 outcome = self._run_first(self._prepared, request, redistributed)
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
-            # A backend fails on an option that is no number, and knows neither its name nor what is allowed.
+            # Backends raise on a malformed option without naming it. These checks raise a message with the name.
             for index, group in enumerate(self.param_groups):
                 check_readable(f"group {index}", group)
                 check_numbers(group)
@@ -328,7 +343,7 @@ class FusedSGD(SavedState):
     def _run_first(
         self, prepared: Prepared, request: StepRequest, redistributed: dict[Tensor, Tensor]
     ) -> int:
-        """Runs the first step over a new plan, whose new state is withdrawn if the step is refused."""
+        """Runs the first step over a new plan. Withdraws the new state if the step raises."""
         applied_steps = self._step_state.read().applied_steps if prepared.plan.placed else 0
         try:
             self._diagnostics.before_update(
@@ -337,8 +352,8 @@ class FusedSGD(SavedState):
             outcome = self._run(request, redistributed)
             if outcome == Outcome.STALE:
                 raise RuntimeError(
-                    "parameters, gradients or state changed while the step was being prepared; leave them alone in "
-                    "other threads, and in what the step calls"
+                    "parameters, gradients or state changed while the step was being prepared; do not change them in "
+                    "other threads, or in code that the step calls"
                 )
         except BaseException:
             if prepared.plan.placed and self._step_state.read().applied_steps == applied_steps:
@@ -348,7 +363,7 @@ class FusedSGD(SavedState):
         return outcome
 
     def _fill_state(self) -> None:
-        """Creates the state of every parameter that has a gradient, as it is before the first update."""
+        """Creates the state of every parameter that has a gradient, without an update."""
         plan = self._prepare().plan
         for entry in plan.entries:
             if entry.live:
@@ -357,7 +372,7 @@ class FusedSGD(SavedState):
 
     def _prepare(self) -> Prepared:
         listed = [(name, param) for name, param, _ in named_parameters(self.param_groups)]
-        # Those without a gradient do not matter, unless there are no others.
+        # Parameters without a gradient matter only if no parameter has one.
         named = [(name, param) for name, param in listed if param.grad is not None] or listed
         backend = choose_backend(self._backend, named)
         device = device_of([param for _, param in named], self._step_state.block.device)
@@ -374,7 +389,7 @@ class FusedSGD(SavedState):
         except BaseException:
             plan.withdraw_state(self._state)
             raise
-        # Another thread may have given a parameter other memory, which the plan would not keep.
+        # Another thread may have replaced the memory of a parameter after the plan was built.
         plan.is_outdated = not plan.keeps_its_memory()
         self._backend_in_use = backend
         return Prepared(plan, stepper)
@@ -396,28 +411,32 @@ class FusedSGD(SavedState):
             return outcome
 
     def _request(self) -> StepRequest:
-        # Not attributes of the class: GradScaler multiplies what it finds under `grad_scale`.
+        # The class must not have these attributes, because GradScaler multiplies an existing `grad_scale`.
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         return step_request(self._loss_scale, self._max_grad_norm, grad_scale, found_inf)
 
     @one_at_a_time
     def stats(self) -> StepStats:
-        """Returns scale, counters and the last norm. Synchronises with the device, which `step` never does."""
+        """Returns the loss scale, the counters and the last norm as `StepStats`. Synchronises with the device."""
         self._step_state.scale_was_read = True
         reading = self._step_state.read()
         return StepStats.of(reading, self._loss_scale is not None, self._max_grad_norm is not None)
 
     def _replan(self) -> None:
-        """Makes the next step begin with a new plan."""
+        """Marks the plan as stale, so that the next step builds a new plan."""
         if self._prepared is not None:
             self._prepared.plan.is_outdated = True
 
     @one_at_a_time
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as `torch.optim.Optimizer.add_param_group`.
+        """Adds a group, as in `torch.optim.Optimizer.add_param_group`.
+
+        Args:
+            param_group: A dict with `params` and the options of the group. Missing options get the optimizer's
+                defaults.
 
         Raises:
-            TypeError, ValueError: The group or one of its options is not valid. It is not added then.
+            TypeError, ValueError: The group or one of its options is not valid. The group is not added then.
         """
         if isinstance(param_group, dict):
             if "params" in param_group:
@@ -448,14 +467,25 @@ class FusedSGD(SavedState):
 
     @one_at_a_time
     def refresh_masters(self) -> None:
-        """Takes over, into the FP32 masters, values that were written to FP16 and BF16 parameters without notice.
+        """Resynchronises the FP32 masters after writes to FP16 and BF16 parameters that the step cannot detect.
 
-        Call it after a write that does not change the parameter's version counter or address: through `param.data`
-        in place, a NumPy array or DLPack tensor over its memory, `param.untyped_storage().copy_()`, another
-        `Parameter` over its memory, or by another process. All other writes are noticed by the next step. Elements
-        that are the rounding of their master keep it, in FP32. Nothing synchronises. Example:
+        The step detects writes that change a parameter's version counter or address. Call this method after a write by
+        other means: in place through `param.data`, through a NumPy array or DLPack tensor that shares memory, by
+        `param.untyped_storage().copy_()`, through another `Parameter` that shares memory, or by another process. A
+        master keeps its FP32 value where the parameter is the rounding of the master. Does not synchronise.
 
-            model.conv.weight.data.mul_(0.5)
+        Raises:
+            RuntimeError: The storage of a parameter or master was resized. No master is changed then.
+
+        Example:
+            ```python
+            import torch
+            import fused_tricks as ft
+
+            model = torch.nn.Linear(4, 2).half()
+            optimizer = ft.FusedSGD(model.parameters(), lr=0.1, loss_scale="dynamic")
+            model.weight.data.mul_(0.5)
             optimizer.refresh_masters()
+            ```
         """
         refresh_masters(masters_in_use(self.param_groups, self._state))

@@ -1,4 +1,4 @@
-"""Checks of arguments and options. Every error names what it refuses, says what is needed, and shows what it got."""
+"""Checks of arguments and options. Errors contain the name, the requirement and the value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def integer(name: str, value: Any, least: float = -math.inf, most: float = math.
     """Returns the value as an `int`.
 
     Raises:
-        TypeError: The value is not an integer; bools and floats are refused.
+        TypeError: The value is not an integer. Bools and floats are refused.
         ValueError: The value is outside `[least, most]`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -37,7 +37,7 @@ def integer(name: str, value: Any, least: float = -math.inf, most: float = math.
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raises TypeError unless a value is a real number; a bool is refused."""
+    """Raises TypeError unless a value is a real number. Bools are refused."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
 
@@ -46,7 +46,7 @@ def real(name: str, value: Any, least: float, most: float = math.inf) -> float:
     """Returns the value as a `float`.
 
     Raises:
-        TypeError: The value is not a real number, or a bool.
+        TypeError: The value is not a real number. Bools are refused.
         ValueError: The value is NaN, infinite, or outside `[least, most]`.
     """
     check_number(name, value)
@@ -58,7 +58,7 @@ def real(name: str, value: Any, least: float, most: float = math.inf) -> float:
 
 
 def as_double(value: Any) -> float:
-    """Returns the number as a `float`; infinity where it is beyond the range of one, as `10**400` is."""
+    """Returns the number as a `float`; infinity if the number is beyond the range of a double, such as `10**400`."""
     try:
         return float(value)
     except OverflowError:
@@ -66,7 +66,7 @@ def as_double(value: Any) -> float:
 
 
 def shown(value: Any) -> str:
-    """Returns `repr(value)`, shortened where it is very long; Python refuses to print a very long integer at all."""
+    """Returns `repr(value)`, shortened if long. Python refuses to print a very long integer."""
     if isinstance(value, Integral) and abs(int(value)) >= 10**40:
         return f"an integer of {int(value).bit_length()} bits"
     text = repr(value)
@@ -80,10 +80,11 @@ def check_module(model: Any) -> None:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Checks a new group with every option filled in, with the messages of `torch.optim.SGD`.
+    """Checks a new group that has every option, with the messages of `torch.optim.SGD`.
 
     Raises:
-        TypeError, ValueError: As `check_numbers`, or Nesterov momentum without what it needs.
+        KeyError, TypeError, ValueError: As in `check_numbers`.
+        ValueError: The group has Nesterov momentum without momentum, or with dampening.
     """
     check_numbers(group)
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
@@ -91,12 +92,12 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def check_numbers(group: dict[str, Any]) -> None:
-    """Checks the options of a group one by one, which a schedule may have changed since it was new.
+    """Checks each option of a group by itself. A schedule or user code may have changed the options of an old group.
 
     Raises:
         KeyError: An option is missing.
-        TypeError: An option is not a number (or, for lr and weight_decay, a tensor of one element), or a flag not a
-            bool.
+        TypeError: The group is not a dict, a numeric option is not a number, or a flag is not a bool. `lr` and
+            `weight_decay` may be tensors of one element.
         ValueError: An option is outside its range.
     """
     if not isinstance(group, dict):
@@ -109,7 +110,7 @@ def check_numbers(group: dict[str, Any]) -> None:
         if isinstance(value, Tensor) and option.takes_tensor:
             if value.numel() != 1:
                 raise ValueError(f"Tensor {name} must be 1-element")
-            # Not the value itself: reading it would wait for its device.
+            # Reading a value on another device would synchronise.
             if value.device.type != "cpu":
                 continue
             value = value.item()
@@ -129,7 +130,7 @@ def check_numbers(group: dict[str, Any]) -> None:
 
 
 def _is_array(value: Any) -> bool:
-    """True for what has no truth value of its own."""
+    """True for a tensor or an array with dimensions, which has no single truth value."""
     return isinstance(value, Tensor) or getattr(value, "ndim", 0) > 0
 
 
@@ -143,28 +144,30 @@ def check_readable(where: str, group: dict[str, Any]) -> None:
 
     Args:
         where: The name of the group in errors.
-        group: The group, with options that may be any.
+        group: The group. Options may have any value.
 
     Raises:
         ValueError: A tensor is on `meta`, or its storage was resized.
     """
     for name, value in group.items():
         if isinstance(value, Tensor) and (value.is_meta or missing_bytes(value)):
-            raise ValueError(f"{where} has a {name} without a value: a tensor without memory")
+            raise ValueError(
+                f"{where} has a {name} without a value, a tensor without memory; assign a number"
+            )
 
 
 def check_range(group: dict[str, Any]) -> None:
-    """Checks that the options of a group fit the type in which its parameters are updated.
+    """Checks that the options of a group fit the dtype in which the group's parameters are updated.
 
     Raises:
-        ValueError: An option is infinite in FP32, and a parameter is not FP64.
+        ValueError: An option is infinite in FP32, and a parameter is updated in FP32.
     """
     if all(param.dtype == torch.float64 for param in group["params"]):
         return
     for name in NUMBERS:
         value = group[name]
         if isinstance(value, Tensor):
-            # The value itself would have to be waited for on another device.
+            # Reading a value on another device would synchronise.
             if value.device.type != "cpu":
                 continue
             value = value.item()
@@ -173,11 +176,13 @@ def check_range(group: dict[str, Any]) -> None:
 
 
 def lists_biases_to_decay(group: dict[str, Any], stated: Collection[str]) -> bool:
-    """True if a new group lists biases and norms apart in order to decay them.
+    """True if a new group has only biases and norm parameters, and states a `weight_decay` above 0 itself.
+
+    False if the group states `bias_decay` as well.
 
     Args:
-        group: The group with every option filled in.
-        stated: The options that it came with, before the optimizer's own filled in the others.
+        group: The group, with every option.
+        stated: The options that user code states. The optimizer's defaults are the other options.
     """
     if "weight_decay" not in stated or "bias_decay" in stated or not group["params"]:
         return False
@@ -191,18 +196,18 @@ def lists_biases_to_decay(group: dict[str, Any], stated: Collection[str]) -> boo
 
 
 def as_float(value: Any) -> float:
-    """The number as a Python float.
+    """Returns the number as a Python float.
 
     Raises:
-        TypeError: It is not a number. Text is none, although `float` reads it.
+        TypeError: The value is not a number. Text is refused, although `float` accepts it.
     """
     if isinstance(value, str | bytes | bytearray):
-        raise TypeError(f"a number is needed, got {type(value).__name__}")
+        raise TypeError(f"an option must be a number, got {type(value).__name__}")
     return float(value)
 
 
 def is_zero(value: Any) -> bool:
-    """True if an option is known to be 0: a number, or a tensor on the CPU, where reading it waits for nothing."""
+    """True if an option is 0 and readable without a sync: a number, or a tensor on the CPU."""
     if isinstance(value, Tensor):
         if value.device.type != "cpu" or not has_memory(value) or value.numel() != 1:
             return False
@@ -212,7 +217,7 @@ def is_zero(value: Any) -> bool:
 
 
 def check_max_grad_norm(max_grad_norm: Any) -> None:
-    """Raises unless it is None or a positive number."""
+    """Raises TypeError or ValueError unless the argument is None or a positive number."""
     if max_grad_norm is None:
         return
     check_number("max_grad_norm", max_grad_norm)
@@ -223,45 +228,56 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
 
 
 def check_params(params: Any, of_group: bool = False) -> None:
-    """Checks the `params` of a constructor or group for what is often passed in place of a model's parameters.
+    """Checks the `params` of an optimizer or a group for objects that are often passed by mistake.
 
     Args:
         params: The parameters.
-        of_group: True for those of a group, where the message says how to write one.
+        of_group: True for the parameters of a group. The message then shows a group.
 
     Raises:
-        TypeError: They are a module, a function that was not called, or a dict, or such an item is among them; the
-            message says what to write.
+        TypeError: `params` is or contains a module or a function that was not called, is a dict, or is not iterable.
+            The message shows correct code.
     """
     if isinstance(params, nn.ParameterList | Tensor):
         return
     if isinstance(params, Mapping):
         raise TypeError(
-            f"params is of type {type(params).__name__}: write FusedSGD(model.parameters(), ...), or FusedSGD([group], "
-            "...) with a list of groups"
+            f"params must be tensors or groups, got {type(params).__name__}; write FusedSGD(model.parameters(), ...), "
+            "or FusedSGD([group], ...) with a list of groups"
         )
     group = "{'params': module.parameters()}" if of_group else ""
-    _check_is_no_source("params is", params, group)
+    _check_is_no_source("params must be tensors or groups, got", params, group)
     if not isinstance(params, Iterable):
         raise TypeError(f"params must be an iterable of tensors or groups, got {type(params).__name__}")
     if isinstance(params, list | tuple):
         for item in params:
             if isinstance(item, Iterator):
                 raise TypeError(
-                    "params has an iterator: write a group {'params': module.parameters()} for each module"
+                    "params must be tensors or groups, got a list with an iterator; write a group {'params': "
+                    "module.parameters()} for each module"
                 )
             _check_is_no_source(
-                "params has", item[1] if isinstance(item, tuple) and len(item) == 2 else item, group
+                "params must be tensors or groups, got a list with",
+                item[1] if isinstance(item, tuple) and len(item) == 2 else item,
+                group,
             )
 
 
 def _check_is_no_source(found: str, value: Any, group: str) -> None:
-    """Raises where parameters could have been got from the value; `group` is what to write for one, or empty."""
+    """Raises TypeError if `value` is an object with parameters instead of the parameters.
+
+    Args:
+        found: The start of the message.
+        value: The object.
+        group: The code of a group for the message, or empty.
+    """
     write = f"write {group or 'FusedSGD(model.parameters(), ...)'}"
     if isinstance(value, nn.ParameterDict):
-        raise TypeError(f"{found} a ParameterDict, which lists names: write FusedSGD(module.values(), ...)")
+        raise TypeError(
+            f"{found} a ParameterDict, which iterates over names; write FusedSGD(module.values(), ...)"
+        )
     if isinstance(value, nn.Module):
-        raise TypeError(f"{found} a module, {type(value).__name__}: {write}")
+        raise TypeError(f"{found} a module, {type(value).__name__}; {write}")
     if callable(value) and not isinstance(value, Iterable | Tensor):
         name = getattr(value, "__name__", type(value).__name__)
-        raise TypeError(f"{found} the function {name}, not called: {write}")
+        raise TypeError(f"{found} the function {name}, which was not called; {write}")

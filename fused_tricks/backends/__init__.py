@@ -1,4 +1,4 @@
-"""How a plan is run: one module a backend, and the choice between them."""
+"""The backends, one module each, and the choice between them."""
 
 from __future__ import annotations
 
@@ -20,28 +20,37 @@ from . import cpu, cuda, reference, triton
 
 
 class Stepper(Protocol):
-    """Runs steps over one plan.
+    """The protocol of an object that runs steps over one plan.
 
     Attributes:
-        is_async: True if `APPLIED` means that the step was launched; the device then decides whether to skip it.
+        is_async: True if `APPLIED` means "launched", not "done". The skip decision is then made on the device.
     """
 
     is_async: bool
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
-        """Scans, decides and updates, and returns an `Outcome`; does nothing where that is `STALE`."""
+        """Checks the plan guard, scans, decides and updates.
+
+        Args:
+            groups: The optimizer's groups.
+            state: The optimizer's state.
+            request: The options of this step.
+
+        Returns:
+            An `Outcome`. `STALE` means that nothing was changed.
+        """
         ...
 
 
 class Backend(NamedTuple):
-    """A way to run steps.
+    """A backend: an implementation of the step.
 
     Attributes:
-        stepper: Makes what runs them over a plan.
-        unavailable_because: Returns why it cannot be used in this process; None when it can.
-        device_type: The only type of device that it serves; None for any.
-        unusable_on: Returns why it cannot be used on one device of that type; None when it can.
-        is_automatic: True if `"auto"` may choose it.
+        stepper: Builds a stepper for a plan.
+        unavailable_because: Returns the reason why the backend is unusable in this process; None if it is usable.
+        device_type: The type of device that the backend supports; None for any type.
+        unusable_on: Returns the reason why the backend is unusable on a device of that type; None if it is usable.
+        is_automatic: True if `"auto"` may choose the backend.
     """
 
     stepper: Callable[[Plan, StepState], Stepper]
@@ -51,13 +60,13 @@ class Backend(NamedTuple):
     is_automatic: bool = True
 
     def missing_on(self, device: torch.device) -> str | None:
-        """Returns why it cannot be used on a device; None when it can."""
+        """Returns the reason why the backend is unusable on a device; None if it is usable."""
         return self.unavailable_because() or self.unusable_on(device)
 
 
 REFERENCE = "reference"
 
-# The fastest first: "auto" takes the first that serves the parameters.
+# Fastest first: "auto" chooses the first usable backend that supports the devices of the parameters.
 BACKENDS = {
     "cuda": Backend(cuda.CudaStepper, cuda.unavailable_because, "cuda", cuda.unusable_on),
     "triton": Backend(
@@ -73,9 +82,9 @@ BACKENDS = {
 
 
 def availability() -> dict[str, str | None]:
-    """Every backend, with `None` where it is usable here and otherwise the reason why it is not.
+    """Returns, for each backend, the reason why it is unusable here; None if it is usable.
 
-    A backend for GPUs is asked about the current one.
+    A GPU backend is checked on the current GPU.
     """
     return {name: _missing_here(backend) for name, backend in BACKENDS.items()}
 
@@ -91,12 +100,12 @@ def _missing_here(backend: Backend) -> str | None:
 
 
 def check_backend(name: str) -> None:
-    """Raises unless `name` is `"auto"` or a backend that is usable here.
+    """Checks that `name` is `"auto"` or a backend that is usable here.
 
     Raises:
         TypeError: `name` is not a string.
-        ValueError: There is no such backend.
-        RuntimeError: It cannot be used here; the message says why.
+        ValueError: `name` is not the name of a backend.
+        RuntimeError: The backend is unusable here. The message contains the reason.
     """
     if not isinstance(name, str):
         raise TypeError(f"backend must be a string, got {type(name).__name__}")
@@ -110,21 +119,21 @@ def check_backend(name: str) -> None:
 
 
 def choose_backend(name: str, named: list[tuple[str, Tensor]]) -> str:
-    """Returns the name of the backend that runs steps over parameters.
+    """Returns the name of the backend for the steps of an optimizer.
 
-    Without parameters there is nothing to choose, and the reference counts the steps. The reference also runs where a
-    parameter has no memory: on `meta`, or as a `FakeTensor`.
+    The reference is also chosen for an optimizer without parameters, and if a parameter or gradient has no memory: on
+    `meta`, or as a `FakeTensor`.
 
     Args:
-        name: A backend, or `"auto"` for the fastest that serves the parameters.
-        named: The parameters, with what errors call them.
+        name: A backend, or `"auto"` for the fastest backend that can update the parameters.
+        named: The parameters, with their names in errors.
 
     Raises:
-        RuntimeError: The backend does not serve one of them.
+        RuntimeError: The backend cannot update one of the parameters.
     """
     devices = {param.device for _, param in named}
     tensors = [(who, tensor) for who, param in named for tensor in (param, param.grad) if tensor is not None]
-    # What becomes of shapes is known to torch's own operations alone.
+    # Tensors without memory have shapes only, which only torch operations can compute with.
     has_shapes_only = not all(has_memory(tensor) for _, tensor in tensors)
     wrappers = [(who, type(tensor)) for who, tensor in tensors if is_wrapper(tensor)]
     if has_shapes_only and name == "auto":
@@ -136,16 +145,16 @@ def choose_backend(name: str, named: list[tuple[str, Tensor]]) -> str:
         home = next((device for device in devices if device.type == backend.device_type), None)
         who, device = next((who, param.device) for who, param in named if param.device != home)
         raise RuntimeError(
-            f"backend={name!r} updates parameters on one device of type '{backend.device_type}', and these are on "
-            f"{', '.join(sorted(map(str, devices)))}: {who} is on {device}; use backend='auto', or move them"
+            f"backend={name!r} updates parameters on one device of type '{backend.device_type}', but the parameters "
+            f"are on {', '.join(sorted(map(str, devices)))}: {who} is on {device}; use backend='auto', or move it"
         )
     if has_shapes_only:
         return REFERENCE
     if wrappers and backend.device_type is not None:
         who, kind = wrappers[0]
         raise RuntimeError(
-            f"{who} is or has a gradient of type {kind.__name__}, whose elements are in other tensors, which "
-            f"backend={name!r} cannot reach; use backend='auto' or 'reference'"
+            f"{who} or its gradient is of type {kind.__name__}, which keeps its elements in other tensors, and "
+            f"backend={name!r} cannot read them; use backend='auto' or 'reference'"
         )
     for device in devices:
         reason = backend.missing_on(device)
@@ -173,7 +182,7 @@ def _fastest(devices: set[torch.device], *, has_wrappers: bool) -> str:
 @functools.cache
 def _warn_of_reference(*reasons: str) -> None:
     warnings.warn(
-        "FusedSGD updates these parameters by the slow backend='reference', as the fast one is not usable here: "
+        "FusedSGD uses the slow backend='reference' for these parameters, because the fast ones are not usable here: "
         + "; ".join(reasons),
         stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""The plan guard of the extension."""
+"""The plan guard of the extension, and the records that it reads."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ class CompiledEntry(NamedTuple):
     """An entry of a plan, as csrc/python/plan_guard.cpp reads it by the names of its fields.
 
     Attributes:
-        state: The local parts of the state's tensors, in the order of `STATE_TENSORS`.
-        alias: A tensor that shares the parameter's version counter; None where the caller writes the parameter.
-        watches_version: True where a new version of the parameter means that user code wrote to it.
-        first_update: Where the kernels note the number of the update that first writes `buffer`.
+        group: The index of the parameter's group.
+        param: The parameter, as listed in the group.
+        source: The tensor whose memory and `.grad` the kernels use.
+        alias: A tensor that shares the parameter's version counter; None if the kernels do not write the parameter
+            itself.
+        live: True if the plan can update the parameter.
+        grad_dtype: The dtype of the gradients.
+        state: The local parts of the state tensors, in the order of `STATE_TENSORS`; None for a missing one.
+        watches_version: True if a changed version counter of the parameter makes the plan stale.
+        first_update: The note of the number of the update that first writes the momentum buffer.
+        shard_class: The index of the shard class.
     """
 
     group: int
@@ -40,7 +47,7 @@ class CompiledEntry(NamedTuple):
 
 
 class CompiledLR(NamedTuple):
-    """A learning rate that follows the updates applied, as csrc/python/plan_guard.cpp reads it by its fields' names."""
+    """A learning rate that follows the applied steps, as csrc/python/plan_guard.cpp reads it by its fields' names."""
 
     lr: Tensor
     base: float
@@ -52,8 +59,8 @@ class Gradients(NamedTuple):
     """The gradients of one step.
 
     Attributes:
-        addresses: The address of each entry's gradient; 0 where an entry has none.
-        in_double: True if one of them is FP64.
+        addresses: The address of each entry's gradient; 0 for an entry without a gradient or elements.
+        in_double: True if a gradient with elements is FP64.
     """
 
     addresses: list[int]
@@ -61,13 +68,13 @@ class Gradients(NamedTuple):
 
 
 class CompiledPlanGuard:
-    """The plan guard in C++: it notices that a plan no longer holds, and reads each step's gradients.
+    """The plan guard in C++. It checks whether a plan is stale, and reads the gradients of each step.
 
     Args:
         extension: The extension module.
         plan: The plan.
-        step_state: The optimizer's state on the device.
-        reads_lr: True if the kernels read a learning rate that is a tensor, so that the host need not wait for it.
+        step_state: The optimizer's step state.
+        reads_lr: True if the kernels read a tensor `lr` on the device, without a host sync.
     """
 
     def __init__(
@@ -81,13 +88,13 @@ class CompiledPlanGuard:
         aliases = [
             entry.param.detach() if entry.live and not entry.is_staged else None for entry in plan.entries
         ]
-        # A second owner in C++ halves the time that torch needs to look at a tensor: the Python object's own reference
-        # count then need not follow every use of it.
+        # A second C++ reference halves the time of an access to a tensor: with one reference, torch updates the
+        # reference count of the Python object at every access.
         state = [tensor for entry in plan.entries for tensor in entry.local_state.values()]
         self._second_owners = [_owner_of(tensor) for tensor in (*aliases, *state) if tensor is not None]
         self._step_state = step_state
         self._reduction = plan.reduction
-        # The extension only borrows these, so that the garbage collector sees who holds what.
+        # The extension borrows these objects. References in C++ would be invisible to the garbage collector.
         self._specified = [
             CompiledEntry(
                 group=entry.group,
@@ -113,16 +120,24 @@ class CompiledPlanGuard:
         )
 
     def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> Gradients | None:
-        """As `gradients`."""
+        """Reads the gradients of this step, and keeps them alive until `release_gradients`.
+
+        Args:
+            groups: The optimizer's groups.
+            state: The optimizer's state.
+
+        Returns:
+            The gradients; None if the plan is stale.
+        """
         found = self.handle.gradient_addresses(groups, state)
         return None if found is None else Gradients(*found)
 
     def release_gradients(self) -> None:
-        """As `release_gradients`."""
+        """Drops the gradients that were read last."""
         self.handle.release_gradients()
 
     def mark_updated(self) -> None:
-        """After an update: tells autograd that the parameters changed."""
+        """Increments the version counters of the updated parameters, for autograd."""
         self.handle.mark_updated()
 
 

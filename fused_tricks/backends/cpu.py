@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def unavailable_because() -> str | None:
-    """Why this backend cannot be used here; None when it can."""
+    """Returns the reason why this backend is unusable here; None if it is usable."""
     return missing_because()
 
 
 class CpuStepper:
-    """Runs steps over a plan."""
+    """The stepper of the compiled CPU backend."""
 
     is_async = False
 
@@ -30,4 +30,5 @@ class CpuStepper:
         self._step: _extension.CpuStep = extension.CpuStep(self._guard.handle)
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
+        """Implements `Stepper.step`."""
         return self._step.run(self._guard.handle, groups, state, request)

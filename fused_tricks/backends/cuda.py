@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from .. import _extension
 
 
-# GPUs that have loaded the kernels. A refusal is not kept: a capture may be its reason.
+# GPUs that have loaded the kernels. A failure is not cached, because a capture in progress may cause it.
 _usable: set[torch.device] = set()
 
 
 def unavailable_because() -> str | None:
-    """Why this backend cannot be used here; None when it can."""
+    """Returns the reason why this backend is unusable here; None if it is usable."""
     reason = missing_because()
     if reason is not None:
         return reason
@@ -35,9 +35,10 @@ def unavailable_because() -> str | None:
 
 
 def unusable_on(device: torch.device) -> str | None:
-    """Returns why the kernels cannot run on a GPU: its driver is too old, or the build has no code for it.
+    """Returns the reason why the kernels cannot run on a GPU; None if they can.
 
-    The first call for a GPU loads every kernel into it, so that none is loaded while a CUDA graph is captured.
+    Reasons are an old driver, or a build without code for the GPU. The first call for a GPU loads every kernel, so that
+    no kernel is loaded during the capture of a CUDA graph.
     """
     if device in _usable:
         return None
@@ -50,9 +51,10 @@ def unusable_on(device: torch.device) -> str | None:
 
 
 class CudaStepper(GpuStepper):
-    """Runs steps over a plan in at most two kernel launches, and never waits for the device.
+    """The stepper of the compiled CUDA backend. A step never waits for the device.
 
-    What has no room in a kernel's argument is written by launches before, where it has changed.
+    A step has one launch, two with a scan, and three with a scan and a reduction over processes. Gradient addresses
+    and groups that do not fit in a kernel's argument are written by additional launches, only if they have changed.
     """
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
@@ -68,10 +70,11 @@ class CudaStepper(GpuStepper):
 
     @staticmethod
     def extension() -> ModuleType:
-        """The module with the kernels."""
+        """Returns the module that contains the kernels."""
         return load_extension()
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
+        """Implements `Stepper.step`."""
         with self._device_guard():
             if is_capturing(self._device):
                 return self._captured_step(groups, state, request)
@@ -81,7 +84,7 @@ class CudaStepper(GpuStepper):
     def _captured_step(
         self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest
     ) -> int:
-        # In memory of its own, or what a replay writes would be taken for what the last step wrote.
+        # A captured step needs its own scratch memory: a replay writes it, and the host does not record that write.
         scratch = torch.empty_like(self._scratch)
         self._keep(groups, self._tables, scratch)
         self._step.set_scratch(scratch)

@@ -1,4 +1,4 @@
-"""The executable specification: plain torch operations on any device, one parameter after the other."""
+"""The executable specification of a step: torch operations on any device, one parameter after the other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..validation import as_float
 
 
 class ReferenceStepper:
-    """Runs one step over a plan. It never trusts an old plan: a second step is `STALE`."""
+    """The stepper of one step. A second step over the same plan returns `STALE`, so every step has a new plan."""
 
     is_async = False
 
@@ -32,6 +32,7 @@ class ReferenceStepper:
 
     @torch.no_grad()
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
+        """Implements `Stepper.step`."""
         if self._is_used:
             return Outcome.STALE
         self._is_used = True
@@ -42,7 +43,7 @@ class ReferenceStepper:
             else (False, False, 0.0)
         )
         found = found or request.has_found
-        # What has no memory keeps its own numbers out of a FakeTensorMode.
+        # The step state has memory, which operations under a FakeTensorMode would not read or write.
         with outside_all_modes():
             inverse_scale, clip = self._factors(request, in_double, squares)
             self._record(request, found)
@@ -54,7 +55,7 @@ class ReferenceStepper:
         return Outcome.APPLIED
 
     def _note_update(self, entry: Entry) -> bool:
-        """Notes an update of an entry's buffer, and returns True if it is the first."""
+        """Returns True if this update is the first of the entry's buffer, and notes a first update."""
         assert entry.first_update is not None
         with outside_all_modes():
             is_first_update = int(entry.first_update) < 0
@@ -76,7 +77,11 @@ class ReferenceStepper:
             yield entry, grad, group
 
     def _scan(self, request: StepRequest, entries: list[tuple[Entry, Tensor]]) -> tuple[bool, bool, float]:
-        """Whether a gradient is not finite, whether one is FP64, and the sum of all squares where it is asked for."""
+        """Scans the gradients.
+
+        Returns:
+            True if a gradient is not finite; True if a gradient is FP64; the sum of all squares if requested, else 0.
+        """
         reduction = self._plan.reduction
         squares = [0.0] * (1 if reduction is None else reduction.shard_classes)
         found = in_double = False
@@ -107,7 +112,7 @@ class ReferenceStepper:
         if in_double:
             ratio = float(request.max_norm) / (norm + 1e-6)
         else:
-            # Sums and quotients of FP32 numbers, taken in FP64 and rounded, are those of FP32 arithmetic.
+            # An FP64 sum or quotient of two FP32 numbers, rounded to FP32, equals the result of FP32 arithmetic.
             norm = to_float32(norm)
             ratio = to_float32(to_float32(request.max_norm) / to_float32(norm + to_float32(1e-6)))
         self._step_state.grad_norm.fill_(norm)
@@ -154,7 +159,7 @@ def _advance_scale(
 
 
 def _numbers(group: dict[str, Any], applied: int) -> dict[str, Any]:
-    """The options as Python numbers; one that is not a number is refused before anything is changed."""
+    """Returns the options as Python numbers. Raises if an option is not a number, before anything is changed."""
     rate = device_lr_of(group["lr"])
     lr = group["lr"] if rate is None else rate.after(applied)
     numbers = {name: as_float(lr if name == "lr" else group[name]) for name in NUMBERS}

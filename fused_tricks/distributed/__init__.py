@@ -1,1 +1,1 @@
-"""Sharded parameters, and one decision for all processes of a step."""
+"""Sharded parameters, and the reduction that makes all processes of a step decide alike."""

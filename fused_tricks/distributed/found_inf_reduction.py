@@ -1,4 +1,4 @@
-"""The reduction of `found_inf` and of the gradient norm over the processes that hold parts of one model."""
+"""The reduction of `found_inf` and of the gradient norm over processes with parts of one model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SharedGroup:
-    """A process group, which a copy of its owner shares: torch cannot copy one."""
+    """A process group that a deep copy of its owner shares, because torch cannot copy process groups."""
 
     group: ProcessGroup | None
 
     def __post_init__(self) -> None:
-        """Raises TypeError unless it is one that this process belongs to, or None."""
+        """Raises TypeError unless the group is None or a process group that this process belongs to."""
         if self.group is None:
             return
         if not torch.distributed.is_available() or not isinstance(self.group, torch.distributed.ProcessGroup):
@@ -39,17 +39,17 @@ class SharedGroup:
 
 
 class StepReduction:
-    """Adds up `found_inf` and squares over processes, between scan and update, without waiting for a device.
+    """The reduction of `found_inf` and sums of squares over processes, between scan and update.
 
-    A `DTensor` is sharded over some dimensions of its mesh and replicated over the others. Squares are added over the
-    sharded dimensions alone, so that replicas do not count twice. Parameters that are sharded alike are one *shard
-    class*, with a sum of squares of its own. `found_inf` is added over all dimensions.
+    A `DTensor` is sharded over some dimensions of its mesh and replicated over the other dimensions. Squares are summed
+    over the sharded dimensions only, so that replicas do not count twice. Parameters with the same sharding are one
+    *shard class*. Each shard class has its own sum of squares. `found_inf` is reduced over all dimensions.
 
     Attributes:
-        partials: FP64 tensor of (2 + `shard_classes`,), written by the scan: `found_inf`, whether a gradient is
-            FP64, then the sum of squares of each shard class.
+        partials: FP64 tensor of shape (2 + `shard_classes`,), written by the scan. The elements are `found_inf`, 1 if a
+            gradient is FP64, and the sum of squares of each shard class.
         shard_classes: The number of shard classes.
-        shard_class_of: The shard class of each parameter.
+        shard_class_of: The index of the shard class of each parameter.
     """
 
     def __init__(
@@ -78,15 +78,15 @@ class StepReduction:
                     )
 
     def all_reduce(self) -> None:
-        """Reduces `partials` in place. A collective: every process must call it."""
+        """Reduces `partials` in place. A collective: every process must call this method."""
         partials = self.partials
         for group, fields in self._sums:
             partials[fields] = _reduced(partials[fields], torch.distributed.ReduceOp.SUM, group)
-        # Replicas have equal sums. A process outside the mesh of a shard class has 0.
+        # MAX keeps the equal sums of replicas. A process outside the mesh of a shard class has a sum of 0.
         for group, fields in self._spreads:
             partials[fields] = _reduced(partials[fields], torch.distributed.ReduceOp.MAX, group)
         if self._partition_group is not None:
-            # Other processes of the partition may have other shard classes.
+            # Processes of the partition may have different shard classes, so their sums are added up first.
             whole = torch.stack((partials[0], partials[1], partials[2:].sum()))
             partials.zero_()[:3] = _reduced(whole, torch.distributed.ReduceOp.SUM, self._partition_group)
 
@@ -94,14 +94,14 @@ class StepReduction:
 def find_reduction(
     params: Sequence[Tensor], partition_group: ProcessGroup | None, device: torch.device
 ) -> StepReduction | None:
-    """Returns the reduction that the steps over some parameters need; None where this process decides alone.
+    """Returns the reduction for the steps of an optimizer; None if this process decides alone.
 
-    A process decides alone, too, if no parameter has memory, because no gradient has values then. Every process finds
-    the same shard classes, whichever gradients and elements it has.
+    A process also decides alone if no parameter has memory, because gradients have no values then. Every process finds
+    the same shard classes, whatever gradients and elements the process has.
 
     Args:
         params: All parameters of an optimizer.
-        partition_group: The group over which the parameters of the model are partitioned, if they are.
+        partition_group: The process group over which the model's parameters are partitioned, or None.
         device: The device of `partials`.
     """
     if params and not any(map(has_memory, params)):
@@ -124,14 +124,14 @@ def find_reduction(
 
 
 def _sharded_dimensions(param: DTensor) -> tuple[int, ...]:
-    """Returns the dimensions of its mesh over which a tensor is sharded."""
+    """Returns the mesh dimensions over which a tensor is sharded."""
     return tuple(
         dimension for dimension, placement in enumerate(param.placements) if not placement.is_replicate()
     )
 
 
 def _groups_along(mesh: DeviceMesh, sharded: tuple[int, ...]) -> list[tuple[ProcessGroup, bool]]:
-    """Returns this process's group along each dimension of a mesh, and whether the dimension is a sharded one."""
+    """Returns, for each mesh dimension of size above 1, this process's group, and True if the dimension is sharded."""
     if mesh.get_coordinate() is None:
         return []
     return [
@@ -142,16 +142,16 @@ def _groups_along(mesh: DeviceMesh, sharded: tuple[int, ...]) -> list[tuple[Proc
 
 
 def _reduced(values: Tensor, operation: Any, group: ProcessGroup) -> Tensor:
-    """Returns the sum or maximum over a group's processes on the device of `values`, which it may overwrite."""
+    """Returns `values` reduced over a process group, on the same device. May overwrite `values`."""
     within_reach = values.to(_device_within_reach(group, values.device))
     torch.distributed.all_reduce(within_reach, operation, group)
     return within_reach.to(values.device)
 
 
 def _device_within_reach(group: ProcessGroup, device: torch.device) -> torch.device:
-    """Returns a device on which a group communicates: `device` if it can, otherwise the accelerator.
+    """Returns a device on which a process group communicates: `device` if supported, otherwise the accelerator.
 
-    The parameters of a group that communicates on GPUs may be offloaded to the CPU.
+    Parameters may be offloaded to the CPU while their process group communicates on GPUs only.
     """
     kinds = [pair.split(":")[0] for pair in torch.distributed.get_backend_config(group).split(",")]
     if device.type in kinds:

@@ -1,4 +1,4 @@
-"""The part that this process has of a tensor that is distributed over several (a `DTensor`, as FSDP2 makes them)."""
+"""Conversion between a `DTensor`, as in FSDP2, and its local part; checks for FSDP1 and `ZeroRedundancyOptimizer`."""
 
 from __future__ import annotations
 
@@ -16,56 +16,56 @@ if TYPE_CHECKING:
 
 
 def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a `DTensor`."""
-    # Whoever made one has imported the module; to do so here would take most of the time of `import fused_tricks`.
+    """True if a tensor is a `DTensor`."""
+    # A DTensor exists only after an import of the module. Importing it here would dominate `import fused_tricks`.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_partitioning() -> bool:
-    """True while `ZeroRedundancyOptimizer` makes or extends the optimizer of one process.
+    """True while `ZeroRedundancyOptimizer` builds or extends the optimizer of one process.
 
-    Its groups state every option, also those that their author left to the optimizer, and have only a part of the
-    parameters: what they seem to say of biases and norms differs between processes.
+    The groups of `ZeroRedundancyOptimizer` state every option, including options that user code left at their defaults.
+    The groups have only a part of the parameters, so a group may consist of biases on one process only.
     """
     return is_called_by(ZERO_REDUNDANCY_OPTIMIZER)
 
 
 def check_flattened(named: Iterable[tuple[str, Tensor]], group: dict[str, Any], decides_alone: bool) -> None:
-    """Refuses what would go wrong on parameters that FSDP1 (`FullyShardedDataParallel`) has flattened and divided.
+    """Checks the options of a group for parameters that FSDP1 (`FullyShardedDataParallel`) has flattened.
 
     Args:
-        named: What errors call each parameter of a group, and the parameter.
+        named: The name for errors and the parameter, for each parameter of the group.
         group: The group's options.
-        decides_alone: Whether this process would skip steps, or clip, by its own part of the gradients.
+        decides_alone: True if this process skips steps or clips by its own part of the gradients.
 
     Raises:
-        ValueError: Weights would not be decayed, because flattened they look like biases; or the processes would not
-            agree.
+        ValueError: Weights would not decay, because a flattened weight has one dimension like a bias. Or the processes
+            would decide differently.
     """
     for name, param in named:
         if not is_flattened_by_fsdp1(param):
             continue
         if not group["bias_decay"] and group["weight_decay"] != 0:
             raise ValueError(
-                f"{name} was flattened by FSDP1, after which nothing tells weights from biases; use fully_shard "
-                "(FSDP2), or bias_decay=True to decay all"
+                f"{name} was flattened by FSDP1, which makes weights look like biases; use fully_shard (FSDP2), or "
+                "bias_decay=True to decay all parameters"
             )
         if decides_alone:
             raise ValueError(
                 f"{name} was divided by FSDP1, and each process would skip or clip by its own part of the gradient; "
-                "use fully_shard (FSDP2), or pass the process group that divides it as partition_group"
+                "use fully_shard (FSDP2), or pass the process group of FSDP1 as partition_group"
             )
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This process's part of a `DTensor`, which shares its memory; any other tensor itself.
+    """Returns the local part of a `DTensor`, which shares the memory of the `DTensor`; any other tensor unchanged.
 
-    To be called under `torch.no_grad()`, or the part is one for autograd.
+    Requires `torch.no_grad()`, because autograd would record the call.
     """
     if is_distributed(tensor):
         local: Any = tensor.to_local()
-        # Its communication may not have finished.
+        # The communication of an asynchronous tensor may be incomplete.
         is_pending = is_wrapper_subclass(local) and hasattr(local, "wait")
         finished: Tensor = local.wait() if is_pending else local
         return finished
@@ -73,10 +73,10 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def placed_like(value: Tensor, param: Tensor) -> Tensor:
-    """`value` with its elements on the same processes as the parameter's.
+    """Returns `value` with the placement of `param`.
 
-    Where they are elsewhere every process of the parameter's mesh has to call this. A plain tensor is the whole value,
-    the same on every process.
+    The call is a collective over the parameter's mesh if the placements differ. A plain tensor must be the whole value,
+    equal on every process.
     """
     if not is_distributed(param):
         return value.full_tensor() if is_distributed(value) else value
@@ -91,7 +91,7 @@ def placed_like(value: Tensor, param: Tensor) -> Tensor:
 
 
 def distributed_like(local: Tensor, param: Tensor) -> Tensor:
-    """The tensor of which `local` is this process's part, where `param` is a `DTensor`; else `local` itself."""
+    """Returns the `DTensor` like `param` whose local part is `local`; `local` itself if `param` is a plain tensor."""
     if not is_distributed(param):
         return local
     from torch.distributed.tensor import DTensor

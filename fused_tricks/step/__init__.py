@@ -1,1 +1,1 @@
-"""One optimizer step: its options, its plan, its state, its checkpoints."""
+"""The optimizer step: options, plan, state and checkpoints."""

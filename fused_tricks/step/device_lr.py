@@ -1,4 +1,4 @@
-"""A learning rate that follows the number of updates applied, which may be known on the device alone."""
+"""A learning rate that follows the number of applied steps, which on a GPU only the device counts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .ordinary_tensors import outside_all_modes
 
 
 class FactorTable:
-    """FP64 factors, one for each update; the last is for all updates that follow.
+    """A table of FP64 factors, one for each update. Updates after the last factor use the last factor.
 
     Args:
-        factors: At least one, of type `"d"`.
+        factors: At least one factor, in an array of type `"d"`.
     """
 
     def __init__(self, factors: array[float]) -> None:
@@ -27,7 +27,7 @@ class FactorTable:
         return {"_copies": {torch.device("cpu"): self.on(torch.device("cpu"))}}
 
     def on(self, device: torch.device) -> Tensor:
-        """The factors as a tensor on a device; copied there once."""
+        """Returns the factors as a tensor on `device`. The first call for a device copies them."""
         if device not in self._copies:
             with outside_all_modes():
                 self._copies[device] = self._copies[torch.device("cpu")].to(device)
@@ -36,12 +36,12 @@ class FactorTable:
 
 @dataclass(frozen=True)
 class DeviceLR:
-    """What a tensor in a group's `lr` stands for: `base` times a factor.
+    """The rule behind a tensor in a group's `lr`: the learning rate is `base` times a factor.
 
     Attributes:
-        base: The rate at factor 1.
+        base: The learning rate at factor 1.
         factors: The factors of consecutive updates.
-        origin: How many updates were applied before the one that takes the first factor.
+        origin: The number of applied steps before the update that uses the first factor.
     """
 
     base: float
@@ -49,17 +49,17 @@ class DeviceLR:
     origin: int
 
     def after(self, applied: int) -> float:
-        """The rate of the update that follows `applied` others."""
+        """Returns the learning rate of the update that follows `applied` updates."""
         factors = self.factors.on(torch.device("cpu"))
         with outside_all_modes():
             return self.base * float(factors[min(max(applied - self.origin, 0), len(factors) - 1)])
 
     def write(self, lr: Tensor, applied_steps: Tensor) -> None:
-        """Writes the rate of the next update into `lr`, on its device and without a sync.
+        """Writes the learning rate of the next update into `lr`, on the device of `lr` and without a sync.
 
         Args:
-            lr: FP64 of no dimension.
-            applied_steps: INT64 of no dimension, on the same device.
+            lr: 0-dim FP64 tensor.
+            applied_steps: 0-dim INT64 tensor on the same device.
         """
         factors = self.factors.on(lr.device)
         with outside_all_modes():
@@ -68,9 +68,10 @@ class DeviceLR:
 
 
 def following(rate: DeviceLR, device: torch.device) -> Tensor:
-    """A tensor for a group's `lr` that the kernels take for `rate`.
+    """Returns a tensor for a group's `lr` that makes the kernels use `rate`.
 
-    Its own value, FP64 of no dimension, is for people and other code to read; `DeviceLR.write` renews it.
+    The kernels ignore the value of this 0-dim FP64 tensor. User code may read the value, and `DeviceLR.write`
+    updates the value.
     """
     with outside_all_modes():
         lr = torch.zeros((), dtype=torch.float64, device=device)
@@ -79,5 +80,5 @@ def following(rate: DeviceLR, device: torch.device) -> Tensor:
 
 
 def device_lr_of(lr: Any) -> DeviceLR | None:
-    """What a group's `lr` stands for; None where it is just a number or a tensor."""
+    """Returns the rule behind a group's `lr`; None if `lr` is a number or an ordinary tensor."""
     return getattr(lr, "_device_lr", None) if isinstance(lr, Tensor) else None

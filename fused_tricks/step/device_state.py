@@ -1,4 +1,4 @@
-"""The few numbers of an optimizer that live on its parameters' device."""
+"""The step state: the loss scale, trackers and counters of an optimizer, on the device of its parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .ordinary_tensors import outside_all_modes
 
-# The fields of StepState in csrc/core/step_state.h, in order, as `struct` writes their types. A test compares the two.
+# Same order and types as StepState in csrc/core/step_state.h; the types are format characters of `struct`. A test
+# compares the two.
 _FIELDS = {
     "scale": "f",
     "growth_tracker": "i",
@@ -31,11 +32,11 @@ _LAYOUT = struct.Struct("=" + "".join(_FIELDS.values()))
 OFFSETS = {
     name: struct.calcsize("=" + "".join(list(_FIELDS.values())[:index])) for index, name in enumerate(_FIELDS)
 }
-"""Where each field is in the block, in bytes."""
+"""The offset of each field in the block, in bytes."""
 
 
 def to_float32(value: float) -> float:
-    """The FP32 number nearest to `value`, ties to even; infinite where that overflows."""
+    """Returns the FP32 number nearest to `value`, with ties to even; infinity on overflow."""
     return ctypes.c_float(value).value
 
 
@@ -53,29 +54,30 @@ class StepReading(NamedTuple):
 
     @classmethod
     def of(cls, block: Tensor) -> StepReading:
-        """Reads a `block`, which synchronises where it is on a GPU."""
+        """Returns the fields of `block`. Synchronises if `block` is on a GPU."""
         fields = dict(zip(_FIELDS, _LAYOUT.unpack(bytes(block.tolist())), strict=True))
         return cls(**{name: fields[name] for name in cls._fields})
 
 
 class StepState:
-    """Loss scale, trackers and counters of one optimizer in one 64-byte tensor.
+    """The loss scale, trackers and counters of one optimizer in one 64-byte tensor.
 
-    Every attribute is a 0-dim view of `block`, so a kernel changes them without a host sync, and reading one as a
-    Python number is a sync. `block` has memory even where the parameters have none, and a `FakeTensorMode` does not
-    change that.
+    The attributes of the fields are 0-dim views of `block`. Kernels write the fields without a host sync. Reading a
+    field as a Python number synchronises. `block` has memory even if the parameters have none, and even under a
+    `FakeTensorMode`.
 
     Attributes:
-        block: `uint8` tensor of 64 bytes that the kernels are given.
-        scale: FP32, the loss scale; 1 where none is in use.
-        growth_tracker: INT32, good steps since the scale last changed or an overflow was found.
+        block: `uint8` tensor of 64 bytes that the kernels read and write.
+        scale: FP32, the loss scale; 1 without loss scaling.
+        growth_tracker: INT32, good steps since growth or an overflow last reset the tracker.
         hysteresis_tracker: INT32, overflows left until the scale backs off.
-        grad_norm: FP64, the unscaled L2 norm of the last measured gradients; an FP32 number unless one was FP64.
-        applied_steps: INT64, updates applied.
-        skipped_steps: INT64, updates skipped.
-        skip: INT32, 1 when the last step was skipped.
-        skipped_in_a_row: INT32, updates skipped since the last one that was applied.
-        scale_was_read: True once code outside the step has read the scale, by which it can multiply a loss.
+        grad_norm: FP64, the unscaled L2 norm of the last measured gradients. The value is rounded to FP32 unless a
+            gradient is FP64.
+        applied_steps: INT64, number of applied steps.
+        skipped_steps: INT64, number of skipped steps.
+        skip: INT32, 1 if the last step was skipped.
+        skipped_in_a_row: INT32, number of skipped steps since the last applied step.
+        scale_was_read: True once code outside the step has read the scale, and so may have multiplied a loss by it.
     """
 
     def __init__(self, device: torch.device | str = "cpu", scale: float = 1.0, hysteresis: int = 1) -> None:
@@ -101,17 +103,17 @@ class StepState:
         self.grad_norm = _field(block, "grad_norm")
 
     def move_to(self, device: torch.device) -> None:
-        """Continues on another device."""
+        """Moves the state to another device."""
         if self.block.device != device:
             with outside_all_modes():
                 self._view(self.block.to(device))
 
     def keep(self, *memory: object) -> None:
-        """Keeps objects and the present `block` alive for as long as this state: a captured CUDA graph uses them."""
+        """Keeps `memory` and the current `block` alive as long as this state, for a captured CUDA graph."""
         self._kept.append((self.block, *memory))
 
     def read(self) -> StepReading:
-        """Returns every field, in one copy to the host."""
+        """Returns the fields that the host reads, in one copy to the host."""
         with outside_all_modes():
             return StepReading.of(self.block)
 
@@ -120,13 +122,13 @@ class StepState:
 
     def __setstate__(self, state: tuple[Tensor, bool]) -> None:
         block, scale_was_read = state
-        # A copied or unpickled block no longer shares memory with views that were copied beside it.
+        # A copied or unpickled block shares no memory with copied views, so the views are made again.
         with outside_all_modes():
             self._start(block.clone())
         self.scale_was_read = scale_was_read
 
 
 def _field(block: Tensor, name: str) -> Tensor:
-    """A 0-dim view of a field."""
+    """Returns a 0-dim view of a field."""
     dtype = _TYPES[_FIELDS[name]]
     return block[OFFSETS[name] :][: dtype.itemsize].view(dtype)[0]

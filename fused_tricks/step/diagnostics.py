@@ -1,4 +1,4 @@
-"""Warnings about training that goes wrong in silence; each is issued once for an optimizer or a schedule."""
+"""Warnings about training mistakes that raise no error. Each warning is issued once per optimizer or schedule."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .device_state import StepReading, StepState, to_float32
 if TYPE_CHECKING:
     from .plan import Plan
 
-# Skipped steps in a row after which training is taken for stuck.
+# Skipped steps in a row after which the "stuck" warning is issued.
 STUCK_AFTER = 25
 # Launched steps between two readings of a GPU's step state: a copy and an event cost several microseconds.
 STEPS_PER_READING = 250
-# Launched steps before a reading is looked for.
+# Launched steps between the start of a reading and the first attempt to read it on the host.
 STEPS_UNTIL_ARRIVAL = 10
 
 _PACKAGES = ("fused_tricks", "torch")
@@ -39,10 +39,10 @@ def warn_user(message: str) -> None:
 
 
 class LateReading:
-    """A copy of a step state's block that arrives on the host while the device goes on.
+    """An asynchronous copy of a step state's block to the host.
 
     Args:
-        block: The block, on a CUDA device or on the CPU, where it has arrived at once.
+        block: The block, on a CUDA device or on the CPU. A copy on the CPU is complete at once.
     """
 
     def __init__(self, block: Tensor) -> None:
@@ -55,14 +55,14 @@ class LateReading:
             self._event.record(torch.cuda.current_stream(block.device))
 
     def read(self) -> StepReading | None:
-        """Returns the fields, or None while they are under way. Never waits."""
+        """Returns the fields, or None while the copy is in progress. Never waits."""
         if self._event is not None and not self._event.query():
             return None
         return StepReading.of(self._copy)
 
 
 class StepDiagnostics:
-    """Looks at an optimizer's steps for mistakes that raise no error.
+    """The checks of an optimizer's steps for mistakes that raise no error.
 
     Args:
         loss_scale: The optimizer's loss scaling.
@@ -75,11 +75,11 @@ class StepDiagnostics:
         self._reports: set[str] = set()
         self._launches_left = STUCK_AFTER
         self._reading: LateReading | None = None
-        # The count of skipped steps in a row when the scale was first seen at its floor.
+        # skipped_in_a_row at the first reading with the scale at its floor; 1 without a dynamic scale.
         self._at_floor_since: int | None = None
 
     def before_update(self, plan: Plan, is_scaled_by_grad_scaler: bool, is_partitioned: bool) -> None:
-        """Warns of gradients that lack the loss scale which the update divides by, and of FP16 without any scale.
+        """Warns if the loss was not scaled although the update unscales, and if FP16 gradients have no loss scale.
 
         Args:
             plan: The plan of the step.
@@ -92,23 +92,23 @@ class StepDiagnostics:
                 self._report(
                     "unscaled",
                     "FusedSGD updates from float16 gradients without a loss scale, so that small gradients are "
-                    "rounded to zero: use loss_scale='dynamic' and optimizer.scale(loss).backward(), or a GradScaler; "
+                    "rounded to zero; use loss_scale='dynamic' and optimizer.scale(loss).backward(), or a GradScaler; "
                     "loss_scale=1.0 states that no scaling is wanted",
                 )
         elif self._loss_scale != 1.0 and grads and not self._step_state.scale_was_read and not is_partitioned:
             self._report(
                 "scale is not called",
                 "optimizer.step() divides the gradients by the loss scale, but optimizer.scale() has never been "
-                "called: call optimizer.scale(loss).backward() instead of loss.backward(); code that scales the loss "
+                "called; call optimizer.scale(loss).backward() instead of loss.backward(); code that scales the loss "
                 "itself reads the factor from optimizer.stats().scale or optimizer.loss_scale",
             )
 
     def after_skip(self) -> None:
-        """Examines a step that is known to have been skipped."""
+        """Checks the state after a step that the host has seen skipped."""
         self._examine(self._step_state.read())
 
     def after_launch(self) -> None:
-        """Examines, every now and then, a step whose outcome only the device knows, without waiting for it."""
+        """Checks the state after a launched step, once in about `STEPS_PER_READING` steps, without waiting."""
         self._launches_left -= 1
         if self._launches_left:
             return

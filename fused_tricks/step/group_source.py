@@ -1,4 +1,7 @@
-"""Optimizers that are made from the groups of another one, which carry its options but not its settings."""
+"""The check of a new optimizer that is built from the groups of another optimizer.
+
+Groups carry options. Groups do not carry the settings of the whole optimizer, such as `loss_scale`.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,29 @@ _sources: WeakSet[Any] = WeakSet()
 
 
 def register_source(optimizer: Optimizer) -> None:
-    """Has `check_nothing_is_lost` know the optimizer's groups."""
+    """Registers an optimizer for `check_nothing_is_lost`."""
     _sources.add(optimizer)
 
 
 def check_nothing_is_lost(params: Any, settings: dict[str, Any]) -> Any:
-    """Checks that a new optimizer does not train without what the optimizer has that its groups come from.
+    """Checks that a new optimizer does not lose the settings of the optimizer that its groups come from.
 
     Args:
         params: The `params` of the new optimizer.
-        settings: Its settings that belong to no group, by name.
+        settings: The settings of the new optimizer that belong to no group, by name.
 
     Returns:
-        The `params`; a list of them in place of an iterator.
+        `params`; an iterator is converted to a list.
 
     Raises:
-        RuntimeError: They are groups of another optimizer that has such a setting, and the new one has none.
+        RuntimeError: `params` are groups of another optimizer that has such a setting, and the new optimizer has
+            none.
     """
     if isinstance(params, Iterator):
         params = list(params)
     if not isinstance(params, list | tuple) or any(value is not None for value in settings.values()):
         return params
-    # No one writes all options into a group by hand.
+    # User code rarely writes all options into a group, so these two keys mark a group of another FusedSGD.
     groups = [
         group for group in params if isinstance(group, dict) and {"bias_decay", "differentiable"} <= {*group}
     ]
@@ -49,9 +53,10 @@ def check_nothing_is_lost(params: Any, settings: dict[str, Any]) -> Any:
         lost = [f"{name}={_shown(value)}" for name, value in own.items() if value is not None]
         if lost and any(id(param) in given for group in source.param_groups for param in group["params"]):
             raise RuntimeError(
-                f"params are the groups of another FusedSGD, which has {', '.join(lost)}; groups do not carry that, "
-                "and this optimizer would train without it. Pass it as well; where a wrapper makes the optimizer from "
-                "groups alone, as Horovod's does, set it in a subclass of FusedSGD whose __init__ takes params"
+                f"params are the groups of another FusedSGD, which has {', '.join(lost)}; groups do not carry this "
+                "setting, and the new optimizer would train without it. Pass the setting to the new optimizer as well; "
+                "if a wrapper builds the optimizer from groups alone, as Horovod's does, set it in a subclass of "
+                "FusedSGD whose __init__ takes params"
             )
     return params
 

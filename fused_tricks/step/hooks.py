@@ -1,4 +1,4 @@
-"""The hooks of a step, which run once however many classes override `step`."""
+"""Step hooks that run once, even if several classes of an optimizer override `step`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _R = TypeVar("_R")
 
 
 def runs_hooks(step: Callable[..., object], optimizer: object) -> bool:
-    """True unless the `step` of a subclass, which calls this one by `super()`, runs the hooks already."""
+    """True if `step` must run the hooks. False if the `step` of a subclass, which calls `super()`, runs them."""
     steps = (base.__dict__.get("step") for base in type(optimizer).__mro__)
-    # Its own mark only: functools.wraps copies the attributes of the function that it wraps.
+    # functools.wraps copies the mark to a wrapper, so the mark counts only on the function that it names.
     return (
         next((outer for outer in steps if outer and getattr(outer, "runs_hooks_of", None) is outer), step)
         is step
@@ -23,9 +23,9 @@ def runs_hooks(step: Callable[..., object], optimizer: object) -> bool:
 
 
 def with_hooks(func: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Returns a `step` that runs the hooks as `Optimizer.profile_hook_step` does, unless an outer one has run them.
+    """Returns a `step` that runs the hooks as `Optimizer.profile_hook_step` does, unless an outer `step` runs them.
 
-    Hooks then run once, around the outermost `step` of an optimizer's classes.
+    The hooks run once, around the outermost `step` of an optimizer's classes.
     """
     observed = Optimizer.profile_hook_step(func)
 

@@ -1,4 +1,4 @@
-"""A lock for an object that takes one step at a time."""
+"""A lock that serialises the steps of an optimizer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, TypeVar, cast
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-class StepLock(RLock):  # type: ignore[misc]  # it is final to the type checker alone
-    """A lock that the thread that holds it may take again, and of which a copy is a new one.
+class StepLock(RLock):  # type: ignore[misc]  # RLock is final in typeshed only
+    """A reentrant lock. A copy or an unpickled lock is a new lock, and is free.
 
-    So a signal handler that saves a checkpoint in the middle of a step does not wait for ever. A process that is forked
-    while another thread holds the lock starts with a free one.
+    Reentrance prevents a deadlock in a signal handler that saves a checkpoint during a step. A fork while another
+    thread holds the lock leaves the lock free in the child process.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class StepLock(RLock):  # type: ignore[misc]  # it is final to the type checker 
 
 
 def one_at_a_time(method: _Method) -> _Method:
-    """Makes a method wait for whatever else holds its object's `_lock`."""
+    """Makes a method run while it holds the `_lock` of its object."""
 
     @functools.wraps(method)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def _free_all() -> None:
     for lock in _locks:
-        # The thread that forks goes on in the child, and gives back what it holds.
+        # The forking thread continues in the child and releases its own locks there.
         if not lock._is_owned():
             lock._at_fork_reinit()
 

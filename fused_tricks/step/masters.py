@@ -1,4 +1,4 @@
-"""The FP32 masters that an optimizer works on."""
+"""The FP32 masters of an optimizer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from .shared_memory import missing_bytes
 def masters_in_use(
     groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
 ) -> dict[Tensor, Tensor | None]:
-    """Returns for each parameter the master in the optimizer's state, or None."""
+    """Returns the master of each parameter in the optimizer's state, or None."""
     params = [param for group in groups for param in group["params"]]
     return {param: state.get(param, {}).get(MASTER_PARAM) for param in params}
 
 
 @torch.no_grad()
 def refresh_masters(masters: dict[Tensor, Tensor | None]) -> None:
-    """Writes every low-precision parameter into its master, but for elements that are the master's rounding.
+    """Resynchronises each master where its parameter is no longer its rounding.
 
     Args:
-        masters: As `masters_in_use` returns them.
+        masters: The result of `masters_in_use`.
+
+    Raises:
+        RuntimeError: The storage of a parameter or master was resized. No master is changed then.
     """
     masters_with_memory = []
     for param, master in masters.items():
@@ -35,7 +38,7 @@ def refresh_masters(masters: dict[Tensor, Tensor | None]) -> None:
         if missing_bytes(param) or missing_bytes(master):
             raise RuntimeError(
                 f"a parameter of shape {tuple(param.shape)} or its master has no memory: its storage was resized; "
-                "restore it before the masters are refreshed"
+                "restore the storage before the masters are refreshed"
             )
         masters_with_memory.append((master, param))
     for master, param in masters_with_memory:

@@ -15,29 +15,31 @@ from .ordinary_tensors import outside_all_modes
 
 
 class _Note(NamedTuple):
-    """The place where a tensor's first update is noted.
+    """The location of the note of a tensor's first update.
 
     Attributes:
-        notes: INT64 of (1 + buffers,): the updates applied when these tensors were made, then for each buffer the
-            number of the update that first wrote it, -1 before.
-        place: The buffer's index in `notes`; 0 for a tensor whose first update is not noted itself.
+        notes: INT64 tensor of shape (1 + buffers,). Element 0 is the number of applied steps when the tensors were
+            made. Each further element belongs to a buffer: the number of the update that first wrote the buffer, and
+            -1 before that update.
+        place: The index of the buffer in `notes`; 0 for a tensor without a note of its own.
     """
 
     notes: Tensor
     place: int
 
     def is_written(self, notes: Sequence[int], applied_steps: int) -> bool:
-        """True if the tensor is written, by its `notes` on the host and the number of updates applied."""
+        """True if an update has written the tensor, given a copy of `notes` on the host."""
         return notes[self.place] >= 0 if self.place else notes[0] != applied_steps
 
 
 class NewState:
-    """Masters and momentum buffers in `optimizer.state` that a plan has made, and no update may have written.
+    """The record of masters and momentum buffers that a plan has made and that may be unwritten.
 
-    Every backend notes a buffer's first update in one INT64 tensor for each plan that made some. The notes are on the
-    parameters' device, because a GPU decides alone whether a first step is skipped. They keep their address, because
-    captured CUDA graphs continue to note. A master has its parameter's values from the beginning and needs no note of
-    its own: it counts as written once any update was applied. So does a buffer without elements.
+    Each plan that makes masters or buffers has one INT64 tensor of notes. Every backend notes the first update of a
+    buffer there. The notes are on the parameters' device, because the skip decision of a first step is made there.
+    The notes keep their address, because captured CUDA graphs continue to write them. A master is made with its
+    parameter's values and has no note of its own: a master counts as written after the first applied step. A buffer
+    without elements is treated like a master.
     """
 
     def __init__(self) -> None:
@@ -54,12 +56,12 @@ class NewState:
         step_state: StepState,
         device: torch.device,
     ) -> None:
-        """Records tensors that were just made.
+        """Records new tensors.
 
         Args:
             masters: Copies of parameters.
-            buffers: Momentum buffers whose values mean nothing.
-            step_state: The optimizer's state on the device.
+            buffers: Momentum buffers without a valid value.
+            step_state: The optimizer's step state.
             device: The device of the notes.
         """
         if not masters and not buffers:
@@ -76,9 +78,8 @@ class NewState:
         """Returns the 0-dim INT64 note of the update that first wrote a buffer.
 
         Args:
-            buffer: The buffer.
-            device: The device of the note: that of `add` where the buffer is recorded. All others share a note of
-                0 there.
+            buffer: The buffer. Buffers that are not recorded share one note of 0.
+            device: The device of the shared note. For a recorded buffer, the device of `add`.
         """
         note = self._notes.get(buffer)
         with outside_all_modes():
@@ -90,7 +91,7 @@ class NewState:
         return self._first_of_all[device]
 
     def replace(self, former: Tensor, tensor: Tensor, step_state: StepState, device: torch.device) -> None:
-        """Has `tensor` take the place of `former`, whose values it has in another dtype, layout or device."""
+        """Replaces `former` in the record by `tensor`, which has the same values in another dtype, layout or device."""
         note = self._notes.pop(former, None)
         if note is None:
             return
@@ -101,7 +102,7 @@ class NewState:
             self.add([] if buffers else [tensor], buffers, step_state, device)
 
     def forget(self, tensor: Tensor) -> None:
-        """Records that a tensor was written by something else than an update."""
+        """Removes a tensor from the record: the tensor counts as written."""
         self._notes.pop(tensor, None)
 
     def is_unwritten(self, tensor: Tensor, step_state: StepState) -> bool:
@@ -110,9 +111,9 @@ class NewState:
         return note is not None and not self._is_written(note, step_state)
 
     def unwritten(self, step_state: StepState) -> list[Tensor]:
-        """Returns the tensors that no update has written, and drops the others from the record.
+        """Returns the tensors that no update has written, and removes the written tensors from the record.
 
-        Synchronises with the device, by one copy for each plan that made some.
+        Synchronises with the device: one copy of the step state, and one copy for each tensor of notes.
         """
         applied_steps = step_state.read().applied_steps
         copies: dict[int, list[int]] = {}
@@ -137,7 +138,7 @@ class NewState:
         self.__init__()  # type: ignore[misc]
         copies: dict[int, Any] = {}
         for tensor, note in state:
-            # A shallow copy of an optimizer takes steps of its own.
+            # A shallow copy of an optimizer shares the buffers but not the steps, so the copy needs its own notes.
             if id(note.notes) not in copies:
                 with outside_all_modes():
                     copies[id(note.notes)] = note.notes.clone()

@@ -1,4 +1,4 @@
-"""Reading and writing an optimizer's saved state."""
+"""Conversion between an optimizer's state and a state dict."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from .parameters import (
 )
 from .shared_memory import missing_bytes
 
-# Written into every group of a state dict; not options of a group.
+# Keys in every group of a state dict that are not options.
 COUNTERS = ("applied_steps", "skipped_steps")
 SCALE_KEYS = (*COUNTERS, "loss_scale", "growth_tracker", "hysteresis_tracker")
 MOST_STEPS = 2**62
-"""The largest count that a loaded optimizer continues from; a larger one in a saved state continues here as well."""
+"""The largest step count after a load. A larger saved count is reduced to this value."""
 
 
 def progress_of(step_state: StepState, *, with_scale: bool) -> dict[str, float]:
-    """Returns the counters and, where asked for, the loss scale with its trackers, by their keys in a saved group."""
+    """Returns the counters and, if `with_scale`, the loss scale and its trackers, by their keys in a saved group."""
     now = step_state.read()
     progress: dict[str, float] = {"applied_steps": now.applied_steps, "skipped_steps": now.skipped_steps}
     if with_scale:
@@ -50,7 +50,7 @@ def progress_of(step_state: StepState, *, with_scale: bool) -> dict[str, float]:
 def restore_progress(
     saved: dict[str, Any], step_state: StepState, loss_scale: float | DynamicLossScale | None
 ) -> None:
-    """Takes over what `progress_of` saved.
+    """Restores the numbers that `progress_of` returned.
 
     Raises:
         TypeError, ValueError: A number is outside its range. Nothing is changed then.
@@ -65,7 +65,7 @@ def restore_progress(
             saved.get("hysteresis_tracker", loss_scale.hysteresis),
         )
     if "applied_steps" in counters:
-        # Far from where the device's counters would wrap.
+        # The INT64 counters on the device must not wrap.
         step_state.applied_steps.fill_(min(counters["applied_steps"], MOST_STEPS))
         step_state.skipped_steps.fill_(min(counters.get("skipped_steps", 0), MOST_STEPS))
         step_state.skipped_in_a_row.fill_(0)
@@ -77,11 +77,12 @@ def finish_state_dict(
     unwritten: list[Tensor],
     progress: dict[str, float],
 ) -> None:
-    """Puts numbers and tensors that are true for the saved moment into what `Optimizer.state_dict` returns.
+    """Completes the result of `Optimizer.state_dict` in place.
 
-    Groups get `progress`, and the rate of the next update where theirs follows the updates applied. State that means
-    nothing is left out: a master beside a parameter that no longer has low precision, and masters and buffers that no
-    update has written. Only `torch.distributed.checkpoint`, which demands the same keys at all times, gets those.
+    Each group gets `progress`. A learning rate that follows the applied steps is replaced by the rate of the next
+    update. State without meaning is removed: the master of a parameter that is no longer FP16 or BF16, and masters
+    and buffers that no update has written. `torch.distributed.checkpoint` requires the same keys at all times, so
+    unwritten state is kept for its calls.
     """
     for group in packed["param_groups"]:
         rate = device_lr_of(group["lr"])
@@ -108,7 +109,7 @@ def finish_state_dict(
 def never_updated_buffers(state: dict[Tensor, dict[str, Any]], progress: dict[str, Any]) -> list[Tensor]:
     """Returns the buffers of a loaded state that no update has written.
 
-    Only files of `torch.distributed.checkpoint` have such buffers, as zeros.
+    Such buffers are in the files of `torch.distributed.checkpoint` only, as zeros.
     """
     if progress.get("applied_steps") != 0 or not is_called_by_distributed_checkpoint():
         return []
@@ -119,12 +120,13 @@ def never_updated_buffers(state: dict[Tensor, dict[str, Any]], progress: dict[st
 def import_groups(
     state_dict: dict[str, Any], groups: list[dict[str, Any]], defaults: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Returns the saved groups as the optimizer's next groups, and what `progress_of` saved.
+    """Returns new groups for the optimizer, and the saved numbers of `progress_of`.
 
     Args:
         state_dict: A saved state.
-        groups: The optimizer's groups, whose parameters stay and whose options fill in for missing ones.
-        defaults: The optimizer's options.
+        groups: The optimizer's groups. The new groups have the parameters of these groups, and the options of these
+            groups where the saved groups lack an option.
+        defaults: The optimizer's default options.
 
     Raises:
         KeyError, TypeError, ValueError: The saved groups are malformed or do not fit.
@@ -192,11 +194,11 @@ def _check_names(where: str, group: dict[str, Any]) -> None:
 def import_state(
     saved_state: dict[Any, Any], saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]
 ) -> defaultdict[Any, dict[str, Any]]:
-    """Per-parameter state as a copy, in the type of the arithmetic, on the parameters' devices.
+    """Returns a copy of the per-parameter state, in the dtype of the arithmetic, on the parameters' devices.
 
     Args:
         saved_state: `state_dict["state"]`.
-        saved_groups: `state_dict["param_groups"]`, which list the keys of `saved_state`.
+        saved_groups: `state_dict["param_groups"]`. The groups list the keys of `saved_state`.
         groups: The optimizer's groups.
 
     Raises:
@@ -236,7 +238,7 @@ def _import_value(name: str, param: Tensor, key: str, value: Any) -> Any:
             raise ValueError(
                 f"loaded state dict has a {key} for {name} that cannot be copied: {error}"
             ) from error
-    # torch.distributed.checkpoint puts {} for state that is not in its file.
+    # torch.distributed.checkpoint returns {} for state that is not in the file.
     if value is None or (isinstance(value, dict) and not value):
         return None
     if not isinstance(value, Tensor):

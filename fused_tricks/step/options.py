@@ -1,4 +1,4 @@
-"""The options of a parameter group that the update reads: one table, from which everything else is derived."""
+"""The table of the options of a parameter group that the update reads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ class NumberOption(NamedTuple):
     """An option that is a number.
 
     Attributes:
-        message: The text of the error for a value outside the range, in the words of `torch.optim.SGD`.
-        takes_negative: True if the value may be below zero.
+        message: The error message for a value outside the range, as in `torch.optim.SGD`.
+        takes_negative: True if the value may be negative.
         takes_tensor: True if the value may be a tensor of one element.
     """
 
@@ -25,7 +25,7 @@ NUMBERS = {
     "dampening": NumberOption("Invalid dampening value: {}", takes_negative=True),
     "weight_decay": NumberOption("Invalid weight_decay value: {}", takes_tensor=True),
 }
-"""By name. The update rounds each once to the type of its arithmetic."""
+"""The numeric options, by name. The update rounds each number once to the dtype of the arithmetic."""
 
 FLAGS = ("nesterov", "maximize", "bias_decay", "decoupled_weight_decay")
-"""Options that are True or False."""
+"""The boolean options."""

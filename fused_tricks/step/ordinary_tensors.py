@@ -1,4 +1,4 @@
-"""Contexts in which new tensors are ordinary memory, whatever modes surround the call."""
+"""Contexts in which new tensors have ordinary memory, whatever modes are active around the call."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .._torch import without_modes
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Makes tensors that may be written later, outside `torch.inference_mode`. Autograd records nothing."""
-    # Leaving inference mode would turn autograd on.
+    """Leaves `torch.inference_mode`, so that new tensors can be written later. Autograd records nothing."""
+    # torch.inference_mode(False) turns autograd on.
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 @contextmanager
 def outside_all_modes() -> Iterator[None]:
-    """Makes tensors that have memory even under a `FakeTensorMode`, and may be written later."""
+    """Leaves every mode, so that new tensors have memory and can be written later, even under a `FakeTensorMode`."""
     with without_modes(), outside_inference_mode():
         yield

@@ -1,4 +1,4 @@
-"""What an optimizer's parameters are called, and which of them can be updated."""
+"""The names of an optimizer's parameters in errors, and the checks before an update."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ SUPPORTED = (*LOW_PRECISION, torch.float32, torch.float64)
 
 
 def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:
-    """Every parameter with what errors call it, its name where the optimizer was given names, and its group's index."""
+    """Returns the name for errors, the parameter and the group's index, for every parameter.
+
+    The name contains the parameter's own name if the group has `param_names`, otherwise its position.
+    """
     return [
         (
             f"parameter '{group['param_names'][index]}'"
@@ -35,17 +38,17 @@ def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, in
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether the elements of a tensor, or of its local part, are in other tensors that only torch operations reach."""
+    """True if a tensor, or its local part, is a subclass that wraps other tensors. Kernels cannot read its elements."""
     return is_wrapper_subclass(local_part(tensor))
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
-    """The type of the arithmetic, of masters and of momentum buffers: FP64 for FP64 parameters, else FP32."""
+    """Returns the dtype of arithmetic, masters and momentum buffers: FP64 for an FP64 parameter, otherwise FP32."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
 def check_state(name: str, state: Any) -> None:
-    """Raises TypeError unless `state` can be what the optimizer's state has of the parameter `name`."""
+    """Raises TypeError unless `state` is a valid entry of the optimizer's state for the parameter `name`."""
     if not isinstance(state, dict):
         raise TypeError(f"the state of {name} must be a dict, got {type(state).__name__}; delete the entry")
     for key in STATE_TENSORS:
@@ -63,18 +66,18 @@ def check_update(
     """Raises RuntimeError unless a parameter can be updated.
 
     Args:
-        name: What errors call it.
+        name: The name of the parameter in errors.
         param: The parameter.
-        grad: Its gradient.
-        state: What the optimizer's state has of it.
-        used: The tensors of its state that the update needs, as far as there are any.
+        grad: The gradient of the parameter.
+        state: The parameter's entry in the optimizer's state.
+        used: The tensors of `state` that the update uses; None for a missing tensor.
     """
     for key, value in {PARAMETER: param, **used}.items():
         if value is not None and value.is_inference():
             owned = name if key == PARAMETER else f"the {key} of {name}"
             raise RuntimeError(
                 f"{owned} was made under torch.inference_mode() and cannot be trained; make it outside, or clone() it "
-                "there"
+                "outside"
             )
     if param.dtype not in SUPPORTED:
         raise RuntimeError(
@@ -82,11 +85,11 @@ def check_update(
         )
     if grad.layout != torch.strided:
         raise RuntimeError(
-            f"{name} has a gradient of layout {grad.layout}; FusedSGD needs dense gradients: build the layer with "
+            f"{name} has a gradient of layout {grad.layout}; FusedSGD requires dense gradients; build the layer with "
             "sparse=False, or use torch.optim.SGD for it"
         )
     if param.layout != torch.strided:
-        raise RuntimeError(f"{name} has layout {param.layout}; FusedSGD needs dense parameters")
+        raise RuntimeError(f"{name} has layout {param.layout}; FusedSGD requires dense parameters")
     wide = grad.dtype == torch.float32 and param.dtype in LOW_PRECISION
     if grad.dtype != param.dtype and not wide:
         raise RuntimeError(
@@ -96,15 +99,16 @@ def check_update(
     if is_distributed(grad) != is_distributed(param):
         kinds = ["a DTensor" if is_distributed(tensor) else "a plain tensor" for tensor in (param, grad)]
         raise RuntimeError(
-            f"{name} is {kinds[0]} and its gradient {kinds[1]}; make the gradient one of the same placement"
+            f"{name} is {kinds[0]} and its gradient is {kinds[1]}; give the gradient the parameter's placement"
         )
     if grad.device != param.device:
         raise RuntimeError(
-            f"{name} is on {param.device} and its gradient on {grad.device}; move the gradient there"
+            f"{name} is on {param.device} and its gradient is on {grad.device}; move the gradient to {param.device}"
         )
     if grad.shape != param.shape:
         raise RuntimeError(
-            f"{name} has shape {tuple(param.shape)} and a gradient of shape {tuple(grad.shape)}"
+            f"{name} has shape {tuple(param.shape)} and a gradient of shape {tuple(grad.shape)}; give the gradient the "
+            "parameter's shape"
         )
     if overlaps_itself(local_part(param)):
         raise RuntimeError(
@@ -131,6 +135,6 @@ def _check_memory(name: str, tensor: Tensor, is_needed: bool) -> None:
         )
     if is_needed and not has_memory(tensor):
         raise RuntimeError(
-            f"{name} has no memory (it is a {type(tensor).__name__} on {tensor.device}) beside a parameter that has "
-            "some; replace it"
+            f"{name} has no memory (it is a {type(tensor).__name__} on {tensor.device}), but its parameter has memory; "
+            "replace the tensor"
         )

@@ -1,4 +1,4 @@
-"""Which memory a step works on: built once, and again only when something that it holds changes."""
+"""The step plan: tensors and layouts, cached between steps and rebuilt when any of them changes."""
 
 from __future__ import annotations
 
@@ -40,24 +40,26 @@ from .stand_ins import StandIns, identity_of, same_strides
 
 @dataclass(eq=False)
 class Entry:
-    """One parameter.
+    """One parameter of a plan.
 
     Attributes:
-        group: The index of its group.
-        param: The parameter as its group lists it.
-        live: Whether it can be updated: it had a gradient when the plan was made, or has had one before and is ready
-            for the next. What follows is empty where it cannot.
-        source: The tensor whose memory and `.grad` the kernels use: the parameter, or a stand-in. That is an alias of
-            the part of a `DTensor` that is here, or a contiguous copy where the parameter has gaps or its gradient
-            has other strides.
-        grad_dtype: The type of its gradients; one of another type needs another plan.
-        is_copy: The stand-in has memory of its own.
-        shard_class: Its class in `StepReduction`.
-        state: The tensors of the parameter in the optimizer's state, by their keys there.
-        local_state: The parts of these tensors on this process, with the strides of `source`.
-        first_update: 0-dim INT64, the number of the update that first wrote `buffer`; -1 before. Backends note it.
-        identity: The parameter's address and version counters when `master` was last known to agree with it.
-        storage: Keeps that address from being given to other data.
+        group: The index of the parameter's group.
+        param: The parameter, as listed in the group.
+        live: True if the plan can update the parameter: the parameter had a gradient when the plan was made, or the
+            former plan could update the parameter and its state is complete. Otherwise the entry has no stand-in and
+            no state.
+        source: The tensor whose memory and `.grad` the kernels use: the parameter, or a stand-in. A stand-in is an
+            alias of the local part of a `DTensor`, or a contiguous copy of a parameter that has gaps or whose
+            gradient has other strides.
+        grad_dtype: The dtype of the parameter's gradients. A gradient of another dtype requires a new plan.
+        is_copy: True if the stand-in has memory of its own.
+        shard_class: The parameter's shard class in `StepReduction`.
+        state: The parameter's tensors in the optimizer's state, by their keys there.
+        local_state: The local parts of these tensors, with the strides of `source`.
+        first_update: 0-dim INT64, the number of the update that first wrote `buffer`; -1 before that update. The
+            backends write the number.
+        identity: The parameter's address and version counters when `master` was last synchronised with the parameter.
+        storage: A reference to the parameter's memory, so that other data cannot get the same address.
     """
 
     group: int
@@ -80,26 +82,27 @@ class Entry:
 
     @property
     def buffer(self) -> Tensor | None:
-        """The local part of the momentum, in the type of the arithmetic."""
+        """The local part of the momentum buffer, in the dtype of the arithmetic."""
         return self.local_state.get(MOMENTUM_BUFFER)
 
     @property
     def is_staged(self) -> bool:
+        """True if the kernels use a stand-in."""
         return self.source is not self.param
 
 
 @dataclass
 class Plan:
-    """The entries of every parameter of every group, in order.
+    """The entries of all parameters, in the order of the groups.
 
     Attributes:
-        entries: All of them.
+        entries: The entries.
+        lrs: The `lr` of each group when the plan was made. A tensor may follow the applied steps (`DeviceLR`).
+        reduction: The reduction over processes; None if this process decides alone.
+        is_in_order: True if parameters must be updated one after the other, because some share memory.
+        placed: The keys of the masters and buffers that the plan has put into the optimizer's state, by parameter.
         stand_ins: The stand-ins among the entries' sources.
-        placed: The keys of masters and buffers that the plan has put into the optimizer's state, by parameter.
-        lrs: The groups' learning rates as they were, tensors that follow the updates applied among them.
-        reduction: How to decide with other processes; None where this one decides alone.
-        is_in_order: Parameters have to be updated one after the other, because some share memory.
-        is_outdated: What the plan was made from has changed in a way that backends do not look for.
+        is_outdated: True if the plan is stale for a reason that the plan guards of the backends do not check.
     """
 
     entries: list[Entry]
@@ -114,18 +117,18 @@ class Plan:
         self.stand_ins = StandIns(self.entries)
 
     def keeps_its_memory(self) -> bool:
-        """True if each parameter still is where it was when the plan began to keep its memory."""
+        """True if each parameter is still at the address that `Entry.storage` keeps."""
         return all(
             entry.storage is None or address_of(local_part(entry.param)) == address_of(entry.storage)
             for entry in self.entries
         )
 
     def place_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Puts the masters and buffers that are not in the optimizer's state there."""
+        """Puts the plan's masters and buffers into the optimizer's state, unless they are already there."""
         owned = {entry.param: entry.state for entry in self.entries if entry.live}
         if not any(owned.values()):
             return
-        # Those that need none as well, where others have: torch.distributed.checkpoint misses them otherwise.
+        # torch.distributed.checkpoint requires an entry for every parameter if any parameter has one.
         for param, own in owned.items():
             held = state.get(param, {})
             new = {key: tensor for key, tensor in own.items() if held.get(key) is not tensor}
@@ -153,37 +156,40 @@ def build_plan(
     former: Plan | None = None,
     reduction: StepReduction | None = None,
 ) -> Plan:
-    """Makes a plan from an optimizer's groups, gradients and state.
+    """Builds a plan from an optimizer's groups, gradients and state.
 
-    Masters and buffers that an update needs and the state lacks are made and put there. Beside that, a master takes
-    over its parameter's values where the parameter is no longer the master's rounding, because user code wrote to it;
-    and a state tensor of another dtype, device or layout is replaced by one that fits.
+    Adds missing masters and buffers to the state. Resynchronises a master where its parameter is no longer its
+    rounding, i.e. where user code wrote to the parameter. Replaces a state tensor of another dtype, device or layout
+    by a tensor that fits.
 
     Args:
         groups: The optimizer's groups.
         state: The optimizer's state.
-        step_state: The optimizer's state on the device.
-        new_state: The record of what no update has written, to which new masters and buffers are added.
-        device: The device on which a backend notes their first updates.
-        former: The plan before; parameters that it can update stay so while they have no gradient.
-        reduction: How to decide with other processes, if that is needed.
+        step_state: The optimizer's step state.
+        new_state: The record of unwritten state. New masters and buffers are added to the record.
+        device: The device on which a backend notes first updates.
+        former: The previous plan. Parameters that the previous plan can update stay live while they have no gradient.
+        reduction: The reduction over processes; None if this process decides alone.
+
+    Returns:
+        The plan. Its new state is in `state`; `Plan.withdraw_state` removes the new state again.
 
     Raises:
-        RuntimeError: A parameter or gradient cannot be updated. Then nothing is changed at all.
-        TypeError: The state has something else than tensors for a parameter.
+        RuntimeError: A parameter or gradient cannot be updated. Nothing is changed then.
+        TypeError: The state of a parameter is malformed. Nothing is changed then.
     """
     with torch.no_grad():
         plan = _Builder(groups, state, step_state, new_state, device).build(former)
     if reduction is not None:
-        for entry, part in zip(plan.entries, reduction.shard_class_of, strict=True):
-            entry.shard_class = part
+        for entry, shard_class in zip(plan.entries, reduction.shard_class_of, strict=True):
+            entry.shard_class = shard_class
         plan.reduction = reduction
     plan.place_state(state)
     return plan
 
 
 class _Listed(NamedTuple):
-    """A parameter of a group, its gradient, and what an update needs of its state, as far as there is any."""
+    """A parameter of a group, its gradient and state, and the state tensors that an update uses."""
 
     name: str
     param: Tensor
@@ -194,7 +200,7 @@ class _Listed(NamedTuple):
 
 
 class _Builder:
-    """Builds one plan. The arguments are those of `build_plan`."""
+    """The builder of one plan, with the arguments of `build_plan`."""
 
     def __init__(
         self,
@@ -243,7 +249,7 @@ class _Builder:
     def _listed(self, name: str, param: Tensor, group: int) -> _Listed:
         held = self._state.get(param, {})
         check_state(name, held)
-        # State that no update has written means nothing beside a parameter that has another shape by now.
+        # A parameter may change its shape before its first update. Its unwritten state is then dropped, not refused.
         state = {
             key: value
             for key, value in held.items()
@@ -253,18 +259,18 @@ class _Builder:
                 and self._new_state.is_unwritten(value, self._step_state)
             )
         }
-        # Read once: another thread may set it.
+        # Reads param.grad once, because another thread may set it.
         return _Listed(name, param, group, param.grad, state, _used_state(param, self._groups[group], state))
 
     def _check_updates(self, listed: list[_Listed]) -> dict[Tensor, str]:
-        """Returns the parameters that have a gradient, with their names."""
+        """Checks the parameters that have a gradient, and returns their names by parameter."""
         seen: dict[Tensor, str] = {}
         for name, param, _, grad, state, used in listed:
             if grad is None:
                 continue
             check_update(name, param, grad, state, used)
             if param in seen:
-                raise RuntimeError(f"{name} is also {seen[param]}, and would be updated twice; list it once")
+                raise RuntimeError(f"{name} is also {seen[param]} and would be updated twice; list it once")
             seen[param] = name
         return seen
 
@@ -300,20 +306,20 @@ class _Builder:
                 adopt_foreign_values(entry.local_state[MASTER_PARAM], local)
             else:
                 master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
-                self._masters.append(_hold_new(entry, MASTER_PARAM, master))
+                self._masters.append(_add_new_state(entry, MASTER_PARAM, master))
         else:
-            # A master from before the parameter was converted would be stale when the parameter is converted back.
+            # An old master would have old values if the parameter were converted back to FP16 or BF16.
             held.pop(MASTER_PARAM, None)
         if self._groups[item.group]["momentum"] != 0 and not self._take_state(
             entry, item.state, MOMENTUM_BUFFER
         ):
             buffer = torch.zeros_like(source, dtype=state_dtype(param), requires_grad=False)
-            self._buffers.append(_hold_new(entry, MOMENTUM_BUFFER, buffer))
+            self._buffers.append(_add_new_state(entry, MOMENTUM_BUFFER, buffer))
         return entry
 
     def _take_state(self, entry: Entry, state: dict[str, Any], key: str) -> bool:
-        """Has an entry hold a tensor of the state, made to fit; returns False where there is none."""
-        # torch.optim.SGD takes None for "not there yet".
+        """Adds a state tensor to an entry, converted if necessary; returns False if the tensor is missing."""
+        # In torch.optim.SGD, None also means a missing buffer.
         if state.get(key) is None:
             return False
         value = self._fitting_state(entry, key, state[key])
@@ -340,22 +346,22 @@ class _Builder:
         return fitting
 
 
-def _hold_new(entry: Entry, key: str, local: Tensor) -> Tensor:
-    """Has an entry hold a new tensor, and returns it as the optimizer's state has it."""
+def _add_new_state(entry: Entry, key: str, local: Tensor) -> Tensor:
+    """Adds a new tensor to an entry and returns its form in the optimizer's state: a `DTensor` beside a `DTensor`."""
     entry.local_state[key] = local
     entry.state[key] = distributed_like(local, entry.param)
     return entry.state[key]
 
 
 def _used_state(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor | None]:
-    """What an update of a parameter needs of its state."""
+    """Returns the state tensors that an update of a parameter uses; None for a missing tensor."""
     keys = [MASTER_PARAM] if param.dtype in LOW_PRECISION else []
     keys += [MOMENTUM_BUFFER] if group["momentum"] != 0 else []
     return {key: state.get(key) for key in keys}
 
 
 def _is_ready(former: Entry | None, param: Tensor, used: dict[str, Tensor | None]) -> bool:
-    """Whether a parameter without a gradient can stay live, so that gradients that take turns need no new plans."""
+    """True if a parameter without a gradient can stay live. Alternating gradients then require no new plans."""
     if former is None or is_wrapper(param) or param.dtype not in SUPPORTED or param.layout != torch.strided:
         return False
     if not has_memory(param) or missing_bytes(param) or overlaps_itself(local_part(param)):
@@ -369,7 +375,7 @@ def _is_ready(former: Entry | None, param: Tensor, used: dict[str, Tensor | None
 
 
 def _pieces(item: _Listed) -> Iterator[Piece]:
-    """What an update of a parameter reads and writes."""
+    """Yields the tensors that an update of a parameter reads or writes."""
     tensors = {PARAMETER: item.param, **item.used, GRADIENT: item.grad}
     for key, tensor in tensors.items():
         if tensor is not None:
@@ -377,7 +383,7 @@ def _pieces(item: _Listed) -> Iterator[Piece]:
 
 
 def _fits(grad: Tensor, param: Tensor) -> bool:
-    """Whether both can be walked as two flat arrays that list the same elements in the same order."""
+    """True if gradient and parameter are flat arrays in memory, with the same elements in the same order."""
     dense = torch.empty_like(param, device="meta")
     if not (same_strides(param, dense) and same_strides(param, grad)):
         return False
@@ -385,8 +391,8 @@ def _fits(grad: Tensor, param: Tensor) -> bool:
 
 
 def adopt_foreign_values(master: Tensor, param: Tensor) -> None:
-    """A master takes over those of its parameter's elements that are not its rounding: somebody else wrote them."""
-    agrees = master.to(param.dtype) == param
-    # To look costs a GPU a synchronisation, and the CPU less memory than to write what is there already.
-    if param.device.type != "cpu" or not has_memory(param) or not agrees.all():
-        master.copy_(torch.where(agrees, master, param.to(master.dtype)))
+    """Resynchronises the master where the parameter is no longer its rounding, i.e. where user code wrote to it."""
+    is_rounding = master.to(param.dtype) == param
+    # On a GPU, the check would synchronise. On the CPU, the check costs less memory traffic than the copy.
+    if param.device.type != "cpu" or not has_memory(param) or not is_rounding.all():
+        master.copy_(torch.where(is_rounding, master, param.to(master.dtype)))

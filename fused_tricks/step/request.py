@@ -12,14 +12,14 @@ from .shared_memory import has_memory
 
 
 class StepRequest(NamedTuple):
-    """The step's own options.
+    """The options of one step.
 
     Attributes:
-        unscales: Gradients carry a factor: the optimizer's loss scale, or `grad_scale`.
-        grad_scale: The factor that a `GradScaler` handed over; it has looked for non-finite gradients itself.
-        found_inf: The `GradScaler`'s verdict: not zero when a gradient is not finite.
-        max_norm: Measure the global norm, and clip to this.
-        scale_rule: How to adjust the loss scale after the step (`DynamicLossScale.rule()`); None leaves it.
+        unscales: True if the gradients carry a factor: the optimizer's loss scale, or `grad_scale`.
+        grad_scale: The factor of a `GradScaler`, which has checked the gradients itself; otherwise None.
+        found_inf: The `found_inf` of a `GradScaler`: nonzero if a gradient is not finite; otherwise None.
+        max_norm: The global norm to clip to; None to neither measure nor clip.
+        scale_rule: The rule that adjusts the loss scale (`DynamicLossScale.rule()`); None to keep the scale.
     """
 
     unscales: bool
@@ -30,12 +30,12 @@ class StepRequest(NamedTuple):
 
     @property
     def scans(self) -> bool:
-        """Whether gradients must be read once before any is used."""
+        """True if the step must read all gradients before the update uses any."""
         return (self.unscales and self.grad_scale is None) or self.max_norm is not None
 
     @property
     def has_found(self) -> bool:
-        """The `GradScaler`'s verdict, read on the host."""
+        """True if the `GradScaler` has found a gradient that is not finite. Synchronises with the device."""
         return self.found_inf is not None and has_memory(self.found_inf) and float(self.found_inf) != 0
 
 
@@ -48,13 +48,13 @@ def step_request(
     """Returns the request of one step.
 
     Args:
-        loss_scale: The optimizer's own loss scale.
-        max_grad_norm: The optimizer's norm to clip to.
-        grad_scale: The factor of a `GradScaler`.
-        found_inf: The verdict of a `GradScaler`; None where there is no scaler.
+        loss_scale: The optimizer's loss scaling.
+        max_grad_norm: The global norm to clip to, or None.
+        grad_scale: The factor of a `GradScaler`, or None.
+        found_inf: The `found_inf` of a `GradScaler`; None without a `GradScaler`.
 
     Raises:
-        RuntimeError: There are both a loss scale and a `GradScaler`.
+        RuntimeError: Both a loss scale and a `GradScaler` are in use.
     """
     if found_inf is None:
         rule = loss_scale.rule() if isinstance(loss_scale, DynamicLossScale) else None
@@ -64,18 +64,18 @@ def step_request(
             "this FusedSGD scales its own loss (loss_scale is set) and was stepped by a GradScaler; use "
             "optimizer.scale(loss).backward() and optimizer.step() without the GradScaler, or loss_scale=None"
         )
-    # GradScaler sums the verdicts of its devices, and says 0 where there was no gradient on any.
-    verdict = found_inf if isinstance(found_inf, Tensor) else None
-    return StepRequest(grad_scale is not None, grad_scale, verdict, max_grad_norm, None)
+    # GradScaler passes the sum over its devices, which is the int 0 if no device has a gradient.
+    on_device = found_inf if isinstance(found_inf, Tensor) else None
+    return StepRequest(grad_scale is not None, grad_scale, on_device, max_grad_norm, None)
 
 
 class Outcome(enum.IntEnum):
     """The outcome of a step. The compiled backends return the same numbers.
 
     Attributes:
-        STALE: The plan no longer holds. Nothing was touched.
-        SKIPPED: A gradient was not finite.
-        APPLIED: Parameters were updated, or the update was launched on a GPU.
+        STALE: The plan is stale. Nothing was changed.
+        SKIPPED: A gradient was not finite, and the step was skipped.
+        APPLIED: The parameters were updated, or the update was launched on a GPU.
     """
 
     STALE = 0

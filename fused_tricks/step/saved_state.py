@@ -1,4 +1,4 @@
-"""The part of the optimizer that saves and restores it."""
+"""The base class of `FusedSGD` for state, state dicts, copies and pickles."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from .shared_memory import has_memory
 
 
 class Prepared(NamedTuple):
-    """A plan, and the stepper that runs steps over it."""
+    """A plan and its stepper."""
 
     plan: Plan
     stepper: Stepper
 
 
 class SavedState(Optimizer):
-    """State, state dicts, copies and pickles of `FusedSGD`, which sets the attributes."""
+    """The state, state dicts, copies and pickles of `FusedSGD`. `FusedSGD.__init__` sets the attributes."""
 
     _state: defaultdict[Any, Any]
     _loss_scale: float | DynamicLossScale | None
@@ -64,13 +64,14 @@ class SavedState(Optimizer):
 
     @property
     def state(self) -> defaultdict[Any, Any]:
-        """`torch.optim.Optimizer.state`: `momentum_buffer` and `master_param` of each parameter.
+        """The state of each parameter, as in `torch.optim.Optimizer.state`: `momentum_buffer` and `master_param`.
 
-        A parameter's state is there from its first step on. A momentum buffer is zero until an update is applied, and
-        values that user code writes into it before that are ignored; `state_dict` leaves it out.
+        A parameter has its state from its first step on. A momentum buffer is zero until the first applied step. Until
+        then, `state_dict` leaves the buffer out, and the first update ignores values that user code writes into it.
+        Assigning a dict replaces the state.
         """
         if is_asked_for_state():
-            # torch.distributed.checkpoint loads no option that a group does not have.
+            # torch.distributed.checkpoint loads only options that a group has already.
             self._note_progress()
         return self._state
 
@@ -80,19 +81,34 @@ class SavedState(Optimizer):
             raise TypeError(f"optimizer.state must be a dict, got {type(state).__name__}")
         with self._lock:
             self._state = state
-            # The plan holds the masters and buffers of the former state.
+            # The plan uses the masters and buffers of the former state.
             self._prepared = None
 
     @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
-        """The state in the format of `torch.optim.SGD`, which can load it.
+        """Returns the state in the format of `torch.optim.SGD`, which can load the result. Synchronises.
 
-        `state` has `momentum_buffer` where there is momentum and `master_param` beside FP16 and BF16
-        parameters, both FP32 (FP64 beside FP64 parameters). State that no update has written yet, as after a skipped
-        first step, is left out, so that `optimizer.state` may have more. Each group also carries
-        `applied_steps`, `skipped_steps` and, with a loss scale, `loss_scale`, `growth_tracker` and
-        `hysteresis_tracker`: there they survive tools that keep only `state` and `param_groups`.
-        `optimizer.param_groups` does not have them. Synchronises.
+        `state` has a `momentum_buffer` for each parameter with momentum, in FP32 (FP64 for an FP64 parameter), and a
+        `master_param` for each FP16 or BF16 parameter, in FP32. State that no update has written yet, as after a
+        skipped first step, is left out. `optimizer.state` may therefore have more tensors.
+
+        Each group also has `applied_steps`, `skipped_steps` and, with a loss scale, `loss_scale`, `growth_tracker` and
+        `hysteresis_tracker`. These numbers are in the groups because some tools save only `state` and `param_groups`.
+        `optimizer.param_groups` does not have them.
+
+        Returns:
+            A dict with `state` and `param_groups`.
+
+        Example:
+            ```python
+            import torch
+            import fused_tricks as ft
+
+            model = torch.nn.Linear(4, 2)
+            optimizer = ft.FusedSGD(model.parameters(), lr=0.1, momentum=0.9, loss_scale="dynamic")
+            saved = optimizer.state_dict()
+            optimizer.load_state_dict(saved)
+            ```
         """
         self._drop_progress()
         progress = progress_of(self._step_state, with_scale=self._loss_scale is not None)
@@ -110,18 +126,21 @@ class SavedState(Optimizer):
             group.update(progress)
 
     def _drop_progress(self) -> None:
-        """Removes what the next step would make untrue."""
+        """Removes the numbers of `_note_progress` from the groups: the next step would make them wrong."""
         for group in self.param_groups:
             for key in SCALE_KEYS:
                 group.pop(key, None)
 
     @one_at_a_time
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class or of `torch.optim.SGD`.
+        """Loads the state dict of a `FusedSGD` or of a `torch.optim.SGD`.
 
-        FP32 state stays FP32 beside an FP16 parameter, where `torch.optim.Optimizer` would cast it. Tensors are
-        copied. Options that the state lacks, and the scale where it has none, keep their values. So does a static
-        `loss_scale`: only a `DynamicLossScale` takes over a saved scale, within its floor and ceiling.
+        Tensors are copied. The state of an FP16 or BF16 parameter stays FP32, where `torch.optim.Optimizer` would cast
+        it to the parameter's dtype. Options and a loss scale that the state dict lacks keep their values. A
+        `DynamicLossScale` loads a saved scale, clamped to its floor and ceiling. A static `loss_scale` keeps its value.
+
+        Args:
+            state_dict: A dict with `state` and `param_groups`, as `state_dict` returns it.
 
         Raises:
             KeyError, TypeError, ValueError: The state does not fit the optimizer. Nothing is changed then.
@@ -144,7 +163,7 @@ class SavedState(Optimizer):
             post_hook(self)
 
     def _ordinary_tensors(self) -> AbstractContextManager[None]:
-        """Returns a context whose tensors have memory wherever the parameters do, and may be written later."""
+        """Returns a context for new tensors: they have memory if the parameters have, and can be written later."""
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         in_fake_mode = not has_memory(torch.empty(0, device="cpu"))
         return (
@@ -164,15 +183,15 @@ class SavedState(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("_lock", StepLock())
-        # The base class writes attributes without regard to properties.
+        # The base class updates __dict__ directly and would bypass the property `state`.
         super().__setstate__({"_state" if key == "state" else key: value for key, value in state.items()})
         self._prepared = None
-        # An optimizer that was pickled before an option was added.
+        # The pickle may be older than a flag.
         for options in (self.defaults, *self.param_groups):
             for flag in FLAGS:
                 options.setdefault(flag, False)
         if "_step_state" in state:
-            # A shallow copy shares parameters and state with the original, but takes steps of its own.
+            # A shallow copy shares parameters and state with the original, but counts its own steps.
             self._step_state = copy(self._step_state)
             self._new_state = copy(self._new_state)
             if isinstance(self._loss_scale, DynamicLossScale) and not self._loss_scale.is_free_for(self):

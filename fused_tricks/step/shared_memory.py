@@ -1,4 +1,4 @@
-"""Which tensors have memory, and which of those that a step writes share some."""
+"""Checks of the memory of tensors: presence, size, and overlaps between the tensors of a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..distributed.sharding import local_part
 
 GRADIENT = "gradient"
 PARAMETER = "parameter"
-# Types that override nothing.
+# These types override no method of Tensor.
 _PLAIN = (Tensor, Parameter)
 
 
@@ -24,10 +24,10 @@ class Piece(NamedTuple):
     """A tensor that a step reads or writes.
 
     Attributes:
-        tensor: The part of it that is on this process.
-        key: `PARAMETER`, `GRADIENT`, or its key in the parameter's state.
-        owner: What errors call the parameter.
-        has_master: True where the parameter has a master.
+        tensor: The local part of the tensor.
+        key: `PARAMETER`, `GRADIENT`, or the tensor's key in the parameter's state.
+        owner: The name of the parameter in errors.
+        has_master: True if the parameter has a master.
     """
 
     tensor: Tensor
@@ -37,6 +37,7 @@ class Piece(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The name of the tensor in errors."""
         return self.owner if self.key == PARAMETER else f"the {self.key} of {self.owner}"
 
 
@@ -47,7 +48,7 @@ class _Span(NamedTuple):
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """True unless a tensor has a shape and no elements: one on `meta`, or a `FakeTensor`."""
+    """True if a tensor has memory for its elements. False on `meta` and for a `FakeTensor`."""
     if type(tensor) in _PLAIN:
         return not tensor.is_meta
     local = local_part(tensor)
@@ -55,24 +56,24 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def device_of(params: Iterable[Tensor], otherwise: torch.device) -> torch.device:
-    """Returns the device of the first tensor that has memory; `otherwise` where none has."""
+    """Returns the device of the first tensor that has memory; `otherwise` if no tensor has memory."""
     return next((param.device for param in params if has_memory(param)), otherwise)
 
 
 def is_addressable(tensor: Tensor) -> bool:
-    """True if a tensor's elements are where its address, shape and strides say."""
+    """True if address, shape and strides of a tensor give the location of its elements."""
     if type(tensor) in _PLAIN:
         return not tensor.is_meta and tensor.layout == torch.strided
     return has_memory(tensor) and not is_wrapper_subclass(tensor) and tensor.layout == torch.strided
 
 
 def address_of(tensor: Tensor) -> int:
-    """Returns the address of a tensor's first element; 0 where a tensor has none."""
+    """Returns the address of a tensor's first element; 0 if the tensor is not addressable."""
     return tensor.data_ptr() if is_addressable(tensor) else 0
 
 
 def missing_bytes(tensor: Tensor) -> int:
-    """Returns how many bytes a tensor's storage lacks for its elements, as after `untyped_storage().resize_(0)`."""
+    """Returns the number of bytes that a storage is too small for its tensor, as after `storage.resize_(0)`."""
     local = local_part(tensor)
     if not is_addressable(local) or is_zero_tensor(local) or local.numel() == 0:
         return 0
@@ -81,7 +82,7 @@ def missing_bytes(tensor: Tensor) -> int:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """True if two elements of a tensor are at one address, as after `expand`."""
+    """True if two elements of a tensor overlap in memory, as after `expand`."""
     if not is_addressable(tensor) or tensor.is_contiguous():
         return False
     reach = 0
@@ -93,13 +94,13 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def must_be_in_order(pieces: Sequence[Piece]) -> bool:
-    """True if the result of a step depends on the order in which parameters are updated, because they share memory.
+    """True if the result of a step depends on the order of the updates, because parameters share memory.
 
-    Tensors whose elements only take turns, as the columns of a matrix do, share none.
+    Interleaved tensors without a common element, such as the columns of a matrix, share no memory.
 
     Raises:
-        RuntimeError: A float16 or bfloat16 parameter shares memory that its master cannot follow, or a gradient lies
-            across what its own update writes.
+        RuntimeError: An FP16 or BF16 parameter, its master or its buffer shares memory with another tensor that a step
+            writes, or two tensors of one update overlap without being the same.
     """
     spans = [
         _Span(address, address + _extent(piece.tensor), piece)
@@ -109,7 +110,7 @@ def must_be_in_order(pieces: Sequence[Piece]) -> bool:
     is_shared = False
     for cluster in _clusters(spans):
         for a, b in _written_pairs(cluster):
-            # Where there is an order anyway, the others only matter where they are refused.
+            # Once an order is required, only pairs that are refused still matter.
             if is_shared and a.owner != b.owner and not (a.has_master or b.has_master):
                 continue
             if _have_a_common_element(a, b):
@@ -118,7 +119,7 @@ def must_be_in_order(pieces: Sequence[Piece]) -> bool:
 
 
 def _clusters(spans: list[_Span]) -> Iterator[list[_Span]]:
-    """Spans that are connected by overlaps, more than one at a time."""
+    """Yields the lists of two or more spans that are connected by overlaps."""
     spans.sort(key=lambda span: span.begin)
     cluster: list[_Span] = []
     end = 0
@@ -134,7 +135,7 @@ def _clusters(spans: list[_Span]) -> Iterator[list[_Span]]:
 
 
 def _written_pairs(cluster: list[_Span]) -> Iterator[tuple[Piece, Piece]]:
-    """Pairs of pieces whose spans overlap, one of which is written; none where all elements only take turns."""
+    """Yields the pairs of pieces whose spans overlap, at least one of them written. Skips interleaved tensors."""
     if all(span.piece.key == GRADIENT for span in cluster):
         return
     tensors = [span.piece.tensor for span in cluster]
@@ -150,17 +151,19 @@ def _have_a_common_element(a: Piece, b: Piece) -> bool:
 
 
 def _is_shared(a: Piece, b: Piece) -> bool:
-    """True where it takes an order to update two pieces with elements in common; raises where none would do."""
+    """True if two pieces with a common element require an order. Raises RuntimeError if no order is correct."""
     if a.owner == b.owner:
         if not _is_same(a.tensor, b.tensor):
-            raise RuntimeError(f"{a.name} and {b.name} overlap without being the same; clone() one of them")
+            raise RuntimeError(
+                f"{a.name} and {b.name} overlap without being the same tensor; clone() one of them"
+            )
         if {a.key, b.key} == {PARAMETER, GRADIENT}:
             # Each element is read before it is written.
             return False
     if GRADIENT not in (a.key, b.key) and (a.has_master or b.has_master):
         raise RuntimeError(
             f"{a.name} and {b.name} share memory, and the float32 master of a float16 or bfloat16 parameter cannot "
-            "follow what is written there by another update; clone() one of them, or pass only one to the optimizer"
+            "follow writes of another update; clone() one of them, or pass only one to the optimizer"
         )
     return True
 
@@ -170,7 +173,7 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 
 def _dimensions(tensor: Tensor) -> list[tuple[int, int]]:
-    """Stride and size of each dimension of more than one element."""
+    """Returns stride and size of each dimension of more than one element."""
     return [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
@@ -179,7 +182,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from a tensor's first element to behind its last."""
+    """Returns the number of bytes from the start of a tensor's first element to the end of its last element."""
     if tensor.is_contiguous():
         return _bytes(tensor)
     if not tensor.numel():
@@ -189,7 +192,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _marked(tensors: list[Tensor]) -> int:
-    """Bytes that tensors on one device cover together."""
+    """Returns the number of bytes in the union of tensors on one device."""
     begin = min(tensor.data_ptr() for tensor in tensors)
     end = max(tensor.data_ptr() + _extent(tensor) for tensor in tensors)
     unit = math.gcd(*(n for t in tensors for n in (t.element_size(), t.data_ptr() - begin)))

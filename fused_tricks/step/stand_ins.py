@@ -1,7 +1,7 @@
-"""Dense tensors that kernels read and write in place of parameters that they cannot walk.
+"""Stand-ins: dense tensors that the kernels use in place of parameters that are not flat arrays.
 
-A stand-in is an alias of the local part of a `DTensor`, or a contiguous copy where a parameter has gaps or a gradient
-has other strides.
+A stand-in is an alias of the local part of a `DTensor`, or a contiguous copy of a parameter that has gaps or whose
+gradient has other strides.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class StandIns:
 
     @contextmanager
     def filled(self, redistributed: dict[Tensor, Tensor]) -> Iterator[bool]:
-        """Gives the stand-ins values and gradients for a step, and removes the gradients afterwards.
+        """Copies values and gradients into the stand-ins for one step. Drops the gradients afterwards.
 
         Args:
-            redistributed: Local parts of gradients by their parameters; missing ones are added. To bring a gradient to
-                the placement of its parameter can take all processes, and must not be repeated on some of them alone.
+            redistributed: The local parts of gradients, by parameter. Missing parts are added. Redistributing a
+                gradient can be a collective, so a retry with a new plan must reuse the parts.
 
         Yields:
-            True; False where a new plan is needed.
+            True if the stand-ins are filled; False if the plan is stale.
         """
         try:
             yield all(_fill(entry, redistributed) for entry in self._entries)
@@ -52,7 +52,7 @@ class StandIns:
                 entry.source.grad = None
 
     def write_back(self) -> None:
-        """Copies the stand-ins that were updated into their parameters."""
+        """Copies the updated stand-ins back into their parameters."""
         for entry in self._entries:
             if entry.source.grad is None:
                 continue
@@ -94,12 +94,12 @@ def _fill(entry: Entry, redistributed: dict[Tensor, Tensor]) -> bool:
 
 
 def identity_of(param: Tensor, local: Tensor) -> tuple[int, ...]:
-    """Returns numbers of which one changes when user code writes to a parameter or replaces its memory."""
+    """Returns the address and version counters, which change when a parameter is written or its memory is replaced."""
     return address_of(local), param._version, local._version
 
 
 def same_strides(a: Tensor, b: Tensor) -> bool:
-    """True if both list their elements in the same order; the stride of a dimension of one element says nothing."""
+    """True if both tensors have the same strides, dimensions of one element ignored."""
     return all(m == n for m, n, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1)
 
 

@@ -1,4 +1,4 @@
-"""What an optimizer tells of its steps."""
+"""The step statistics that `FusedSGD.stats()` returns."""
 
 from __future__ import annotations
 
@@ -8,16 +8,29 @@ from .device_state import StepReading
 
 
 class StepStats(NamedTuple):
-    """What `stats` reports.
+    """The step statistics of a `FusedSGD`, as returned by `FusedSGD.stats()`.
 
     Attributes:
-        scale: The loss scale that the next `scale(loss)` uses; None without loss scaling.
-        applied_steps: Updates applied since the optimizer (or the checkpoint it continues) was made.
-        skipped_steps: Updates skipped because a gradient was not finite.
-        grad_norm: The unscaled L2 norm over all gradients of the last step; None without `max_grad_norm`.
-        last_step_skipped: Whether the last step was skipped.
-        skipped_in_a_row: Updates skipped since the last one that was applied; 0 in training that works. A resumed run
-            counts from 0.
+        scale: The loss scale of the next `scale(loss)`; None without loss scaling.
+        applied_steps: The number of applied steps, those before a loaded checkpoint included.
+        skipped_steps: The number of steps skipped because a gradient was not finite, those before a loaded checkpoint
+            included.
+        grad_norm: The unscaled L2 norm of all gradients of the last step, before clipping; None without
+            `max_grad_norm`.
+        last_step_skipped: True if the last step was skipped.
+        skipped_in_a_row: The number of skipped steps since the last applied step. Loading the state dict of a
+            `FusedSGD` sets the count to 0.
+
+    Example:
+        ```python
+        import torch
+        import fused_tricks as ft
+
+        model = torch.nn.Linear(4, 2)
+        optimizer = ft.FusedSGD(model.parameters(), lr=0.1, loss_scale="dynamic")
+        stats = optimizer.stats()
+        print(stats.scale, stats.applied_steps, stats.skipped_steps)
+        ```
     """
 
     scale: float | None
@@ -29,7 +42,7 @@ class StepStats(NamedTuple):
 
     @classmethod
     def of(cls, reading: StepReading, has_scale: bool, has_norm: bool) -> StepStats:
-        """Returns the statistics in a reading of an optimizer with or without a loss scale and a norm to clip to."""
+        """Builds the statistics from a reading of the step state."""
         return cls(
             scale=reading.scale if has_scale else None,
             applied_steps=reading.applied_steps,

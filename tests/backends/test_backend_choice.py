@@ -39,7 +39,7 @@ def test_auto_takes_no_gpu_backend_for_cpu_parameters_without_gradients() -> Non
 @pytest.mark.usefixtures("with_cuda")
 def test_a_gpu_backend_refuses_cpu_parameters_without_gradients() -> None:
     optimizer = FusedSGD([Parameter(torch.zeros(3))], lr=0.1, backend="cuda")
-    with pytest.raises(RuntimeError, match="these are on cpu"):
+    with pytest.raises(RuntimeError, match="the parameters are on cpu"):
         optimizer.step()
 
 

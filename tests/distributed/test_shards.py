@@ -297,7 +297,7 @@ def refuse_what_is_placed_otherwise() -> None:
     for _ in range(2):
         param.grad = torch.ones(4)
         with pytest.raises(
-            RuntimeError, match="parameter 'weight' is a DTensor and its gradient a plain tensor"
+            RuntimeError, match="parameter 'weight' is a DTensor and its gradient is a plain tensor"
         ):
             optimizer.step()
         param.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)])

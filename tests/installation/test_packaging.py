@@ -103,8 +103,8 @@ def test_the_requirements_of_a_build_are_the_same_with_and_without_isolation():
     ("failure", "advice"),
     [
         ("no C++ compiler: CXX=cl is not a program", "install a C++ compiler and reinstall fused_tricks"),
-        ("FUSED_TRICKS_EXTENSION=0 was set", "reinstall fused_tricks without it"),
-        ("a header is missing", "mend that and reinstall fused_tricks"),
+        ("FUSED_TRICKS_EXTENSION=0 was set", "reinstall fused_tricks without this variable"),
+        ("a header is missing", "fix this problem and reinstall fused_tricks"),
     ],
 )
 def test_the_advice_about_a_missing_extension_fits_its_reason(monkeypatch, tmp_path, failure, advice):
@@ -142,7 +142,10 @@ def test_a_source_tree_without_its_extension_says_so_and_names_the_way_out(sourc
 def test_a_source_tree_names_the_installation_that_it_hides(source, tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "site" / "fused_tricks")
     rows = reported(source, tmp_path / "site")
-    assert f"and not what is installed in {tmp_path / 'site'}: run Python from another folder" in rows["cpu"]
+    assert (
+        f"instead of the package installed in {tmp_path / 'site'}; run Python from another folder"
+        in rows["cpu"]
+    )
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     assert str(tmp_path / "site") in str(reported(elsewhere, tmp_path / "site"))

@@ -1,4 +1,4 @@
-"""The Triton backend: for GPUs where nothing was compiled, and no toolkit is needed."""
+"""The Triton backend, for GPUs without compiled CUDA kernels. It requires no CUDA toolkit."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ...step.plan import Plan
 if TYPE_CHECKING:
     from .stepper import TritonStepper
 
-# Triton then runs its kernels as Python on the CPU. It reads this when a kernel is defined.
+# The interpreter runs kernels as Python on the CPU. Triton reads the variable when a kernel is defined.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 DEVICE_TYPE = "cpu" if IS_INTERPRETED else "cuda"
 
 
 @functools.cache
 def unavailable_because() -> str | None:
-    """Why this backend cannot be used here; None when it can."""
+    """Returns the reason why this backend is unusable here; None if it is usable."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     if IS_INTERPRETED:
@@ -32,24 +32,24 @@ def unavailable_because() -> str | None:
     try:
         import triton
 
-        # Triton compiles its launcher for this machine when it is first used.
+        # The first access compiles Triton's launcher, which fails without a C compiler.
         triton.runtime.driver.active.utils  # noqa: B018
     except Exception as error:
-        return f"triton cannot launch kernels here ({error}); it needs a C compiler"
+        return f"triton cannot launch kernels here ({error}); it requires a C compiler"
     return None
 
 
 def unusable_on(device: torch.device) -> str | None:
-    """Returns why the kernels cannot run on a device."""
+    """Returns the reason why the kernels cannot run on a device; None if they can."""
     if device.type == "cuda" and torch.version.cuda is not None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < 7:
-            return f"its kernels need a GPU of architecture 7.0 (Volta) or later, and {device} has {major}.{minor}"
+            return f"the kernels require a GPU of architecture 7.0 (Volta) or later, and {device} has {major}.{minor}"
     return None
 
 
 def make_stepper(plan: Plan, step_state: StepState) -> TritonStepper:
-    """Runs steps over a plan. Triton is imported here, and not before it is needed."""
+    """Builds a stepper. Imports Triton only now, because the import takes long."""
     from .stepper import TritonStepper
 
     return TritonStepper(plan, step_state)

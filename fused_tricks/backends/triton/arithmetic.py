@@ -1,4 +1,4 @@
-"""Roundings that Triton's interpreter does not have."""
+"""Exact `fma` and rounding to BF16, which Triton's interpreter lacks."""
 
 import triton
 import triton.language as tl
@@ -8,9 +8,9 @@ from . import IS_INTERPRETED
 
 @triton.jit
 def fma_with_two_roundings_undone(a, b, c):
-    """`a * b + c` with one rounding by additions and multiplications, for FP32 and FP64 (Boldo and Melquiond 2008).
+    """Returns `a * b + c` with one rounding, in FP32 or FP64, from additions and multiplications.
 
-    The sum is first rounded to odd in FP64, which keeps the second rounding from seeing a false tie.
+    The sum is first rounded to odd in FP64, so that the second rounding meets no false tie (Boldo and Melquiond 2008).
     """
     if c.dtype == tl.float32:
         product = a.to(tl.float64) * b.to(tl.float64)
@@ -20,14 +20,14 @@ def fma_with_two_roundings_undone(a, b, c):
     low_sum, low_error = two_sum(c, error)
     high_sum, high_error = two_sum(product, low_sum)
     exact = high_sum + rounded_to_odd(high_error, low_error)
-    # The error terms lose the sign of zero, and infinities and NaN have none.
+    # The error terms lose the sign of zero, and are NaN for infinities and NaN.
     exact = tl.where(exact != 0, exact, product + c)
     return tl.where(tl.abs(exact) < float("inf"), exact, product + c)
 
 
 @triton.jit
 def two_sum(a, b):
-    """The rounded sum and its error, exactly."""
+    """Returns the rounded sum and its exact rounding error."""
     total = a + b
     virtual = total - a
     return total, (a - (total - virtual)) + (b - virtual)
@@ -35,7 +35,7 @@ def two_sum(a, b):
 
 @triton.jit
 def product_error(a, b, product):
-    """What FP64 rounding took from `a * b`, by splitting each factor into halves of 26 bits."""
+    """Returns the FP64 rounding error of `product`, computed from halves of the factors (Dekker)."""
     a_high = high_half(a)
     b_high = high_half(b)
     a_low = a - a_high
@@ -51,18 +51,18 @@ def high_half(a):
 
 @triton.jit
 def rounded_to_odd(a, b):
-    """The FP64 sum of two FP64 numbers; where it is not exact, the neighbour whose last bit is one."""
+    """Returns the FP64 sum rounded to odd: an inexact sum becomes the FP64 neighbour whose last bit is 1."""
     total, error = two_sum(a, b)
     bits = total.to(tl.int64, bitcast=True)
     inexact = (error != 0) & (tl.abs(total) < float("inf")) & ((bits & 1) == 0)
-    # Away from zero where the error has the sum's sign, else towards it.
+    # The step goes away from zero if error and sum have the same sign, otherwise towards zero.
     step = tl.where((error > 0) == (total > 0), 1, -1)
     return tl.where(inexact, bits + step, bits).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def to_bfloat16_by_integers(value):
-    """Rounds FP32 to nearest even."""
+    """Returns FP32 numbers rounded to BF16, to nearest with ties to even."""
     bits = value.to(tl.int32, bitcast=True)
     rounded = bits + 0x7FFF + ((bits >> 16) & 1)
     rounded = tl.where(value != value, 0x7FC00000, rounded)
@@ -74,6 +74,6 @@ def to_bfloat16_by_hardware(value):
     return value.to(tl.bfloat16)
 
 
-# The interpreter rounds the product of `tl.fma` before it adds, and cuts FP32 off where it should round to bfloat16.
+# The interpreter's tl.fma rounds twice, and its conversion to bfloat16 truncates.
 fma = fma_with_two_roundings_undone if IS_INTERPRETED else tl.fma
 to_bfloat16 = to_bfloat16_by_integers if IS_INTERPRETED else to_bfloat16_by_hardware

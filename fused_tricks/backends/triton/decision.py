@@ -1,4 +1,4 @@
-"""What a step decides for all tensors together, in Triton. csrc/core/step_state.h has the same rules for compilers."""
+"""The decision of a step, in Triton. csrc/core/step_state.h has the same rules in C++."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 from ...loss_scale import ScaleRule
 from ...step.device_state import OFFSETS
 
-# Where the fields of the StepState are, in bytes.
+# The offsets of the fields of the StepState, in bytes.
 SCALE = tl.constexpr(OFFSETS["scale"])
 GROWTH_TRACKER = tl.constexpr(OFFSETS["growth_tracker"])
 HYSTERESIS_TRACKER = tl.constexpr(OFFSETS["hysteresis_tracker"])
@@ -19,7 +19,7 @@ CLIP = tl.constexpr(OFFSETS["clip"])
 ARRIVALS = tl.constexpr(OFFSETS["arrivals"])
 SKIPPED_IN_A_ROW = tl.constexpr(OFFSETS["skipped_in_a_row"])
 GRAD_NORM = tl.constexpr(OFFSETS["grad_norm"])
-# Where the numbers of a ScaleRule are.
+# The indices of the numbers of a ScaleRule.
 GROWTH_FACTOR = tl.constexpr(ScaleRule._fields.index("growth_factor"))
 BACKOFF_FACTOR = tl.constexpr(ScaleRule._fields.index("backoff_factor"))
 MIN_SCALE = tl.constexpr(ScaleRule._fields.index("min_scale"))
@@ -30,13 +30,13 @@ HYSTERESIS = tl.constexpr(ScaleRule._fields.index("hysteresis"))
 
 @triton.jit
 def field(state, offset: tl.constexpr, dtype: tl.constexpr):
-    """A pointer to a field of the StepState (fused_tricks/step/device_state.py) at the address `state`."""
+    """Returns a pointer to a field of the StepState (fused_tricks/step/device_state.py) at the address `state`."""
     return (state + offset).to(tl.pointer_type(dtype))
 
 
 @triton.jit
 def float64(number):
-    """A kernel's FP64 argument, which the interpreter hands over as a Python number."""
+    """Returns an FP64 argument of a kernel as a tensor. The interpreter passes a Python number."""
     return tl.full((), number, tl.float64)
 
 
@@ -47,7 +47,7 @@ def inverse_of(scale):
 
 @triton.jit
 def advance_scale(state, found, scale_rule):
-    """GradScaler's rule with Apex's hysteresis, then the floor and the ceiling."""
+    """Adjusts the scale by GradScaler's rule with Apex's hysteresis, then clamps it to floor and ceiling."""
     scale = tl.load(field(state, SCALE, tl.float32))
     good_steps = tl.minimum(tl.load(field(state, GROWTH_TRACKER, tl.int32)), 0x7FFFFFFE) + 1
     overflows_left = tl.maximum(tl.load(field(state, HYSTERESIS_TRACKER, tl.int32)) - 1, 0)
@@ -81,12 +81,14 @@ def decide(
     scale_rule,
     WANTS_NORM: tl.constexpr,
 ):
-    """Takes the decision after a scan.
+    """Decides about the step after a scan: skip, clip factor, next scale, counters.
 
     Args:
-        found: Whether a gradient is not finite.
-        squares: The sum of all squared elements as they are stored, where `WANTS_NORM`.
-        in_double: Whether an FP64 gradient takes part, so that the norm is one in FP64.
+        found: Nonzero if a gradient is not finite.
+        squares: The sum of the squares of all gradient elements before unscaling, if `WANTS_NORM`.
+        in_double: Nonzero if a gradient is FP64. The norm is then computed in FP64.
+        grad_scale: The address of the `grad_scale` of a `GradScaler`, or 0.
+        found_inf: The address of the `found_inf` of a `GradScaler`, or 0.
     """
     found = found | verdict_of(found_inf)
     inverse_scale = inverse_scale_of(state, unscales, grad_scale)
@@ -106,7 +108,7 @@ def decide(
 
 @triton.jit
 def record_decision(state, found, inverse_scale, clip):
-    """Stores what the update needs, counts the step, and forgets what the scan found."""
+    """Stores the decision for the update, counts the step, and clears `found_inf` of the scan."""
     tl.store(field(state, FOUND_INF, tl.int32), 0)
     tl.store(
         field(state, APPLIED_STEPS, tl.int64),
@@ -125,10 +127,11 @@ def record_decision(state, found, inverse_scale, clip):
 
 @triton.jit
 def arrives_last(state):
-    """True in the last program of the launch to get here, which then sees what the others wrote before.
+    """Returns True in the last program of the launch that calls this function.
 
-    That program takes all arrivals of one launch off the counter, so that it is right again after two launches of one
-    size that overlapped by mistake.
+    The earlier writes of all other programs are visible to the last program. The last program subtracts the arrivals
+    of one launch from the counter, so that the counter is correct after two launches of one size that overlap by
+    mistake.
     """
     programs = tl.num_programs(0)
     arrivals = tl.atomic_add(field(state, ARRIVALS, tl.int32), 1, sem="acq_rel") + 1
@@ -140,7 +143,10 @@ def arrives_last(state):
 
 @triton.jit
 def inverse_scale_of(state, unscales, grad_scale):
-    """`grad_scale` and `found_inf` here and below: the addresses of what a GradScaler handed over, or 0."""
+    """Returns the factor that unscales gradients; 1 without unscaling.
+
+    The factor is the inverse of the number at address `grad_scale`, or of the own scale if the address is 0.
+    """
     scale = tl.load(field(state, SCALE, tl.float32))
     if grad_scale != 0:
         scale = tl.load(field(grad_scale, 0, tl.float32))
@@ -149,6 +155,7 @@ def inverse_scale_of(state, unscales, grad_scale):
 
 @triton.jit
 def verdict_of(found_inf):
+    """Returns 1 if the `found_inf` of a `GradScaler` at this address is nonzero; 0 if the address is 0."""
     found = tl.full((), 0, tl.int32)
     if found_inf != 0:
         found = (tl.load(field(found_inf, 0, tl.float32)) != 0).to(tl.int32)

@@ -1,4 +1,4 @@
-"""Two 16-bit elements in a 32-bit word, and their FP32 values."""
+"""Conversion between 16-bit elements, two in a 32-bit word, and FP32."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from .records import FLOAT16
 
 @triton.jit
 def low_half(word, kind: tl.constexpr):
-    """The first of the two 16-bit elements in a word, in FP32."""
+    """Returns the first of two 16-bit elements in a word, in FP32."""
     if kind == FLOAT16:
         return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
@@ -18,7 +18,7 @@ def low_half(word, kind: tl.constexpr):
 
 @triton.jit
 def high_half(word, kind: tl.constexpr):
-    """The second one."""
+    """Returns the second of two 16-bit elements in a word, in FP32."""
     if kind == FLOAT16:
         return (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
@@ -27,6 +27,7 @@ def high_half(word, kind: tl.constexpr):
 
 @triton.jit
 def rounded_bits(value, kind: tl.constexpr):
+    """Returns FP32 numbers rounded to a 16-bit kind, as INT16 bit patterns."""
     if kind == FLOAT16:
         return value.to(tl.float16).to(tl.int16, bitcast=True)
     else:

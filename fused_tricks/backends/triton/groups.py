@@ -1,4 +1,4 @@
-"""The options of a group, as the update reads them."""
+"""The options of a group, as the update kernel reads them."""
 
 import triton
 import triton.language as tl
@@ -8,8 +8,8 @@ from ...step.options import NUMBERS
 from .decision import float64
 from .records import pointer_to, table_item
 
-# The words of a group and their types: FP64 numbers and INT64. lr is multiplied with one of the numbers at an address
-# (0: none), of which the last is at `lr_last`, and the first belongs to the update after `lr_origin` others.
+# The words of a group and their types: FP64 or INT64. `lr_address` is the address of the factors of `lr`, or 0. The
+# first factor belongs to the update after `lr_origin` updates. The last factor has index `lr_last`.
 WORD_TYPES = dict.fromkeys(NUMBERS, "fp64") | dict.fromkeys(
     ("lr_address", "lr_last", "lr_origin", "flags"), "i64"
 )
@@ -26,18 +26,18 @@ LR_IS_DOUBLE = tl.constexpr(FLAG_BITS["lr_is_double"])
 
 
 def index_of(option: str) -> tl.constexpr:
-    """Returns the word of a group that has a number."""
+    """Returns the index of the word of a numeric option."""
     return tl.constexpr(_INDEX[option])
 
 
 def bit_of(option: str) -> tl.constexpr:
-    """Returns the bit of a group's flags that stands for an option."""
+    """Returns the bit of a boolean option in the word `flags`."""
     return tl.constexpr(FLAG_BITS[option])
 
 
 @triton.jit
 def option_of(groups, index, option: tl.constexpr, GROUPS: tl.constexpr):
-    """A number of one group in FP64: from the launch's arguments, or from the table where there are too many groups."""
+    """Returns an FP64 option of one group, from the kernel's arguments or, if `GROUPS` is 0, from the table."""
     if GROUPS == 0:
         return table_item(groups, index * GROUP_WORDS + option).to(tl.float64, bitcast=True)
     else:
@@ -49,7 +49,7 @@ def option_of(groups, index, option: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def word_of(groups, index, option: tl.constexpr, GROUPS: tl.constexpr):
-    """As option_of, of an INT64."""
+    """Returns an INT64 word of one group, from the kernel's arguments or, if `GROUPS` is 0, from the table."""
     if GROUPS == 0:
         return table_item(groups, index * GROUP_WORDS + option)
     else:
@@ -61,7 +61,7 @@ def word_of(groups, index, option: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def learning_rate_of(groups, index, flags, applied, GROUPS: tl.constexpr):
-    """Of the update that follows `applied` others."""
+    """Returns the learning rate of the update that follows `applied` updates."""
     rate = option_of(groups, index, LR, GROUPS)
     address = word_of(groups, index, LR_ADDRESS, GROUPS)
     if address != 0:

@@ -1,4 +1,7 @@
-"""Compiles the kernels and launches them past Triton's dispatch, which finds out anew what is known here."""
+"""Compilation and launch of the kernels.
+
+The launch bypasses Triton's dispatch, which specialises the arguments anew at every call.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ from .records import KINDS, write_kernel
 from .scan import decide_kernel, scan_kernel
 from .update import update_kernel
 
-# One warp a program, and what keeps every architecture within its budget of registers. Without fusion ptxas contracts
-# no multiplication with an addition.
+# Each program is one warp of at most 64 registers a thread. FP fusion would contract a multiplication and an addition
+# into an fma, which changes roundings.
 OPTIONS = {"num_warps": 1, "maxnreg": 64, "enable_fp_fusion": False}
 
-# Numbers of groups that a launch carries in its arguments; more are read from a table.
+# The largest number of groups in the arguments of a launch. More groups are read from a table.
 MAX_GROUPS = 8
-# Words that one launch of write_kernel writes.
+# The number of words that one launch of write_kernel writes.
 WORDS = 128
 
 _GROUP = tuple(WORD_TYPES.values())
@@ -35,19 +38,22 @@ _REQUEST = {"state": "i64", "unscales": "i32", "grad_scale": "i64", "found_inf":
 
 
 def kind_bits(kinds: Iterable[int]) -> int:
-    """Returns a bit for each kind of elements."""
+    """Returns the set of kinds of elements as bits."""
     return sum(1 << kind for kind in {*kinds})
 
 
 def pair_bits(pairs: Iterable[tuple[int, int]]) -> int:
-    """Returns a bit for each pair of the kinds of a parameter and of its gradient."""
+    """Returns the set of pairs (kind of a parameter, kind of its gradient) as bits."""
     return kind_bits(kind * KINDS + grad_kind for kind, grad_kind in pairs)
 
 
 def scan_source(grad_kinds: int, wants_norm: bool, shard_classes: int) -> ASTSource:
-    """The scan for gradients of these kinds (`kind_bits`), with or without the norm.
+    """Returns the source of the scan kernel.
 
-    `shard_classes`: the sums of squares that it writes for a reduction; 0: it decides by itself.
+    Args:
+        grad_kinds: The kinds of gradients, from `kind_bits`.
+        wants_norm: True to sum the squares.
+        shard_classes: The number of sums of squares that the scan writes for a reduction; 0 to decide in the scan.
     """
     signature = {
         "chunks": "i64",
@@ -67,13 +73,18 @@ def scan_source(grad_kinds: int, wants_norm: bool, shard_classes: int) -> ASTSou
 
 
 def decide_source(wants_norm: bool, shard_classes: int) -> ASTSource:
-    """The decision by itself, after a reduction over processes."""
+    """Returns the source of the kernel that decides after a reduction over processes."""
     signature = {**_REQUEST, "partials": "i64", **_RULES}
     return ASTSource(decide_kernel, signature, {"WANTS_NORM": wants_norm, "SHARD_CLASSES": shard_classes})
 
 
 def update_source(kinds: int, group_count: int) -> ASTSource:
-    """The update for these pairs of kinds (`pair_bits`), and this many groups in the arguments; 0: in a table."""
+    """Returns the source of the update kernel.
+
+    Args:
+        kinds: The pairs of kinds of parameters and gradients, from `pair_bits`.
+        group_count: The number of groups in the arguments; 0 for groups in a table.
+    """
     signature = {
         "chunks": "i64",
         "tensors": "i64",
@@ -87,13 +98,13 @@ def update_source(kinds: int, group_count: int) -> ASTSource:
 
 
 def write_source() -> ASTSource:
-    """The kernel that fills a table."""
+    """Returns the source of the kernel that fills a table."""
     signature = {"table": "i64", "begin": "i32", "count": "i32", "words": ("i64",) * WORDS}
     return ASTSource(write_kernel, signature, {"WORDS": WORDS})
 
 
 def compile_for(source: ASTSource, target: GPUTarget) -> CompiledKernel:
-    """Compiles; no GPU is needed."""
+    """Returns the compiled kernel. Compilation requires no GPU."""
     return triton.compile(source, target=target, options=OPTIONS)
 
 
@@ -107,10 +118,10 @@ def launch(
     """Runs a kernel on the device's current stream.
 
     Args:
-        device: Where.
-        source: One of the functions above.
-        constants: Its arguments.
-        blocks: How many programs.
+        device: The device.
+        source: A function of this module that returns the source of a kernel.
+        constants: The arguments of `source`.
+        blocks: The number of programs.
         *args: The kernel's arguments, in the order of its signature.
     """
     if IS_INTERPRETED:
@@ -126,7 +137,7 @@ def launch(
 def load(
     device: torch.device, source: Callable[..., ASTSource], constants: tuple[Any, ...], blocks: int
 ) -> None:
-    """Makes ready for a launch, so that nothing but the launch itself can fail then; the arguments are launch()'s."""
+    """Compiles and loads a kernel, so that only the launch itself can fail later. Takes the arguments of `launch`."""
     if not IS_INTERPRETED:
         with torch.cuda.device(device):
             _launcher(device.index, source, constants, blocks)
@@ -143,7 +154,7 @@ def _source(source: Callable[..., ASTSource], constants: tuple[Any, ...]) -> AST
 
 @functools.cache
 def _compiled(index: int, source: Callable[..., ASTSource], constants: tuple[Any, ...]) -> CompiledKernel:
-    """A kernel is loaded into one device: the one that is current now."""
+    """Returns a compiled kernel. It is cached for each device, because it is loaded into the current device."""
     return compile_for(_source(source, constants), triton.runtime.driver.active.get_current_target())
 
 

@@ -1,7 +1,7 @@
-"""Notices that a plan no longer holds, where there is no extension; csrc/python/plan_guard.cpp does the same.
+"""The plan guard in Python, for installations without the extension. csrc/python/plan_guard.cpp has the same checks.
 
-The lists here have an item for each parameter, and are made and compared by functions that are written in C: a loop in
-Python would cost more than all the rest of a step.
+The lists have one item for each parameter. C functions such as `map` build and compare the lists, because a Python loop
+would take longer than the rest of the step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _version = attrgetter("_version")
 
 
 class _State(NamedTuple):
-    """What `Optimizer.state` held at the first step: its items, and the tensors that the plan works on."""
+    """The items of `Optimizer.state` at the first step of the plan, and the tensors of the plan among them."""
 
     keys: list[Any]
     values: list[Any]
@@ -62,7 +62,7 @@ class _Layout(NamedTuple):
 
 
 class PlanGuard:
-    """Compares groups, parameters, gradients and state with what they were when a plan was made."""
+    """The plan guard: compares groups, parameters, gradients and state with the plan."""
 
     def __init__(self, plan: Plan) -> None:
         entries = plan.entries
@@ -89,10 +89,10 @@ class PlanGuard:
         self._expect([entry.live for entry in entries])
 
     def _watch(self, state: dict[Any, Any]) -> None:
-        """Remembers the optimizer's state as it is at the first step."""
+        """Records the optimizer's state at the first step of the plan."""
         live = [(entry, state[entry.param]) for entry in self._entries if entry.live and entry.param in state]
         pairs = [(own.get(key), tensor) for entry, own in live for key, tensor in entry.local_state.items()]
-        # A DTensor has no address of its own, and its part here is the plan's tensor.
+        # A DTensor has no address of its own. Its local part is the plan's tensor.
         tensors = [tensor if is_distributed(held) else held for held, tensor in pairs if held is not None]
         self._state = _State(
             list(state),
@@ -104,10 +104,14 @@ class PlanGuard:
         )
 
     def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> Gradients | None:
-        """Reads this step's gradients, and keeps them alive until they are released.
+        """Reads the gradients of this step, and keeps them alive until `release_gradients`.
+
+        Args:
+            groups: The optimizer's groups.
+            state: The optimizer's state.
 
         Returns:
-            The gradients; None where the plan no longer holds.
+            The gradients; None if the plan is stale.
         """
         if self._state is None:
             self._watch(state)
@@ -124,7 +128,7 @@ class PlanGuard:
         try:
             addresses = self._addresses(grads if self._all_have else list(compress(grads, has_grad)))
         except (RuntimeError, NotImplementedError):
-            # A layout without addresses: sparse, nested, …
+            # Sparse and nested tensors have no address.
             return None
         if addresses is None:
             return None
@@ -137,19 +141,19 @@ class PlanGuard:
         return Gradients(addresses, self._in_double)
 
     def release_gradients(self) -> None:
-        """Lets go of the gradients that were read last."""
+        """Drops the gradients that were read last."""
         self._grads = []
 
     def mark_updated(self) -> None:
-        """After an update: tells autograd that the parameters changed."""
+        """Increments the version counters of the updated parameters, for autograd."""
         torch.autograd.graph.increment_version(self._updated)
-        # Not one more than before: views of one tensor share its counter.
+        # Reads the counters again, because parameters that are views of one tensor share one counter.
         self._versions = list(map(_version, self._watched))
 
     def _expect(self, has_grad: list[bool]) -> None:
-        """What must hold of the entries that have a gradient."""
+        """Sets the expected layouts of the entries that have a gradient."""
         present = list(compress(self._entries, has_grad))
-        # As they were when the plan was made: a parameter may have changed together with what has a gradient.
+        # Layouts from when the plan was made: a parameter may have changed in the step in which a gradient appeared.
         layouts = [self._layouts[index] for index in compress(range(len(has_grad)), has_grad)]
         self._has_grad = has_grad
         self._all_have = len(present) == len(self._entries)
@@ -194,7 +198,7 @@ class PlanGuard:
         )
 
     def _addresses(self, grads: list[Tensor]) -> list[int] | None:
-        """Of the gradients of the entries that have one."""
+        """Returns the addresses of the gradients that are present; None if the plan is stale."""
         sources = self._present_sources
         if (
             list(map(Tensor.data_ptr, sources)) != self._source_addresses
@@ -219,19 +223,19 @@ class PlanGuard:
         for index in self._empty:
             addresses[index] = 0
         if addresses.count(0) != len(self._empty):
-            # A tensor that wraps others has elements and no address.
+            # A wrapper subclass has elements and no address.
             return None
         if addresses != self._grad_addresses:
             if any(map(self._is_written, addresses, grads, sources)):
                 return None
-            # A gradient whose storage was resized has another address.
+            # Resizing a storage changes its address, so equal addresses need no check.
             if any(map(missing_bytes, grads)):
                 return None
             self._grad_addresses = list(addresses)
         return addresses
 
     def _is_written(self, address: int, grad: Tensor, source: Tensor) -> bool:
-        """True where a gradient lies in memory that the step writes, unless each element is its own parameter's."""
+        """True if a gradient overlaps memory that the step writes. A gradient may be its own parameter."""
         if address == 0 or (address == source.data_ptr() and grad.dtype == source.dtype):
             return False
         after = bisect.bisect_left(self._begins, address + grad.numel() * grad.element_size())

@@ -1,6 +1,6 @@
-"""What kernels read of a plan: INT64 tables on the device, which tables.py makes.
+"""The layout of the device tables, which tables.py fills, and functions that read them.
 
-Kernels take the tables' addresses as INT64, too, so that a launch depends on nothing but numbers.
+Kernels take the addresses of the tables as INT64, so that every argument of a launch is a number.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 from ...step.parameters import MASTER_PARAM, MOMENTUM_BUFFER, STATE_TENSORS
 from . import IS_INTERPRETED
 
-# Elements of a chunk, which one program of one warp works on.
+# Elements of a chunk, the work of one program of one warp.
 CHUNK = tl.constexpr(16384)
 # The kinds of elements.
 FLOAT16 = tl.constexpr(0)
@@ -19,18 +19,18 @@ FLOAT64 = tl.constexpr(3)
 KINDS = 4
 # The interpreter cannot combine the variable of a loop with a constexpr.
 KIND_COUNT = KINDS if IS_INTERPRETED else tl.constexpr(KINDS)
-# The words of a tensor's record. Addresses are 0 where there is none.
+# The words of a tensor's record. An address is 0 if the tensor is missing.
 PARAM = tl.constexpr(0)
 STATE = tl.constexpr(1)  # the first of STATE_TENSORS; the others follow
 MASTER = tl.constexpr(STATE.value + STATE_TENSORS.index(MASTER_PARAM))
 BUFFER = tl.constexpr(STATE.value + STATE_TENSORS.index(MOMENTUM_BUFFER))
-FIRST_UPDATE = tl.constexpr(
-    STATE.value + len(STATE_TENSORS)
-)  # the address of the number of the update that first wrote the buffer
+# The address of the note of the update that first wrote the buffer.
+FIRST_UPDATE = tl.constexpr(STATE.value + len(STATE_TENSORS))
 COUNT = tl.constexpr(FIRST_UPDATE.value + 1)
 KIND = tl.constexpr(FIRST_UPDATE.value + 2)
 GRAD_KIND = tl.constexpr(FIRST_UPDATE.value + 3)
-IS_MATRIX = tl.constexpr(FIRST_UPDATE.value + 4)  # more than one dimension: decays whatever bias_decay is
+# 1 if the parameter has more than one dimension, and so decays even without bias_decay.
+IS_MATRIX = tl.constexpr(FIRST_UPDATE.value + 4)
 GROUP = tl.constexpr(FIRST_UPDATE.value + 5)
 SHARD_CLASS = tl.constexpr(FIRST_UPDATE.value + 6)
 RECORD_WORDS = tl.constexpr(FIRST_UPDATE.value + 7)
@@ -43,7 +43,7 @@ def pointer_to(address, dtype: tl.constexpr):
 
 @triton.jit
 def aligned_pointer_to(address, dtype: tl.constexpr):
-    """Of an address that is known to be a multiple of 16."""
+    """Returns a pointer that the compiler may treat as aligned to 16 bytes."""
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
 
@@ -54,38 +54,38 @@ def table_item(table, index):
 
 @triton.jit
 def chunk_at(chunks, index):
-    """The tensor of a chunk and the chunk's first element."""
+    """Returns the index of a chunk's tensor, and the index of the chunk's first element."""
     chunk = table_item(chunks, index)
     return chunk >> 32, (chunk & 0xFFFFFFFF) * CHUNK
 
 
 @triton.jit
 def record_of(tensors, tensor):
-    """The address of a tensor's record."""
+    """Returns the address of a tensor's record."""
     return tensors + tensor * (RECORD_WORDS * 8)
 
 
 @triton.jit
 def shard_class_of(tensors, tensor):
-    """The shard class of tensors: which of the partials' sums of squares their gradients belong to."""
+    """Returns the shard classes of tensors."""
     return tl.load(pointer_to(tensors, tl.int64) + (tensor * RECORD_WORDS + SHARD_CLASS))
 
 
 @triton.jit
 def count_from(record, begin):
-    """Elements in the chunk that begins at `begin`."""
+    """Returns the number of elements in the chunk that begins at `begin`."""
     return tl.minimum(table_item(record, COUNT) - begin, CHUNK).to(tl.int32)
 
 
 @triton.jit
 def size_of(kind: tl.constexpr):
-    """Bytes of an element."""
+    """Returns the number of bytes of an element."""
     return 8 if kind == FLOAT64 else 4 if kind == FLOAT32 else 2
 
 
 @triton.jit
 def write_kernel(table, begin, count, words, WORDS: tl.constexpr):
-    """Writes the first `count` words to the table, from its word `begin` on."""
+    """Writes the first `count` of `words` to the table, starting at word `begin` of the table."""
     for i in tl.static_range(WORDS):
         if i < count:
             tl.store(pointer_to(table, tl.int64) + begin + i, words[i].to(tl.int64))

@@ -1,4 +1,4 @@
-"""The scan: are all gradients finite, what is their norm, and what follows for the step."""
+"""The scan kernel, in Triton: the check for non-finite gradients, the gradient norm, and the decision."""
 
 import triton
 import triton.language as tl
@@ -30,22 +30,25 @@ from .records import (
     table_item,
 )
 
-# The interpreter takes as long for a large tile as for a small one.
+# Large tiles are faster in the interpreter, whose time hardly depends on the tile's size.
 _TILES = 64 if IS_INTERPRETED else 1
-# Words of 32 bits at a time: four 16-byte accesses a thread, or two where squares need registers.
+# 32-bit words of a tile: four 16-byte accesses a thread, or two where the squares use registers.
 SCAN_TILE = tl.constexpr(512 * _TILES)
 MEASURE_TILE = tl.constexpr(256 * _TILES)
-# Elements at a time where 16-byte accesses are not possible.
+# Elements of a tile without 16-byte accesses.
 SCALAR_TILE = tl.constexpr(64 * _TILES)
-# Sums of squares that FP32 adds up without losing bits that matter.
+# The range in which a sum of squares from pairs of FP32 numbers is accurate.
 LEAST_IN_FP32 = tl.constexpr(2.0**-90)
 MOST_IN_FP32 = tl.constexpr(2.0**126)
 
 
-# An element is not finite when its exponent bits are all ones: adding one to them, with the sign cleared, carries into
-# the sign bit. Two 16-bit elements in one word do not disturb each other.
 @triton.jit
 def carries(word, kind: tl.constexpr):
+    """Returns nonzero if an element in `word` is not finite.
+
+    The exponent bits of an element that is not finite are all ones. With the sign cleared, adding 1 to the exponent
+    carries into the sign bit. Two 16-bit elements in one word do not affect each other.
+    """
     if kind == FLOAT16:
         return ((word & 0x7FFF7FFF) + 0x04000400) & -0x7FFF8000
     elif kind == BFLOAT16:
@@ -58,6 +61,7 @@ def carries(word, kind: tl.constexpr):
 
 @triton.jit
 def squares_in(word, kind: tl.constexpr):
+    """Returns the sum of the squares of the elements in `word`, in FP64."""
     if kind == FLOAT64:
         value = word.to(tl.float64, bitcast=True)
         return value * value
@@ -72,9 +76,10 @@ def squares_in(word, kind: tl.constexpr):
 
 @triton.jit
 def with_square(high, low, value, is_exact: tl.constexpr):
-    """Adds a square to a sum that is kept as two FP32 numbers, because most GPUs have few units for FP64.
+    """Adds a square to a sum of two FP32 numbers. Most GPUs have few FP64 units.
 
-    `is_exact`: FP32 holds the square exactly, as those of 16-bit elements.
+    Args:
+        is_exact: True if FP32 represents the square exactly, as for a 16-bit element.
     """
     square = value * value
     total, error = two_sum(high, square)
@@ -85,6 +90,7 @@ def with_square(high, low, value, is_exact: tl.constexpr):
 
 @triton.jit
 def with_squares_in(high, low, word, kind: tl.constexpr):
+    """Adds the squares of the elements in `word` to a sum of two FP32 numbers."""
     if kind == FLOAT32:
         return with_square(high, low, word.to(tl.float32, bitcast=True), False)
     else:
@@ -94,7 +100,7 @@ def with_squares_in(high, low, word, kind: tl.constexpr):
 
 @triton.jit
 def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
-    """Whether one of `count` elements is not finite, and the sum of their squares."""
+    """Returns 1 if any of `count` elements is not finite, otherwise 0; and the sum of squares if `measures`."""
     per_word: tl.constexpr = 2 if kind == FLOAT16 or kind == BFLOAT16 else 1
     tile: tl.constexpr = MEASURE_TILE if measures else SCAN_TILE
     found = tl.full((tile,), 0, tl.int32)
@@ -112,7 +118,7 @@ def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
                 high, low = with_squares_in(high, low, word, kind)
         if measures:
             total = tl.sum(high.to(tl.float64)) + tl.sum(low.to(tl.float64))
-            # Outside these bounds FP32 may have lost bits: squares overflow, or too many underflow.
+            # Outside this range, squares may overflow or underflow in FP32. NaN also takes this branch.
             if not ((total >= LEAST_IN_FP32) & (total <= MOST_IN_FP32)):
                 total = squares_in_fp64(words, vectors * 4, kind)
     else:
@@ -140,7 +146,7 @@ def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
 
 @triton.jit
 def squares_in_fp64(words, count, kind: tl.constexpr):
-    """The squares of the elements in `count` words, all in FP64."""
+    """Returns the sum of the squares of the elements in `count` words, computed in FP64."""
     lane = tl.arange(0, SCALAR_TILE)
     squares = tl.full((SCALAR_TILE,), 0, tl.float64)
     for i in range(0, count, SCALAR_TILE):
@@ -154,10 +160,10 @@ def scan_kernel(
     partial_squares, partials, max_norm, in_double, is_dynamic, scale_rule,
     GRAD_KINDS: tl.constexpr, WANTS_NORM: tl.constexpr, SHARD_CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Looks for gradients that are not finite and adds up their squares.
+    """Checks the gradients for elements that are not finite, and sums their squares if `WANTS_NORM`.
 
-    The last program decides about the step or, before a reduction over processes, writes `partials` with the squares
-    of each of `SHARD_CLASSES` shard classes.
+    If `SHARD_CLASSES` is 0, the last program decides about the step. Otherwise the last program writes `partials`, with
+    one sum of squares for each shard class, for the reduction over processes.
     """
     index = tl.program_id(0)
     if index < chunk_count:
@@ -211,7 +217,7 @@ def decide_kernel(
     state, unscales, grad_scale, found_inf, partials, max_norm, in_double, is_dynamic, scale_rule,
     WANTS_NORM: tl.constexpr, SHARD_CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Takes the decision, after the verdicts of other processes were added."""
+    """Decides about the step, after `partials` were reduced over the processes."""
     found = (tl.load(pointer_to(partials, tl.float64)) != 0).to(tl.int32)
     in_double = (tl.load(pointer_to(partials, tl.float64) + 1) != 0).to(tl.int32)
     squares = float64(0.0)
@@ -234,7 +240,7 @@ def decide_kernel(
 
 @triton.jit
 def sum_of(partial_squares, chunks, tensors, count, shard_class: tl.constexpr):
-    """The sum over all chunks, or over those of tensors that belong to `shard_class`."""
+    """Returns the sum of `partial_squares` over the chunks of a shard class; over all chunks if None."""
     lane = tl.arange(0, SCALAR_TILE)
     total = tl.full((SCALAR_TILE,), 0, tl.float64)
     for i in range(0, count, SCALAR_TILE):

@@ -1,4 +1,4 @@
-"""The update of one parameter, in Triton. csrc/core/sgd_update.h has the same lines for compilers."""
+"""The update of one element, in Triton. csrc/core/sgd_update.h has the same lines in C++."""
 
 from typing import Any, NamedTuple
 
@@ -18,14 +18,19 @@ DECOUPLED = bit_of("decoupled_weight_decay")
 
 
 class Rule(NamedTuple):
-    """The hyper-parameters of one tensor in one step: FP64 numbers, or the same rounded once to FP32.
+    """The hyper-parameters of one tensor in one step, in FP64 or rounded once to FP32.
 
     Attributes:
-        clip: The factor that wants_norm, negative to maximize.
-        weight_factor: A factor of the weight: `1 - lr * weight_decay` where the decay is decoupled, else 1.
+        inverse_scale: 1 / loss scale; 1 without unscaling.
+        clip: The clip factor, with a negative sign if the group maximizes.
+        weight_decay: The coefficient of coupled weight decay.
+        weight_factor: The factor of the weight: `1 - lr * weight_decay` with decoupled decay, otherwise 1.
+        momentum: The momentum factor.
         gradient_weight: `1 - dampening`.
-        decays: True if the decay adds to the gradient.
-        replaces: True if the gradient becomes the buffer: in the first update of a buffer, or without momentum.
+        minus_lr: The negative learning rate.
+        decays: True if the parameter decays and the decay is coupled.
+        replaces: True if the gradient replaces the buffer: in the first update of a buffer, or without momentum.
+        nesterov: True for Nesterov momentum.
     """
 
     inverse_scale: Any
@@ -42,7 +47,7 @@ class Rule(NamedTuple):
 
 @triton.jit
 def rule_of(groups, group, is_matrix, applied, inverse_scale, clip, GROUPS: tl.constexpr):
-    """Returns the rule of the update that follows `applied` others, in FP64. `replaces` is true."""
+    """Returns the rule of the update that follows `applied` updates, in FP64, with `replaces` true."""
     flags = word_of(groups, group, FLAGS, GROUPS)
     momentum = option_of(groups, group, MOMENTUM, GROUPS)
     weight_decay = option_of(groups, group, WEIGHT_DECAY, GROUPS)
@@ -51,7 +56,7 @@ def rule_of(groups, group, is_matrix, applied, inverse_scale, clip, GROUPS: tl.c
     is_decoupled = (flags & DECOUPLED) != 0
     # Via int32: the interpreter mis-types a broadcast FP64 comparison.
     has_momentum = (momentum != 0).to(tl.int32) != 0
-    # Negation by a factor: Triton 3.6 computes `0 - x` for a unary minus, and zero would lose its sign.
+    # Multiplying by -1 negates a zero correctly. Triton 3.6 compiles unary minus to `0 - x`, which loses the sign.
     return Rule(
         inverse_scale=inverse_scale.to(tl.float64),
         clip=tl.where((flags & MAXIMIZE) != 0, clip * -1.0, clip),
@@ -86,7 +91,7 @@ def rounded_rule(rule, replaces, dtype: tl.constexpr):
 @triton.jit
 def sgd_update(g, w, b, rule):
     """Returns the new weight and buffer."""
-    # A factor of 1 changes no bit, and maximize is in the sign of `clip`.
+    # Unused factors are 1, which changes no bit. The sign of `clip` implements maximize.
     g = g * rule.inverse_scale * rule.clip
     w = w * rule.weight_factor
     g = tl.where(rule.decays, fma(rule.weight_decay, w, g), g)

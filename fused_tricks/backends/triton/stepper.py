@@ -1,4 +1,4 @@
-"""One step over a plan in at most two launches of Triton kernels."""
+"""The stepper of the Triton backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ _NO_SCALE_RULE = ScaleRule(1.0, 1.0, 0.0, 0.0, 0, 0)
 
 
 class TritonStepper(GpuStepper):
-    """Runs steps over a plan, and never waits for the device."""
+    """The stepper of the Triton backend. A step never waits for the device.
+
+    A step has one launch, two with a scan, and three with a scan and a reduction over processes. Additional launches
+    write gradient addresses, and a table of groups, only if they have changed.
+    """
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         super().__init__(plan, step_state)
@@ -34,12 +38,13 @@ class TritonStepper(GpuStepper):
         self._loaded: set[tuple[int, int]] = set()
 
     def _make_guard(self, plan: Plan) -> PlanGuard | CompiledPlanGuard:
-        """In C++ where the extension was built, which is several times faster."""
+        """Returns the plan guard of the extension if available, which is several times faster."""
         if missing_because() is None:
             return CompiledPlanGuard(load_extension(), plan, self._step_state, reads_lr=True)
         return PlanGuard(plan)
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
+        """Implements `Stepper.step`."""
         gradients = self._guard.gradients(groups, state)
         if gradients is None:
             return Outcome.STALE
@@ -58,7 +63,7 @@ class TritonStepper(GpuStepper):
         words = tuple(group_words(group, self._device) for group in groups)
         grad_scale, found_inf = self._on_device(request.grad_scale), self._on_device(request.found_inf)
         tables = self._tables
-        # One program without work still takes the decision and counts the step.
+        # Without chunks, one program still decides and counts the step.
         programs = max(1, tables.chunk_count)
         walked = (
             tables.chunks.data_ptr(),

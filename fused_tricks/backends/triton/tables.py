@@ -1,4 +1,4 @@
-"""A plan as the kernels read it: INT64 tables on the device."""
+"""The device tables: a plan as INT64 tables that the kernels read."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _CHUNK: int = records.CHUNK.value
 
 
 class DeviceTables:
-    """What stays as it is for as long as a plan lives.
+    """The device tables that are constant for the life of a plan, and scratch memory of the scan.
 
     Attributes:
-        tensors: INT64 of (entries, RECORD_WORDS): the records whose words records.py names.
-        chunks: INT64 of (chunks,): entry << 32 | which chunk of it.
-        chunk_count: How many.
-        kinds: A bit for each pair of kinds, of parameters and their gradients, that occurs.
-        grad_kinds: A bit for each kind of gradients that occurs.
-        partial_squares: FP64 of (chunks,), written by the scan.
+        tensors: INT64 tensor of shape (entries, RECORD_WORDS). Each row is a record with the words of records.py.
+        chunks: INT64 tensor of shape (chunks,): entry index << 32 | index of the chunk in the entry.
+        chunk_count: The number of chunks.
+        kinds: The pairs of kinds of parameters and gradients that occur, as bits (`pair_bits`).
+        grad_kinds: The kinds of gradients that occur, as bits (`kind_bits`).
+        partial_squares: FP64 tensor of shape (chunks,). The scan writes the sum of squares of each chunk.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class DeviceTables:
             for chunk in range(-(-record[records.COUNT.value] // _CHUNK))
         ]
         if len(chunks) >= 2**31:
-            raise RuntimeError("more than 2**31 - 1 chunks in one optimizer")
+            raise RuntimeError("more than 2**31 - 1 chunks in one optimizer; use several optimizers")
         self.tensors = torch.tensor(made or [_EMPTY], dtype=torch.int64, device=device)
         self.chunks = torch.tensor(chunks or [0], dtype=torch.int64, device=device)
         self.chunk_count = len(chunks)
@@ -89,14 +89,14 @@ def _address(tensor: Tensor | None) -> int:
 
 
 class StepTable:
-    """INT64 words on the device that may change with every step, and are written only when they have.
+    """A device table of INT64 words that may change in every step. The table is written only after a change.
 
-    They are written by kernels that carry them in their arguments: nothing is copied from the host, so nothing on the
-    host has to outlive a launch, and a captured graph writes what it needs again. A graph gets a table of its own, or
-    what it writes would be taken for what a later step wrote.
+    Kernels write the words from their own arguments. No host memory must therefore outlive a launch, and a captured
+    graph writes its words at every replay. Each captured step gets its own table, because the host does not record the
+    writes of a replay.
 
     Attributes:
-        table: INT64, of the size asked for.
+        table: INT64 tensor of shape (size,), with at least one element.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -106,14 +106,14 @@ class StepTable:
         self._captured: list[Tensor] = []
 
     def address_of(self, words: list[int]) -> int:
-        """The address of a table with these words."""
+        """Returns the address of a table that contains `words`."""
         if is_capturing(self._device):
             table = torch.empty_like(self.table)
             self._captured.append(table)
             self._write(table, words)
             return table.data_ptr()
         if words != self._written:
-            # A write that fails may have written a part.
+            # A failed write may leave a part of the words in the table.
             self._written = []
             self._write(self.table, words)
             self._written = words
@@ -133,7 +133,7 @@ GroupWords = tuple[float | int, ...]
 
 
 def group_words(group: dict[str, Any], device: torch.device) -> GroupWords:
-    """Returns the options of a group as the update kernel takes them, in the order of `groups.WORD_TYPES`."""
+    """Returns the options of a group as words for the update kernel, in the order of `groups.WORD_TYPES`."""
     numbers = {name: group[name] for name in NUMBERS}
     flags = sum(groups.FLAG_BITS[name] for name in FLAGS if group[name])
     lr = group["lr"]
@@ -165,5 +165,5 @@ def group_words(group: dict[str, Any], device: torch.device) -> GroupWords:
 
 
 def table_words(made: Sequence[GroupWords]) -> list[int]:
-    """Returns the words of all groups for a table, where FP64 is its bit pattern."""
+    """Returns the words of all groups for a table, with FP64 numbers as their bit patterns."""
     return [word for words in made for word in struct.unpack(f"={len(words)}q", struct.pack(_FORMAT, *words))]

@@ -1,4 +1,4 @@
-"""The update of every tensor that has a gradient."""
+"""The update kernel, in Triton."""
 
 from typing import Any, NamedTuple
 
@@ -42,17 +42,17 @@ from .records import (
 )
 from .sgd_update import rounded_rule, rule_of, sgd_update
 
-# The interpreter takes as long for a large tile as for a small one.
+# Large tiles are faster in the interpreter, whose time hardly depends on the tile's size.
 _TILES = 64 if IS_INTERPRETED else 1
-# Elements at a time.
+# Elements of a tile with 16-byte accesses.
 UPDATE_TILE = tl.constexpr(256 * _TILES)
-# The same where 16-byte accesses are not possible. Not the size of any other tile: Triton gives accesses of one shape
-# that share a value the same layout.
+# Elements of a tile without 16-byte accesses. The size must differ from every other tile: Triton gives one layout to
+# accesses of one shape that share a value.
 SCALAR_TILE = tl.constexpr(64 * _TILES)
 
 
 class Chunk(NamedTuple):
-    """The work of one program: addresses of the tensors' first elements, and the chunk's place in them."""
+    """The work of one program: the addresses of the tensors' first elements, and the range of elements of the chunk."""
 
     grad: Any
     param: Any
@@ -65,9 +65,10 @@ class Chunk(NamedTuple):
 
 @triton.jit
 def is_first_update(record, begin, number):
-    """Whether update `number` is the first to write the tensor's buffer.
+    """Returns True if update `number` is the first update of the tensor's buffer.
 
-    The program of the first chunk notes the number; the others read that or none at all, and either says "first".
+    The program of the first chunk writes the note. Programs of other chunks read -1 or `number`, depending on timing,
+    and both mean "first".
     """
     noted_at = pointer_to(table_item(record, FIRST_UPDATE), tl.int64)
     noted = tl.load(noted_at, volatile=True)
@@ -80,7 +81,7 @@ def is_first_update(record, begin, number):
 def update_elements(
     grad, weight, buffer, param, begin, count, has_momentum, rule, kind: tl.constexpr, grad_kind: tl.constexpr
 ):
-    """One element a thread and access. `param` is the same as `weight` where there is no master."""
+    """Updates elements with accesses of one element a thread. Without a master, `weight` is `param`."""
     lane = tl.arange(0, SCALAR_TILE)
     reads_buffer = has_momentum & (rule.replaces == 0)
     for i in range(begin, count, SCALAR_TILE):
@@ -108,10 +109,10 @@ def update_elements(
 def update_vectors(
     grad, weight, buffer, param, count, has_momentum, rule, kind: tl.constexpr, grad_kind: tl.constexpr
 ):
-    """Sixteen bytes a thread and access; `count` is a multiple of 16 and every address one of 16 bytes.
+    """Updates elements with accesses of 16 bytes a thread. `count` and every address must be multiples of 16.
 
-    16-bit elements are loaded and stored in pairs, as words, so that each kind of access gets a layout in which a warp
-    touches whole 32-byte sectors; Triton exchanges the elements between the threads.
+    16-bit elements are loaded and stored in pairs, as 32-bit words. Each kind of access then gets a layout in which a
+    warp accesses whole 32-byte sectors. Triton exchanges the elements between the threads.
     """
     lane = tl.arange(0, UPDATE_TILE)
     pair = tl.arange(0, UPDATE_TILE // 2)
@@ -119,7 +120,7 @@ def update_vectors(
     for i in range(0, count, UPDATE_TILE):
         mask = lane < count - i
         pair_mask = pair < (count - i) // 16 * 8
-        # The tile's address first, then the thread's: the second part is then the same for every access.
+        # Adding `i` before `lane` makes the thread's offset the same in all accesses.
         weights = aligned_pointer_to(weight, tl.float32) + i + lane
         buffers = aligned_pointer_to(buffer, tl.float32) + i + lane
         if grad_kind == FLOAT32:
@@ -164,13 +165,16 @@ def update_kernel(
     is_scanned, groups,
     KINDS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Updates every tensor that has a gradient, in the reverse order of the scan, whose last reads are in the cache."""
+    """Updates every tensor that has a gradient.
+
+    The order of chunks is the reverse of the scan, because the last reads of the scan are still in the cache.
+    """
     inverse_scale = tl.load(field(state, INVERSE_SCALE, tl.float32))
     clip = tl.load(field(state, CLIP, tl.float64))
     skips = tl.load(field(state, SKIP, tl.int32))
     number = tl.load(field(state, APPLIED_STEPS, tl.int64))
     if is_scanned == 0:
-        # Every program comes to the same decision by itself.
+        # Without a scan, every program computes the same decision.
         inverse_scale = inverse_scale_of(state, unscales, grad_scale)
         clip = float64(1.0)
         skips = verdict_of(found_inf)
@@ -210,9 +214,9 @@ def update_kernel(
                                 update_chunk(chunk, single_rule, a, b)
     if is_scanned == 0:
         if arrives_last(state):
-            # Computed again, so that no register holds it during the update.
+            # Computing the value again saves a register during the update.
             inverse_scale = inverse_scale_of(state, unscales, grad_scale)
             record_decision(state, verdict_of(found_inf), inverse_scale, float64(1.0))
     elif tl.program_id(0) == 0:
-        # The scan is over. Heals a counter that two overlapping scans of different sizes left wrong.
+        # The scan is over. Two scans of different sizes that overlap by mistake leave a wrong count, which this resets.
         tl.store(field(state, ARRIVALS, tl.int32), 0)
