@@ -17,8 +17,8 @@ def decay_groups(
 
     Parameters of one dimension or fewer are not decayed; all others are. `FusedSGD` has the same rule by itself, with
     `bias_decay=False`, and needs no groups. The rule reads shapes only: biases and the γ and β of norms are not
-    decayed. Embeddings are decayed, and so are `bias_k` and `bias_v` of `nn.MultiheadAttention`, which have three dimensions,
-    unless `exclude` names them.
+    decayed. Embeddings are decayed, and so are `bias_k` and `bias_v` of `nn.MultiheadAttention`, which have three
+    dimensions, unless `exclude` names them.
 
     Args:
         model: The model whose parameters are grouped.

@@ -1,13 +1,13 @@
-"""Measures what each host-time trick of a step on the CPU backend saves, by switching it off.
+"""Measures the saving of each host-time trick of the CPU backend, by switching the trick off.
 
 `python -m benchmarks.host_time` compiles variants of the extension from edited copies of `csrc/`, and replaces
-functions of the package in this process, so that the package itself needs no switch. The variants take turns. There are
-two settings, each with new gradients in every step:
+functions of the package in this process, so that the package itself requires no switch. The variants take turns. There
+are two settings, each with new gradients in every step:
 
 - One element: 161 FP16 parameters of one element each. The whole step is timed, with warm caches.
 - ResNet-50: its 161 parameters, cast to FP16. The two passes over memory (scan and update) would hide the host's part.
-  So every variant, the one with all tricks included, is compiled without the passes for models of more than 32,768
-  elements. Plan guard, skip decision and version counters remain. Caches are warm; after a backward pass they are cold,
+  Every variant, including the variant with all tricks, is therefore compiled without the passes for models of more than
+  32,768 elements. Plan guard, skip decision and version counters remain. Caches are warm; after a backward pass they are cold,
   and the host's time is several times longer.
 
 The row "nothing" is a second contestant that has all tricks. Its difference is the error of the measurement.
@@ -54,7 +54,7 @@ WARMUP = 10
 
 
 def build(trick: Trick) -> Path:
-    """Compiles the extension with a trick's edits, unless that was done before, and returns the module's path.
+    """Returns the path of the extension with a trick's edits, after compiling it if it does not exist.
 
     Raises:
         ValueError: An edit no longer fits the source.
@@ -72,7 +72,7 @@ def build(trick: Trick) -> Path:
         return module
     shutil.rmtree(tree, ignore_errors=True)
     if trick.edits:
-        # With what is compiled already: ninja compiles only what the edits change.
+        # A copy of the compiled tree: ninja compiles only the edited sources again.
         shutil.copytree(build(Trick(ALL)).parents[1], tree, ignore=shutil.ignore_patterns("*.so"))
     else:
         for name in ("csrc", "fused_tricks"):
@@ -95,7 +95,7 @@ def load(trick: Trick) -> ModuleType:
     """Returns the extension without a trick, connected to torch, as a module of its own."""
     path = build(trick)
     if trick.without:
-        # Another path, as a module of the same path would share what it has of torch.
+        # Another path, as a module of the same path would share torch's functions.
         path = Path(shutil.copy2(path, path.parent / f"fewer{len(trick.without)}{path.name}"))
     module = _module(path)
     found = extension._stable_functions()
@@ -116,12 +116,12 @@ def _module(path: Path) -> ModuleType:
 
 
 class Steps:
-    """Steps of one optimizer, with whichever trick is to be switched off.
+    """The steps of one optimizer, with one trick switched off.
 
-    All tricks step the same parameters: their place in memory alone can change a step by microseconds.
+    All tricks share the parameters, because another place in memory can change a step by microseconds.
 
     Args:
-        parameters: the name of the set.
+        parameters: The name of the set.
     """
 
     def __init__(self, parameters: str) -> None:
@@ -131,7 +131,7 @@ class Steps:
             self._parameters, lr=0.1, momentum=0.9, weight_decay=1e-4, loss_scale="dynamic", backend="cpu"
         )
         self._optimizer.scale(torch.ones(()))
-        # What is not scanned need not be written.
+        # Gradients that no scan reads need no values.
         is_scanned = sum(parameter.numel() for parameter in self._parameters) <= LEFT_OUT_ABOVE
         self._new = torch.zeros_like if is_scanned else torch.empty_like
 
@@ -158,7 +158,7 @@ class Steps:
 
 
 def measure(options: argparse.Namespace, tricks: Sequence[Trick]) -> dict[str, Any]:
-    """Returns, for each setting, the microseconds of a step, and what each trick saves of them."""
+    """Returns, for each setting, the microseconds of a step and the saving of each trick."""
     everyone = [Trick(ALL), Trick(NOTHING), *tricks]
     modules = {trick.name: load(trick) for trick in everyone}
     found = {}
@@ -179,7 +179,7 @@ def measure(options: argparse.Namespace, tricks: Sequence[Trick]) -> dict[str, A
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page."""
+    """Returns the page of the result."""
     found = result["settings"]
     rows = [
         [
@@ -195,12 +195,12 @@ def markdown(result: dict[str, Any]) -> str:
         "\n\n".join(
             [
                 "# Host time",
-                "What each host-time trick of a step on the CPU backend saves, in microseconds a step of 161 FP16 "
-                "parameters. [benchmarks/host_time](../host_time/__main__.py) says how that is measured. In brackets: "
-                "the quartiles of the rounds.",
+                "Microseconds that each host-time trick saves in a step of the CPU backend over 161 FP16 parameters. "
+                "[benchmarks/host_time](../host_time/__main__.py) describes the measurement. In brackets: the "
+                "quartiles of the rounds.",
                 f"A step with all tricks takes, in µs: {steps}.",
                 report.table(
-                    ["trick", "where", *(f"µs saved, {s}" for s in SETTINGS), "what would make it go"], rows
+                    ["trick", "where", *(f"µs saved, {s}" for s in SETTINGS), "obsolete with"], rows
                 ),
                 report.machine_note(result["machine"]),
             ]
@@ -213,18 +213,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.host_time",
-        description="Measures what each host-time trick of a step on the CPU backend saves.",
+        description="Measures the saving of each host-time trick of the CPU backend.",
     )
     parser.add_argument("--rounds", type=command_line.positive, default=60)
     parser.add_argument(
-        "--steps", type=command_line.positive, default=50, help="timed in a round, for each trick"
+        "--steps", type=command_line.positive, default=50, help="steps in a round, for each trick"
     )
     report.add_output_to(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures, and writes host_time.json and host_time.md."""
+    """Measures the tricks and writes host_time.json and host_time.md."""
     options = parse(arguments)
     result = {
         "benchmark": "host_time",

@@ -1,4 +1,4 @@
-"""The host-time tricks of a step on the CPU backend, and how each is switched off."""
+"""The host-time tricks of the CPU backend, and the changes that switch each of them off."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Edit:
         """Edits the copy of the file in the folder `source`.
 
         Raises:
-            ValueError: The file does not have the old text.
+            ValueError: The file does not contain the old text.
         """
         path = source / self.file
         text = path.read_text()
@@ -42,7 +42,7 @@ class Trick:
     Attributes:
         name: in the table.
         where: the code that would go.
-        goes: what would make it go.
+        goes: obsolete with.
         edits: of the C++ source.
         without: functions of torch that the extension does not get.
         patches: values for attributes of the package, by object and attribute.
@@ -59,10 +59,10 @@ class Trick:
 
 
 class _Wrapped(FusedSGD):
-    """Steps as torch.optim.Optimizer has them: wrapped in hooks and a profiler range."""
+    """A FusedSGD with torch's wrapper around each step: hooks and a profiler range."""
 
     step = Optimizer.profile_hook_step(FusedSGD.step)
-    step.hooked = True  # type: ignore[attr-defined]  # torch must not wrap it twice
+    step.hooked = True  # type: ignore[attr-defined]  # torch must not wrap the step twice
 
 
 LEFT_OUT = (
@@ -73,13 +73,13 @@ LEFT_OUT = (
         "\n  if (total_count_ <= kSmall) update(plan, request);",
     ),
 )
-"""Leaves the passes over memory out for large models."""
+"""Edits that leave the passes over memory out for large models."""
 
 IS_NEGATIVE = "_ZN2at6native6is_negERKNS_6TensorE"
 
 
 def _attribute(name: str, getter: str) -> Edit:
-    """Reads a tensor's attribute as Python does."""
+    """Returns the edit that reads a tensor's attribute by Python's look-up."""
     return Edit(
         "python/tensors.cpp",
         f'is_plain(tensor) ? torch_api.{getter}(tensor, nullptr) : PyObject_GetAttrString(tensor, "{name}")',
@@ -90,13 +90,13 @@ def _attribute(name: str, getter: str) -> Edit:
 
 TRICKS = (
     Trick(
-        "torch's C functions and is_neg; without them DLPack and the method Tensor.is_neg",
+        "torch's C functions and symbol is_neg, instead of DLPack and the method Tensor.is_neg",
         "csrc/python/torch_shim.cpp",
         "a DLPack exchange as fast as these functions",
         without=tuple(name for name in extension._STABLE_FUNCTIONS if name != "torch_parallel_for"),
     ),
     Trick(
-        "the handle inside a tensor's object; without it torch makes one for each tensor",
+        "the handle inside a tensor's object, instead of a new handle for each tensor",
         "offset_of_handle in csrc/python/torch_shim.cpp",
         "a stable function that borrows a handle",
         edits=(
@@ -109,19 +109,19 @@ TRICKS = (
         ),
     ),
     Trick(
-        "torch's symbol is_neg alone; without it the method Tensor.is_neg",
+        "only torch's symbol is_neg, instead of the method Tensor.is_neg",
         "learn_negative in csrc/python/torch_shim.cpp",
         "a stable function for the negative bit",
         without=(IS_NEGATIVE,),
     ),
     Trick(
-        "the getters of .grad and ._version; without them Python's attribute look-up",
+        "the getters of .grad and ._version, instead of Python's attribute look-up",
         "getter_of in csrc/python/torch_shim.cpp",
         "stable functions for both",
         edits=(_attribute("grad", "grad"), _attribute("_version", "version")),
     ),
     Trick(
-        "of a state tensor only the address is read",
+        "only the address of a state tensor is read",
         "is_at in csrc/python/tensors.cpp",
         "an optimizer.state that reports changes",
         edits=(
@@ -133,7 +133,7 @@ TRICKS = (
         ),
     ),
     Trick(
-        "a parameter's state is walked; without that two look-ups",
+        "one walk through a parameter's state, instead of two look-ups",
         "has_state in csrc/python/plan_guard.cpp",
         "an optimizer.state that reports changes",
         edits=(
@@ -145,19 +145,19 @@ TRICKS = (
         ),
     ),
     Trick(
-        "version counters are predicted; without that read after each update",
+        "predicted version counters, instead of counters read after each update",
         "version_step in csrc/python/plan_guard.cpp",
         "an increment_version that returns the versions",
         edits=(Edit("python/plan_guard.cpp", "if (!same) guarded.version_step =", "guarded.version_step ="),),
     ),
     Trick(
-        "the list for increment_version is kept",
+        "the list for increment_version is kept between steps",
         "updated_ in csrc/python/plan_guard.cpp",
         "a stable function that increments one version",
         edits=(Edit("python/plan_guard.cpp", "if (!same) {\n    updated_", "{\n    updated_"),),
     ),
     Trick(
-        "the addresses around a gradient that nothing writes are remembered",
+        "the range of unwritten addresses around a gradient is kept between steps",
         "unwritten in csrc/python/plan_guard.cpp",
         "a cheaper search than 9 comparisons for each gradient",
         edits=(Edit("python/plan_guard.cpp", "if (is_within(guarded.unwritten)) return true;", ""),),
@@ -169,7 +169,7 @@ TRICKS = (
         patches=((compiled, "_owner_of", lambda tensor: tensor),),
     ),
     Trick(
-        "hooks run only if there are any; without that torch's wrapper around each step",
+        "hooks only if there are any, instead of torch's wrapper around each step",
         "has_step_hooks in fused_tricks/_torch.py",
         "a cheaper Optimizer.profile_hook_step",
         optimizer=_Wrapped,
