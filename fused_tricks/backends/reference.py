@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..step.device_lr import device_lr_of
 from ..step.device_state import StepState, to_float32
+from ..step.entry import Entry
 from ..step.options import FLAGS, NUMBERS
 from ..step.ordinary_tensors import outside_all_modes
 from ..step.parameters import state_dtype
-from ..step.plan import Entry, Plan
+from ..step.plan import Plan
 from ..step.request import Outcome, StepRequest
 from ..step.shared_memory import has_memory
 from ..validation import as_float

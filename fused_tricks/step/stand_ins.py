@@ -18,7 +18,7 @@ from ..distributed.sharding import is_distributed, local_part, placed_like
 from .shared_memory import address_of, missing_bytes
 
 if TYPE_CHECKING:
-    from .plan import Entry
+    from .entry import Entry
 
 
 class StandIns:

@@ -15,7 +15,8 @@ from torch.nn import Parameter
 
 from fused_tricks import FusedSGD, WarmupCosineLR
 from fused_tricks.step.device_state import StepState
-from fused_tricks.step.plan import Entry, Plan
+from fused_tricks.step.entry import Entry
+from fused_tricks.step.plan import Plan
 from fused_tricks.step.request import StepRequest
 from support import backends, emulation
 from support.comparison import assert_same_bits, bits, fill_gradients, parameters

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn import BatchNorm1d, Linear, Parameter, Sequential
 
 from fused_tricks import DynamicLossScale, FusedSGD, cast_model, fp32_state_dict, load_fp32_state_dict
-from fused_tricks import optimizer as optimizer_module
 from fused_tricks.distributed import found_inf_reduction
+from fused_tricks.step import planned_steps
 from support import ranks
 from support.comparison import assert_all_same_bits, assert_same_bits
 from support.products import SHAPES, Products, Shapes, inputs_of, mean_of, with_overflow
@@ -252,7 +252,7 @@ def count_reductions_and_plans(max_norm: float | None) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, loss_scale=4.0, max_grad_norm=max_norm)
     with (
-        mock.patch.object(optimizer_module, "build_plan", wraps=optimizer_module.build_plan) as build_plan,
+        mock.patch.object(planned_steps, "build_plan", wraps=planned_steps.build_plan) as build_plan,
         mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce,
     ):
         for step in range(6):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ...step.device_lr import device_lr_of
+from ...step.entry import Entry
 from ...step.options import FLAGS, NUMBERS
 from ...step.parameters import STATE_TENSORS
-from ...step.plan import Entry, Plan
+from ...step.plan import Plan
 from ...validation import as_float
 from ..gpu import is_capturing
 from . import groups, records
