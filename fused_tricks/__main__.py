@@ -1,4 +1,4 @@
-"""`python -m fused_tricks`: what is built and usable here, and why something is not."""
+"""`python -m fused_tricks`: a report of what is built and usable here, with reasons for what is not."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _processors() -> Iterator[Row]:
 
 
 def _build_info() -> dict[str, Any] | None:
-    """The record that the build left, or None where the package runs from a source tree."""
+    """Returns the record of the build; None in a source tree that was never built."""
     try:
         info: dict[str, Any] = json.loads(Path(__file__).with_name("_build_info.json").read_text())
     except (OSError, ValueError):
@@ -89,7 +89,7 @@ def _build_info() -> dict[str, Any] | None:
 
 def _extension(info: dict[str, Any] | None) -> Iterator[Row]:
     if info is None:
-        yield "build", missing_because() or "unknown: there is no record of it; pip install leaves one"
+        yield "build", missing_because() or "unknown, without a record of the build; pip install writes one"
         return
     yield "built", f"version {info['version']} by Python {info['python']} for {info['platform']}"
     if info["extension_failure"] is not None:

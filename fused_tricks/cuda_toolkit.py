@@ -1,6 +1,6 @@
-"""Finds a CUDA toolkit that can compile, and says why each other place has none.
+"""The search for a CUDA toolkit that can compile, with a reason for every place that is passed over.
 
-Standard library only: `setup.py` loads this file by its path, in an environment without torch.
+This file uses the standard library only: `setup.py` loads it by its path, in an environment without torch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Turing to Blackwell: what PyTorch's CUDA 13 wheels run on. GPUs that follow the last one run from its PTX, and those
-# between, such as 11.0, from that of the first one.
+# Turing to Blackwell, as in PyTorch's wheels for CUDA 13. Later GPUs run the PTX of the last architecture, and GPUs
+# between two of them, such as 11.0, the PTX of the first.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 _TARGETS = {"x86_64": ("x86_64-linux",), "aarch64": ("sbsa-linux", "aarch64-linux")}
@@ -26,13 +26,13 @@ _TARGETS = {"x86_64": ("x86_64-linux",), "aarch64": ("sbsa-linux", "aarch64-linu
 
 @dataclass(frozen=True)
 class CudaToolkit:
-    """A toolkit with a compiler that runs, the runtime's headers and its static library.
+    """A toolkit with a working compiler, the headers of the runtime and its static library.
 
     Attributes:
         home: The folder that holds `bin/nvcc`.
         nvcc: The compiler.
-        include_dirs: Folders with headers; `cuda_runtime.h` is in one of them.
-        library_dirs: Folders with libraries; `libcudart_static.a` is in one of them.
+        include_dirs: The folders with headers, among them `cuda_runtime.h`.
+        library_dirs: The folders with libraries, among them `libcudart_static.a`.
         version: Major and minor version, such as `"13.0"`.
     """
 
@@ -45,7 +45,7 @@ class CudaToolkit:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A place that was looked at, and why no toolkit in it can be used."""
+    """A place that was searched, and the reason why it has no usable toolkit."""
 
     place: str
     reason: str
@@ -56,12 +56,12 @@ class Rejection:
 
 @dataclass(frozen=True)
 class ToolkitSearch:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         toolkit: The first usable toolkit, or None.
-        place: Where it was found, such as `"CUDA_HOME=/usr/local/cuda"`; empty where there is none.
-        rejections: The places that were looked at before it, in order.
+        place: The place of the toolkit, such as `"CUDA_HOME=/usr/local/cuda"`; empty without a toolkit.
+        rejections: The places that were searched before, in order.
     """
 
     toolkit: CudaToolkit | None
@@ -75,14 +75,14 @@ def find_toolkit(
     local: Path = Path("/usr/local"),
     site_packages: Sequence[Path] | None = None,
 ) -> ToolkitSearch:
-    """Looks for a toolkit: `CUDA_HOME`, `CUDA_PATH`, `nvcc` on `PATH`, /usr/local, pip's packages.
+    """Searches for a toolkit: `CUDA_HOME`, `CUDA_PATH`, `nvcc` on `PATH`, /usr/local, pip's packages.
 
-    A place counts by its content. One that does not have all of it is passed over and its reason kept.
+    A place is usable by its content. An incomplete place is passed over, with a reason.
 
     Args:
-        environ: The environment variables; those of the process by default.
+        environ: The environment variables; by default the process's.
         local: The folder with `cuda` and `cuda-*`.
-        site_packages: Where pip installs packages; those of this interpreter by default.
+        site_packages: The folders of pip's packages; by default this interpreter's.
     """
     environ = os.environ if environ is None else environ
     site_packages = _site_packages() if site_packages is None else site_packages
@@ -103,16 +103,16 @@ def find_toolkit(
 
 
 def choose_architectures(known: Iterable[str], requested: str | None = None) -> tuple[str, ...]:
-    """The GPU architectures to compile for.
+    """Returns the GPU architectures to compile for.
 
     Args:
-        known: What the compiler can compile for, as in the answer of `known_architectures`.
-        requested: The value of `TORCH_CUDA_ARCH_LIST`: versions separated by semicolons or spaces, each with
-            `+PTX` where later GPUs shall be able to use it, such as `"8.0;9.0+PTX"`. Where it is missing or
-            empty, those of `DEFAULT_ARCHITECTURES` that are known, the first and the last one with `+PTX`.
+        known: The architectures that the compiler knows, from `known_architectures`.
+        requested: The value of `TORCH_CUDA_ARCH_LIST`: versions separated by semicolons or spaces, with `+PTX` for
+            later GPUs, such as `"8.0;9.0+PTX"`. Without a value: the known ones of `DEFAULT_ARCHITECTURES`, the first
+            and the last with `+PTX`.
 
     Raises:
-        ValueError: An entry cannot be understood or is not known to the compiler.
+        ValueError: An entry is malformed, or the compiler does not know the architecture.
     """
     known = set(known)
     entries = re.split(r"[;\s]+", requested.strip(" ;")) if requested and requested.strip(" ;") else []
@@ -120,23 +120,23 @@ def choose_architectures(known: Iterable[str], requested: str | None = None) -> 
         match = re.fullmatch(r"(\d+\.\d)[af]?(\+PTX)?", entry)
         if match is None:
             raise ValueError(
-                f"TORCH_CUDA_ARCH_LIST has {entry!r}; give versions with semicolons between them, such as '8.0;9.0+PTX'"
+                f"TORCH_CUDA_ARCH_LIST has {entry!r}; separate versions by semicolons, such as '8.0;9.0+PTX'"
             )
         if match[1] not in known:
-            raise ValueError(f"TORCH_CUDA_ARCH_LIST has {entry!r}, for which this nvcc cannot compile")
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST has {entry!r}, which this nvcc does not support")
     if not entries:
         entries = [version for version in DEFAULT_ARCHITECTURES if version in known]
         if not entries:
-            raise ValueError(f"this nvcc compiles for none of {', '.join(DEFAULT_ARCHITECTURES)}")
+            raise ValueError(f"this nvcc supports none of {', '.join(DEFAULT_ARCHITECTURES)}")
         entries = [entry + "+PTX" * (entry in (entries[0], entries[-1])) for entry in entries]
     return tuple(dict.fromkeys(entries))
 
 
 def known_architectures(toolkit: CudaToolkit) -> tuple[str, ...]:
-    """The versions for which the toolkit's compiler compiles, such as `("7.5", "8.0")`.
+    """Returns the architectures that the toolkit's compiler supports, such as `("7.5", "8.0")`.
 
     Raises:
-        ValueError: The compiler does not tell.
+        ValueError: The compiler does not list them.
     """
     _, output = _run([str(toolkit.nvcc), "--list-gpu-arch"])
     numbers = re.findall(r"^compute_(\d+)(\d)$", output, re.MULTILINE)
@@ -146,7 +146,7 @@ def known_architectures(toolkit: CudaToolkit) -> tuple[str, ...]:
 
 
 def architecture_flags(architectures: Iterable[str]) -> list[str]:
-    """What tells nvcc to compile for `architectures`, in the form that `choose_architectures` gives."""
+    """Returns the flags of nvcc for architectures in the form of `choose_architectures`."""
     flags = []
     for architecture in architectures:
         version, _, ptx = architecture.partition("+")
@@ -160,7 +160,7 @@ def architecture_flags(architectures: Iterable[str]) -> list[str]:
 def _places(
     environ: Mapping[str, str], local: Path, site_packages: Sequence[Path]
 ) -> Iterator[tuple[str, Path | str]]:
-    """Each place with its folder, or with the reason why there is none."""
+    """Yields each place with its folder, or with the reason why it has none."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(variable):
             yield f"{variable}={environ[variable]}", Path(environ[variable])
@@ -192,12 +192,12 @@ def _places(
 
 
 def _inspect(home: Path) -> CudaToolkit | str:
-    """The toolkit in `home`, or the reason why it cannot be used."""
+    """Returns the toolkit in a folder, or the reason why the folder is unusable."""
     if not home.is_dir():
         return "no such folder"
     nvcc = home / "bin/nvcc"
     if not nvcc.is_file():
-        # torch requires cuda-toolkit in the version it was built with: the extras add a compiler of that version.
+        # torch depends on cuda-toolkit in its own CUDA version; the extras add the compiler of that version.
         return "it has no bin/nvcc" + (
             " (pip install 'cuda-toolkit[cccl,nvcc]' adds it)" if home.parent.name == "nvidia" else ""
         )
@@ -211,19 +211,19 @@ def _inspect(home: Path) -> CudaToolkit | str:
     runs, output = _run([str(nvcc), "--version"])
     release = re.search(r"release (\d+\.\d+)", output)
     if not runs or release is None:
-        return f"its bin/nvcc does not tell its version ({output.strip() or 'no output'})"
+        return f"its bin/nvcc does not print its version ({output.strip() or 'no output'})"
     return CudaToolkit(home, nvcc, include_dirs, library_dirs, release[1])
 
 
 def _home_behind(nvcc: Path, environ: Mapping[str, str]) -> Path:
-    """The toolkit that `nvcc` belongs to, which may be a link or a script that calls another one."""
+    """Returns the toolkit of an `nvcc`, which may be a link or a script that calls another `nvcc`."""
     _, output = _run([str(nvcc), "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], environ)
     top = re.search(r"^#\$ TOP=(.+)$", output, re.MULTILINE)
     return Path(top[1].strip()).resolve() if top else nvcc.resolve().parent.parent
 
 
 def _run(command: list[str], environ: Mapping[str, str] | None = None) -> tuple[bool, str]:
-    """Whether a command succeeds, and what it prints on either stream or why it does not run."""
+    """Returns whether a command succeeds, and its output or the reason why it does not run."""
     try:
         result = subprocess.run(
             command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
@@ -234,7 +234,7 @@ def _run(command: list[str], environ: Mapping[str, str] | None = None) -> tuple[
 
 
 def _holding(folders: Iterable[Path]) -> tuple[Path, ...]:
-    """Those of `folders` that exist, each once."""
+    """Returns the folders that exist, each once."""
     return tuple({folder.resolve(): folder for folder in folders if folder.is_dir()}.values())
 
 
@@ -243,7 +243,7 @@ def _version_in_name(home: Path) -> tuple[int, ...]:
 
 
 def _site_packages() -> list[Path]:
-    # Under build isolation `sys.path` holds the build's own packages only; the environment's are asked for too.
+    # Under build isolation `sys.path` has the build's packages only; the environment's are added.
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     folders += [site.getusersitepackages(), *(entry for entry in sys.path if entry.endswith("-packages"))]
     return list(_holding(Path(folder) for folder in folders))

@@ -1,4 +1,4 @@
-"""Weights in full precision: from and to the masters of a low-precision model."""
+"""Export and import of a low-precision model's weights in FP32, from and to the masters."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,27 +22,40 @@ from .validation import check_module
 
 @outside_inference_mode()
 def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
-    """Returns `model.state_dict()` in full precision, as if the model had been trained in FP32.
+    """Returns `model.state_dict()` in full precision, as after a training in FP32.
 
-    Keys, their order and the metadata are those of `model.state_dict()`, with `module.` in front where the model is
-    wrapped in `torch.nn.parallel.DistributedDataParallel`. For an FP16 or BF16 parameter that `optimizer` updates
-    there is its FP32 master, with whatever others have written to the parameter since; for one without a master, and
-    for a buffer, its own values in FP32. All else is as it is: FP32 norms and running statistics, FP64, integers.
+    Keys, order and metadata are those of `model.state_dict()`; `DistributedDataParallel` adds `module.` to the keys. An
+    FP16 or BF16 parameter with a master is replaced by the master, with the values that user code has written to the
+    parameter since the last update. Other FP16 and BF16 parameters and buffers are converted to FP32. FP32 norms,
+    running statistics, FP64 tensors and integers are unchanged.
 
-    Tensors are copies, which the next step does not change; a parameter that modules share is one tensor here too. This
-    is for another run or for inference: to resume the same run, save `model.state_dict()` and
-    `optimizer.state_dict()`, which has masters and momentum.
+    All tensors are copies, so a later step does not change them. A parameter that several modules share is one tensor.
+    The result is for another run or for inference. To resume the same run, save `model.state_dict()` and
+    `optimizer.state_dict()`, which contains masters and momentum.
 
     Args:
-        model: the model, on any device, cast by `cast_model` or otherwise.
-        optimizer: the optimizer of its parameters. It may have others as well, and the model may have parameters
-            that it does not update.
+        model: The model, on any device, converted by `cast_model` or otherwise.
+        optimizer: The optimizer of the model's parameters. The optimizer may have other parameters, and the model may
+            have parameters without an optimizer.
+
+    Returns:
+        The state dict, with FP32 in place of FP16 and BF16.
 
     Raises:
-        TypeError: `model` is not a module, or `optimizer` not a `FusedSGD`.
+        TypeError: `model` is not a module, or `optimizer` is not a `FusedSGD`.
         ValueError: `optimizer` has no parameter of `model`, or a parameter of a lazy module has no shape yet.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.2; `Module.state_dict`.
+
+    Example:
+        ```python
+        import fused_tricks as ft
+        import torch
+
+        model = ft.cast_model(torch.nn.Linear(4, 2), torch.bfloat16)
+        optimizer = ft.FusedSGD(model.parameters(), lr=0.1)
+        assert ft.fp32_state_dict(model, optimizer)["weight"].dtype == torch.float32
+        ```
     """
     _check_types(model, optimizer)
     with _in_full_precision(model, optimizer):
@@ -52,26 +65,38 @@ def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
 
 @outside_inference_mode()
 def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[str, Any]) -> None:
-    """Loads full-precision weights, those of `fp32_state_dict` or of any FP32 model, without rounding them away.
+    """Loads full-precision weights of `fp32_state_dict` or of any FP32 model, without a loss by rounding.
 
-    FP16 and BF16 parameters that `optimizer` updates get the values of `state` as their FP32 masters, bit for bit,
-    and their rounding to nearest even as their own; the masters are in the optimizer's state from then on, also before
-    its first step. Every other tensor is copied, into the type that it has in the model: a frozen low-precision
-    parameter keeps only the rounding. Nothing else of the optimizer changes: not its momentum, options or scale.
+    An FP16 or BF16 parameter of the optimizer gets the values as its FP32 master, bit for bit, and their rounding to
+    nearest even as its own values. The master is in the optimizer's state from then on, also before the first step.
+    All other tensors are copied in their own dtype, so a frozen FP16 parameter keeps only the rounding. Momentum,
+    options and loss scale do not change.
 
-    Keys and shapes are checked as strictly as by `model.load_state_dict(state)`, whose hooks and extra states work.
+    Keys and shapes are checked as by `model.load_state_dict(state)`. Hooks and extra states work as there.
 
     Args:
-        model: the model, already in low precision.
-        optimizer: the optimizer of its parameters, as for `fp32_state_dict`.
-        state: the weights, in any floating-point type, on any device.
+        model: The model, already in low precision.
+        optimizer: The optimizer of the model's parameters, as for `fp32_state_dict`.
+        state: The weights, in any floating-point dtype, on any device.
 
     Raises:
-        RuntimeError: keys or shapes do not match, in the words of `Module.load_state_dict`.
-        TypeError: `state` is not a mapping, or as `fp32_state_dict`.
-        ValueError: as `fp32_state_dict`. A refused call leaves model and optimizer as they were.
+        RuntimeError: Keys or shapes do not match, with the message of `Module.load_state_dict`.
+        TypeError: `state` is not a mapping, `model` is not a module, or `optimizer` is not a `FusedSGD`.
+        ValueError: As in `fp32_state_dict`. Model and optimizer are unchanged after every error.
 
-    Source: `Module.load_state_dict`; for the masters "Mixed Precision Training" (arXiv 1710.03740), section 3.1.
+    Source: `Module.load_state_dict`; for masters "Mixed Precision Training" (arXiv 1710.03740), section 3.1.
+
+    Example:
+        ```python
+        import fused_tricks as ft
+        import torch
+
+        pretrained = torch.nn.Linear(4, 2).state_dict()
+        model = ft.cast_model(torch.nn.Linear(4, 2), torch.bfloat16)
+        optimizer = ft.FusedSGD(model.parameters(), lr=0.1)
+        ft.load_fp32_state_dict(model, optimizer, pretrained)
+        assert torch.equal(ft.fp32_state_dict(model, optimizer)["weight"], pretrained["weight"])
+        ```
     """
     _check_types(model, optimizer)
     for name, value in state.items() if isinstance(state, Mapping) else ():
@@ -87,7 +112,7 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
     masters = masters_in_use(optimizer.param_groups, optimizer_state)
     with torch.no_grad():
         for tensor, value in copies.items():
-            # A buffer that is not in the checkpoint, which may be of memory that cannot be written.
+            # The checkpoint lacks this buffer, whose memory may be read-only.
             if value._version == 0 and not isinstance(tensor, nn.Parameter):
                 continue
             if tensor in masters and tensor.dtype in LOW_PRECISION:
@@ -99,16 +124,14 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
             if tensor.shape == value.shape:
                 tensor.copy_(value)
             else:
-                # The module takes the size of this buffer from the checkpoint.
+                # The module resizes this buffer to the checkpoint's size.
                 tensor.data = value.to(tensor.dtype)
 
 
 def _check_types(model: nn.Module, optimizer: FusedSGD) -> None:
     check_module(model)
     if not isinstance(optimizer, FusedSGD):
-        raise TypeError(
-            f"optimizer must be a FusedSGD, got {type(optimizer).__name__}: others have no masters"
-        )
+        raise TypeError(f"optimizer must be a FusedSGD, which has masters, got {type(optimizer).__name__}")
     masters = masters_in_use(optimizer.param_groups, optimizer.state)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
@@ -120,19 +143,17 @@ def _check_types(model: nn.Module, optimizer: FusedSGD) -> None:
 
 @contextmanager
 def _in_full_precision(model: nn.Module, optimizer: FusedSGD) -> Iterator[dict[Tensor, Tensor]]:
-    """Has copies in full precision where modules have parameters and buffers, and yields them by the originals.
+    """Replaces the modules' parameters and buffers by copies in full precision, and yields the copies by the originals.
 
-    Giving the parameters themselves other data would cost them their autograd hooks, on which DistributedDataParallel
-    relies.
+    New data in the same parameters would remove their autograd hooks, which DistributedDataParallel requires.
     """
-    # FSDP puts its shards where the modules' parameters are before it lists them.
+    # FSDP registers its shards as the modules' parameters in this call.
     model.state_dict()
     if set(_parameters(optimizer)).isdisjoint(model.parameters()):
         raise ValueError("optimizer has no parameter of this model; give the optimizer that trains it")
-    # Once: on a GPU it may have to wait for the device.
     state = optimizer.state
     places = list(_places(model))
-    # In the same order in every process, which may have to take part in placing a sharded master.
+    # In the same order in every process, because the redistribution of a sharded master is a collective.
     tensors = dict.fromkeys(tensor for _, _, tensor in places)
     copies = {tensor: _full_precision(tensor, state.get(tensor, {})) for tensor in tensors}
     try:
@@ -141,13 +162,13 @@ def _in_full_precision(model: nn.Module, optimizer: FusedSGD) -> Iterator[dict[T
         yield copies
     finally:
         for table, key, tensor in places:
-            # Unless the module itself has put another tensor there.
+            # The module may have replaced the copy.
             if table.get(key) is copies[tensor]:
                 table[key] = tensor
 
 
 def _places(model: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
-    """Every parameter and buffer of every module: the dict that has it, its key there, and itself."""
+    """Yields every parameter and buffer of every module, after its dict and its key there."""
     for prefix, module in model.named_modules():
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
@@ -172,7 +193,7 @@ def _full_precision(tensor: Tensor, own_state: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def _extra_states_kept(model: nn.Module) -> Iterator[None]:
-    """Gives modules their extra states back when loading is refused."""
+    """Restores the modules' extra states if loading raises."""
     saved = [
         (module, deepcopy(module.get_extra_state()))
         for module in model.modules()
@@ -188,7 +209,7 @@ def _extra_states_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _shards_found_again(model: nn.Module) -> Iterator[None]:
-    """Has FSDP2 take the modules' parameters for its shards again: it looks at them whenever they are loaded."""
+    """Lets FSDP2 register the modules' parameters as its shards again, as after every load."""
     try:
         yield
     finally:

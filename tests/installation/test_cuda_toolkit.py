@@ -129,7 +129,7 @@ def test_a_folder_without_all_of_a_toolkit_is_passed_over(machine, missing, reas
 def test_a_compiler_that_does_not_run_is_passed_over_with_its_words(machine):
     home = toolkit(machine.local / "cuda")
     script(home / "bin/nvcc", "echo 'wrong machine'; exit 1")
-    assert machine.reasons()[str(home)] == "its bin/nvcc does not tell its version (wrong machine)"
+    assert machine.reasons()[str(home)] == "its bin/nvcc does not print its version (wrong machine)"
 
 
 def test_a_compiler_that_is_no_program_is_passed_over(machine):
@@ -239,8 +239,8 @@ def test_architectures_are_those_asked_for_or_all_that_are_known(known, requeste
     ("known", "requested", "message"),
     [
         (KNOWN, "Ampere", "TORCH_CUDA_ARCH_LIST has 'Ampere'; give versions"),
-        (KNOWN, "8.0;7.0", "'7.0', for which this nvcc cannot compile"),
-        (("3.5",), None, "this nvcc compiles for none of 7.5"),
+        (KNOWN, "8.0;7.0", "'7.0', which this nvcc does not support"),
+        (("3.5",), None, "this nvcc supports none of 7.5"),
     ],
 )
 def test_architectures_that_cannot_be_compiled_are_an_error(known, requested, message):
