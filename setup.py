@@ -1,13 +1,13 @@
-"""Builds the package, and the extension module wherever there is a C++ compiler. torch is not needed for it.
+"""Builds the package, and the extension module if a C++ compiler exists. The build does not require torch.
 
 Environment variables:
     FUSED_TRICKS_EXTENSION          0: a pure-Python build, without the extension
-    FUSED_TRICKS_REQUIRE_EXTENSION  1: an extension that cannot be built is an error, not a message
-    FUSED_TRICKS_CUDA               0: no CUDA kernels; 1: their absence is an error; unset: where a toolkit is found
+    FUSED_TRICKS_REQUIRE_EXTENSION  1: the build fails if the extension cannot be built
+    FUSED_TRICKS_CUDA               0: no CUDA kernels; 1: the build fails without them; unset: if a toolkit is found
     TORCH_CUDA_ARCH_LIST            GPU architectures, such as "8.0;9.0+PTX"
-    CUDA_HOME, CUDA_PATH            where the CUDA toolkit is; fused_tricks/cuda_toolkit.py says where else it is sought
-    CXX, CXXFLAGS, LDFLAGS          the C++ compiler, and flags to add
-    MAX_JOBS                        how many compilers run at once
+    CUDA_HOME, CUDA_PATH            the CUDA toolkit; fused_tricks/cuda_toolkit.py lists the other places
+    CXX, CXXFLAGS, LDFLAGS          the C++ compiler, and additional flags
+    MAX_JOBS                        the number of concurrent compilers
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ X86_FLAGS = {
         "-mf16c",
     ],
 }
-# As -ffp-contract=off: what the source does not call fma is not contracted to one.
+# As -ffp-contract=off: a product and a sum are contracted to fma only where the source calls fma.
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-Xcompiler={','.join(CXX_FLAGS[1:])}"]
 
-# Compiled before a toolkit is trusted. One put together from several releases fails here, and one that lacks a part.
+# A test program for the toolkit. Toolkits of mixed releases and incomplete toolkits fail to compile it.
 PROBE = """\
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -64,7 +64,7 @@ __global__ void probe(float* x) { *x = 1.0f; }
 
 
 class BuildFailure(Exception):
-    """What cannot be built and why, in one line, with the output of the compilers."""
+    """The reason why something cannot be built, in one line, with the output of the compilers."""
 
     def __init__(self, reason: str, log: str = "") -> None:
         super().__init__(reason)
@@ -72,15 +72,16 @@ class BuildFailure(Exception):
 
 
 class MissingTool(BuildFailure):
-    """A build tool of pyproject.toml is missing, which only happens without build isolation."""
+    """A build tool of pyproject.toml is missing, which happens only without build isolation."""
 
 
 class Package(build_py):
-    """The Python files, which are all there is in a pure build."""
+    """The Python files, the only content of a pure build."""
 
     def run(self) -> None:
+        """Copies the files, and in a pure build writes the record of the build."""
         if not self.editable_mode:
-            # The folder outlives a build, and everything in it goes into the wheel.
+            # The folder survives builds, and the wheel contains all of its files.
             shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
         super().run()
         if not self.distribution.has_ext_modules():
@@ -91,10 +92,10 @@ class Package(build_py):
 
 
 class NinjaExtension(build_ext):
-    """The extension, compiled by ninja in a folder that stays, so that only what changed is compiled again."""
+    """The extension, compiled by ninja in a persistent folder, so that only changed files are compiled again."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Puts the module into `build_lib` when it can be built, and always the record of how that went."""
+        """Writes the module to `build_lib` if it can be built, and in every case the record of the build."""
         version = self.distribution.get_version()
         info = new_info(version)
         target = ROOT / self.build_lib / PACKAGE / MODULE
@@ -116,7 +117,7 @@ class NinjaExtension(build_ext):
         write_info(target.parent, info)
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable install: the source tree gets what was built, and keeps nothing older."""
+        """Copies the build to the source tree for an editable install, and removes an older build there."""
         built, source = ROOT / self.build_lib / PACKAGE, ROOT / PACKAGE
         module = source / MODULE
         if not (
@@ -124,7 +125,7 @@ class NinjaExtension(build_ext):
             and module.exists()
             and filecmp.cmp(built / MODULE, module, shallow=False)
         ):
-            # Removed, not overwritten: a running process may have it mapped.
+            # A running process may have the file mapped, so it is removed and not overwritten.
             module.unlink(missing_ok=True)
             if (built / MODULE).exists():
                 shutil.copy2(built / MODULE, module)
@@ -133,7 +134,7 @@ class NinjaExtension(build_ext):
 
 @dataclass(frozen=True)
 class Compiler:
-    """The C++ compiler: its command, the first line of `--version`, and whether it compiles for x86-64."""
+    """The C++ compiler: its command, the first line of `--version`, and whether its target is x86-64."""
 
     command: list[str]
     version: str
@@ -142,7 +143,7 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Cuda:
-    """The toolkit that compiles the kernels, a `CudaToolkit`, and the architectures to compile for."""
+    """The `CudaToolkit` that compiles the kernels, the architectures, and the command."""
 
     toolkit: Any
     architectures: tuple[str, ...]
@@ -150,14 +151,14 @@ class Cuda:
 
 
 class Ninja:
-    """A build description in the making."""
+    """A `build.ninja` file: collects rules and targets, writes the file, runs ninja."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lines = ["ninja_required_version = 1.5", f"builddir = {folder}"]
 
     def rule(self, name: str, command: Sequence[str], rest: str) -> None:
-        """A way to make a file: the command, and what follows it with ninja's variables."""
+        """Adds a rule: its command, and the rest of the command line with ninja's variables."""
         self._lines += [
             f"rule {name}",
             f"  command = {_quoted(command)} {rest}",
@@ -167,16 +168,16 @@ class Ninja:
             self._lines += ["  depfile = $out.d", "  deps = gcc"]
 
     def make(self, target: str, rule: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
-        """One file to make, under the name `target` in the folder."""
+        """Adds a file to build, named `target` in the folder, and returns its path."""
         path = self._folder / target
         self._lines += [f"build {path}: {rule} {' '.join(map(str, sources))}", f"  flags = {_quoted(flags)}"]
         return path
 
     def run(self) -> None:
-        """Makes what is missing or older than its sources.
+        """Builds the files that are missing or older than their sources.
 
         Raises:
-            BuildFailure: ninja is not there, or a command failed.
+            BuildFailure: ninja is missing, or a command failed.
         """
         try:
             import ninja
@@ -195,10 +196,10 @@ class Ninja:
 
 
 def build_module(folder: Path, version: str, info: dict[str, Any]) -> Path:
-    """Compiles the extension, with CUDA where that is possible; notes in `info` with what it was done.
+    """Compiles the extension, with CUDA if possible, and records compilers and flags in `info`.
 
     Raises:
-        BuildFailure: It cannot be compiled, or not with CUDA where CUDA is required.
+        BuildFailure: The extension cannot be compiled, or CUDA is required and cannot be compiled.
     """
     compiler = find_compiler()
     info.update(compiler=shlex.join(compiler.command), compiler_version=compiler.version)
@@ -228,7 +229,7 @@ def link(folder: Path, compiler: Compiler, cuda: Cuda | None, version: str, info
     """Compiles all sources and links them.
 
     Raises:
-        BuildFailure: A compiler failed, or something it needs is missing.
+        BuildFailure: A compiler failed, or a build tool is missing.
     """
     flags = ["-std=c++17", *CXX_FLAGS, f'-DFUSED_TRICKS_VERSION="{version}"']
     flags += ["-DFUSED_TRICKS_X86=1"] if compiler.is_x86 else []
@@ -262,10 +263,10 @@ def link(folder: Path, compiler: Compiler, cuda: Cuda | None, version: str, info
 
 
 def find_compiler() -> Compiler:
-    """The C++ compiler of `CXX`, or the usual one.
+    """Returns the C++ compiler of `CXX`; by default the first of c++, g++ and clang++.
 
     Raises:
-        BuildFailure: There is none that runs.
+        BuildFailure: No compiler runs.
     """
     chosen = shlex.split(os.environ.get("CXX", ""))
     command = next(
@@ -281,10 +282,10 @@ def find_compiler() -> Compiler:
 
 
 def find_cuda(compiler: Compiler, folder: Path) -> Cuda:
-    """The toolkit that `cuda_toolkit` finds, after it has compiled a probe in `folder`.
+    """Returns the toolkit that `cuda_toolkit` finds, after a test program was compiled in `folder`.
 
     Raises:
-        BuildFailure: CUDA is not wanted, no toolkit was found, or the probe did not compile.
+        BuildFailure: CUDA is switched off, no toolkit was found, or the test program did not compile.
     """
     if switch("FUSED_TRICKS_CUDA") is False:
         raise BuildFailure("FUSED_TRICKS_CUDA=0 was set")
@@ -328,15 +329,15 @@ def find_cuda(compiler: Compiler, folder: Path) -> Cuda:
 
 
 def cuda_sources() -> list[Path]:
-    """What nvcc compiles."""
+    """Returns the sources for nvcc."""
     return sorted(Path("csrc/cuda").glob("*.cu"))
 
 
 def python_includes() -> list[str]:
-    """Flags for the headers of Python and pybind11.
+    """Returns the flags for the headers of Python and pybind11.
 
     Raises:
-        BuildFailure: They are not installed.
+        BuildFailure: The headers are not installed.
     """
     try:
         import pybind11
@@ -351,7 +352,7 @@ def python_includes() -> list[str]:
 
 
 def new_info(version: str) -> dict[str, Any]:
-    """The start of the record that `python -m fused_tricks` shows."""
+    """Returns a new record for `python -m fused_tricks`."""
     return {
         "version": version,
         "python": platform.python_version(),
@@ -363,12 +364,12 @@ def new_info(version: str) -> dict[str, Any]:
 
 
 def write_info(folder: Path, info: dict[str, Any]) -> None:
-    """Puts the record where the package looks for it."""
+    """Writes the record into the package's folder."""
     (folder / BUILD_INFO).write_text(json.dumps(info, indent=2) + "\n")
 
 
 def what_is_lost(failure: BuildFailure) -> str:
-    """What to tell where the package is installed without its extension."""
+    """Returns the message for an installation without the extension."""
     return (
         f"installed without the compiled extension: {failure}.\n"
         "The backends 'cpu' and 'cuda' are missing; the others work, and are slower.\n"
@@ -378,7 +379,7 @@ def what_is_lost(failure: BuildFailure) -> str:
 
 
 def switch(name: str) -> bool | None:
-    """An environment variable that is 0, 1 or not set."""
+    """Returns an environment variable as True or False; None if it is not set."""
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
         raise SystemExit(f"{PACKAGE}: {name} must be 0, 1 or unset; it is {value!r}")
@@ -386,7 +387,7 @@ def switch(name: str) -> bool | None:
 
 
 def check_wheels() -> None:
-    """Raises where setuptools cannot make wheels, in place of its "invalid command 'bdist_wheel'"."""
+    """Exits if setuptools cannot make wheels, in place of its "invalid command 'bdist_wheel'"."""
     makes_wheels = {"bdist_wheel", "dist_info", "editable_wheel"} & {*sys.argv}
     if makes_wheels and not any(map(_can_import, ("setuptools.command.bdist_wheel", "wheel"))):
         raise SystemExit(
@@ -399,12 +400,12 @@ def _can_import(name: str) -> bool:
 
 
 def is_required() -> bool:
-    """Whether what cannot be built is an error."""
+    """Returns True if the build must fail without the extension."""
     return bool(switch("FUSED_TRICKS_REQUIRE_EXTENSION") or switch("FUSED_TRICKS_CUDA"))
 
 
 def _load(name: str) -> Any:
-    """A module of the package by its file: importing the package would need torch."""
+    """Loads a module of the package by its file, because an import of the package requires torch."""
     spec = importlib.util.spec_from_file_location(name, ROOT / PACKAGE / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -414,7 +415,7 @@ def _load(name: str) -> Any:
 
 
 def _output(command: Sequence[str]) -> str:
-    """What a command prints. Raises BuildFailure with its first error when it fails."""
+    """Returns the output of a command. Raises BuildFailure with the first error of a failed command."""
     try:
         result = subprocess.run(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -430,7 +431,7 @@ def _output(command: Sequence[str]) -> str:
 
 
 def _quoted(arguments: Sequence[str]) -> str:
-    """For a shell, in a ninja file."""
+    """Returns a command quoted for the shell in a ninja file."""
     return shlex.join(arguments).replace("$", "$$")
 
 

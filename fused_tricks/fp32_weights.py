@@ -131,7 +131,7 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
 def _check_types(model: nn.Module, optimizer: FusedSGD) -> None:
     check_module(model)
     if not isinstance(optimizer, FusedSGD):
-        raise TypeError(f"optimizer must be a FusedSGD, which has masters, got {type(optimizer).__name__}")
+        raise TypeError(f"optimizer must be a FusedSGD, got {type(optimizer).__name__}, which has no masters")
     masters = masters_in_use(optimizer.param_groups, optimizer.state)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):

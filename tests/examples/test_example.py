@@ -97,7 +97,7 @@ def test_a_run_without_a_package_says_in_one_line_what_to_install(modules: list[
         (["--lr", "-1"], "argument --lr: must be at least 0, got -1"),
         (["--lr", "nan"], "argument --lr: must be at least 0, got nan"),
         (["--momentum", "2"], "argument --momentum: must be from 0 to 1, got 2"),
-        (["--momentum", "0"], "--momentum 0 goes with --no-nesterov only"),
+        (["--momentum", "0"], "--momentum 0 requires --no-nesterov"),
         (["--label-smoothing", "1.5"], "argument --label-smoothing: must be from 0 to 1, got 1.5"),
         (["--mixup", "inf"], "argument --mixup: must be at least 0, got inf"),
         (["--max-grad-norm", "0"], "argument --max-grad-norm: must be at least 1e-06, got 0"),
@@ -105,8 +105,8 @@ def test_a_run_without_a_package_says_in_one_line_what_to_install(modules: list[
         (["--warmup-epochs", "5"], "--warmup-epochs 5 must be less than --epochs 5"),
         (["--low-precision", "float8"], "argument --low-precision: invalid choice: 'float8'"),
         (["--periods", "2"], "--periods is for --schedule restarts or step"),
-        (["--dataset", "cifar10"], "--data is for cifar10 and imagefolder, which need it"),
-        (["--data", "somewhere"], "--data is for cifar10 and imagefolder, which need it"),
+        (["--dataset", "cifar10"], "--data is required for cifar10 and imagefolder"),
+        (["--data", "somewhere"], "--data is required for cifar10 and imagefolder"),
     ],
     ids=str,
 )
@@ -136,9 +136,9 @@ def test_the_precision_goes_by_the_device(gpu: bool, chosen: tuple[str, str]) ->
     ("arguments", "message"),
     [
         (["--model", "resnet17"], "--model resnet17 is not in torchvision.models.list_models"),
-        (["--resnet-d"], "--resnet-d refines torchvision's ResNets, and squeezenet1_1 is none"),
+        (["--resnet-d"], "--resnet-d refines torchvision's ResNets, and squeezenet1_1 is not a ResNet"),
         (["--zero-gamma"], "--zero-gamma: SqueezeNet has no norm"),
-        (["--batch-size", "2000"], "--batch-size: a step takes 2000 images, and there are 1437"),
+        (["--batch-size", "2000"], "--batch-size: a step uses 2000 images, and the data set has 1437"),
         (["--dataset", "cifar10", "--data", "nowhere"], "--data nowhere: Dataset not found"),
         (["--dataset", "imagefolder", "--data", "nowhere"], "--data nowhere: .*nowhere/train"),
     ],
@@ -348,14 +348,14 @@ def test_folders_of_images_are_read(tmp_path: Path) -> None:
 def test_folders_of_other_classes_are_refused(tmp_path: Path) -> None:
     draw_folders(tmp_path, {"train": ["cat", "dog"], "val": ["cat", "cow"]})
     options = train.parse(["--dataset", "imagefolder", "--data", str(tmp_path)])
-    with pytest.raises(SystemExit, match="the folders in train and in val have other names"):
+    with pytest.raises(SystemExit, match="train and val must have the same folders"):
         train.load_images(options)
 
 
 def test_a_checkpoint_of_other_options_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.pt"
     trainer_of("--lr", "0.1").save(checkpoint)
-    with pytest.raises(SystemExit, match=r"checkpoint\.pt is of a run with lr 0\.1, and this one has 0\.2"):
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt is from a run with lr 0\.1, and this run has 0\.2"):
         trainer_of("--lr", "0.2").load(checkpoint)
 
 
@@ -398,5 +398,6 @@ def test_curves_need_tensorboard(capsys: pytest.CaptureFixture[str]) -> None:
     with mock.patch.object(train, "find_spec", return_value=None), pytest.raises(SystemExit):
         train.parse(["--tensorboard", "curves"])
     assert (
-        "--tensorboard needs a package that is not here: pip install tensorboard" in capsys.readouterr().err
+        "--tensorboard requires a package that is not installed: pip install tensorboard"
+        in capsys.readouterr().err
     )

@@ -238,7 +238,7 @@ def test_architectures_are_those_asked_for_or_all_that_are_known(known, requeste
 @pytest.mark.parametrize(
     ("known", "requested", "message"),
     [
-        (KNOWN, "Ampere", "TORCH_CUDA_ARCH_LIST has 'Ampere'; give versions"),
+        (KNOWN, "Ampere", "TORCH_CUDA_ARCH_LIST has 'Ampere'; separate versions"),
         (KNOWN, "8.0;7.0", "'7.0', which this nvcc does not support"),
         (("3.5",), None, "this nvcc supports none of 7.5"),
     ],
