@@ -1,4 +1,4 @@
-"""A schedule by the updates that a FusedSGD has applied, which its device counts."""
+"""The position in a schedule by updates that a FusedSGD has applied, counted on the device."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .curve import WarmupCosine
 
 
 class AppliedCount:
-    """Where an optimizer is in a schedule, and how its groups follow it.
+    """The count of applied updates, and the learning rates that follow the count on the device.
 
     Args:
         optimizer: The optimizer; update 0 is the next that it applies.
         curve: The schedule.
 
     Attributes:
-        origin: How many updates the optimizer had applied before update 0.
+        origin: The number of updates that the optimizer had applied before update 0.
 
     Raises:
-        TypeError: The optimizer is no `FusedSGD`.
+        TypeError: The optimizer is not a `FusedSGD`.
         ValueError: The schedule has no end.
     """
 
@@ -34,12 +34,12 @@ class AppliedCount:
     def __init__(self, optimizer: Optimizer, curve: WarmupCosine) -> None:
         if not isinstance(optimizer, FusedSGD):
             raise TypeError(
-                "count='applied' needs a FusedSGD, which counts the updates that it applies, got "
+                "count='applied' requires a FusedSGD, which counts its applied updates, got "
                 f"{type(optimizer).__name__}; use count='calls'"
             )
         if curve.total_steps is None:
             raise ValueError(
-                "count='applied' needs total_steps: the factors of all updates are laid out in a table"
+                "count='applied' requires total_steps, because a table has the factors of all updates"
             )
         self._optimizer = optimizer
         self._factors = FactorTable(curve.factors(curve.total_steps + 1))
@@ -53,11 +53,11 @@ class AppliedCount:
 
     @property
     def known_t(self) -> int:
-        """`t` where it is known without a sync, else 0."""
+        """`t` if it can be read without a synchronisation, otherwise 0."""
         return self.t if self._optimizer._step_state.block.device.type == "cpu" else 0
 
     def assign(self, t: int) -> None:
-        """Raises RuntimeError: the device counts."""
+        """Raises RuntimeError, because the device counts."""
         raise RuntimeError(
             "last_epoch cannot be set with count='applied', and such a schedule cannot be used in SequentialLR; use "
             "step(t), or count='calls'"
@@ -69,11 +69,11 @@ class AppliedCount:
         self.origin = self._optimizer._step_state.read().applied_steps - t
 
     def advance(self) -> None:
-        """Does nothing but notice that training goes on: the device counts."""
+        """Records that training continues. The device counts."""
         self._resumes_at = None
 
     def write_rates(self, bases: Sequence[float | Tensor]) -> bool:
-        """Lets every group follow, from its base rate, and renews what its `lr` reads. Returns False."""
+        """Lets every group follow from its base rate, and updates the value of its `lr`. Returns False."""
         for group, base in zip(self._optimizer.param_groups, bases, strict=True):
             self.enter(group, base)
         return False
@@ -81,7 +81,7 @@ class AppliedCount:
     def enter(self, group: dict[str, Any], base: float | Tensor) -> bool:
         """Lets one group follow, as `write_rates`."""
         applied_steps = self._optimizer._step_state.applied_steps
-        # A tensor may be on a GPU, and would have to be read in every step.
+        # A tensor on a GPU would be read in every step.
         group["initial_lr"] = float(base)
         rate = DeviceLR(group["initial_lr"], self._factors, self.origin)
         if device_lr_of(group["lr"]) != rate or group["lr"].device != applied_steps.device:
@@ -91,11 +91,11 @@ class AppliedCount:
         return False
 
     def saved(self) -> dict[str, Any]:
-        """Returns what a state dict has beside `last_epoch`."""
+        """Returns the entries of a state dict beside `last_epoch`."""
         return {"origin": self.origin}
 
     def restore(self, t: int, origin: int | None) -> None:
-        """Takes over the position of a state dict; without an `origin` the next update becomes number `t`."""
+        """Continues at the position of a state dict; without an `origin` the next update becomes number `t`."""
         if origin is None:
             self.go_to(t)
             self.expect_load(t)
@@ -104,11 +104,11 @@ class AppliedCount:
             self.origin = origin
 
     def expect_load(self, t: int) -> None:
-        """Remembers the next update's number: an optimizer that is loaded before it brings a count of its own."""
+        """Stores the next update's number, because an optimizer that is loaded before it has a count of its own."""
         self._resumes_at = t
 
     def after_load(self) -> None:
-        """Goes to the number that was remembered, after the optimizer was loaded."""
+        """Continues at the stored number after the optimizer was loaded."""
         t = self._resumes_at
         if t is not None:
             self.go_to(t)

@@ -32,7 +32,7 @@ class CallCount:
 
     @property
     def known_t(self) -> int:
-        """`t`, which is always known on the host."""
+        """The number of the next update, always known on the host."""
         return self.t
 
     def assign(self, t: int) -> None:
@@ -48,13 +48,13 @@ class CallCount:
         self.t += 1
 
     def write_rates(self, bases: Sequence[float | Tensor]) -> bool:
-        """Writes the learning rate of every group, and returns True if it is this schedule's turn."""
+        """Writes the learning rate of every group. Returns False before the schedule's turn in a `SequentialLR`."""
         for group, base in zip(self._optimizer.param_groups, bases, strict=True):
             self.enter(group, base)
         return self.t >= 0
 
     def enter(self, group: dict[str, Any], base: float | Tensor) -> bool:
-        """Writes the learning rate of one group, and returns True if it is this schedule's turn."""
+        """Writes the learning rate of one group. Returns False before the schedule's turn in a `SequentialLR`."""
         if self.t < 0:
             return False
         rate = base * self._curve.factor(self.t)
@@ -65,11 +65,11 @@ class CallCount:
         return True
 
     def saved(self) -> dict[str, Any]:
-        """Returns what a state dict has beside `last_epoch`: nothing."""
+        """Returns the entries of a state dict beside `last_epoch`: none."""
         return {}
 
     def restore(self, t: int, origin: int | None) -> None:
-        """Takes over the position of a state dict."""
+        """Continues at the position of a state dict."""
         self.t = t
 
     def expect_load(self, t: int) -> None:

@@ -1,4 +1,4 @@
-"""The schedule: warm-up and cosine annealing, with or without restarts, for any torch optimizer."""
+"""The learning-rate scheduler: warm-up and cosine annealing, with or without restarts, for any torch optimizer."""
 
 from __future__ import annotations
 
@@ -22,92 +22,102 @@ from .applied_steps import AppliedCount
 from .call_count import CallCount
 from .curve import WarmupCosine
 
-# So that an INT64 holds its difference to any number of updates made.
 _COUNTERS = {counter.name: counter for counter in (CallCount, AppliedCount)}
+# The difference of two counts up to here fits INT64.
 LAST_UPDATE = 2**62
 
 
 class WarmupCosineLR(LRScheduler):
-    """Linear warm-up, then a cosine down to a floor; or cosines that restart. Works with any torch optimizer.
+    """A learning-rate schedule: linear warm-up, then a cosine down to a floor, once or with restarts.
 
-    The learning rate of update `t` (0 for the first) is the group's own initial rate times `factor(t)`:
+    The schedule works with any torch optimizer. The learning rate of update `t` (0 for the first) is the group's
+    initial rate times `factor(t)`:
 
         t < warmup_steps    warmup_start + (1 - warmup_start) * (t + 1) / warmup_steps
         then                min_ratio + (1 - min_ratio) * (1 + cos(π u)) / 2
                             u = (t - warmup_steps) / (total_steps - warmup_steps)
-        t >= total_steps    min_ratio, for ever
+        t >= total_steps    min_ratio, from then on
 
-    With `T_0` there are cycles, of `T_0`, `T_0 * T_mult`, `T_0 * T_mult**2`, … updates after the warm-up. Each
-    length is rounded once, to the nearest integer and to even in a tie, from the exact value. Cycle `c` (0 for
-    the first) goes from `peak_decay**c` to `min_ratio` as the cosine above, with `u` running from 0 to 1 over the
-    cycle. A peak that would be below `min_ratio` is `min_ratio`.
+    With `T_0`, cycles of `T_0`, `T_0 * T_mult`, `T_0 * T_mult**2`, … updates follow the warm-up. Each length is the
+    exact value rounded once, to the nearest integer, ties to even. Cycle `c` (0 for the first) falls from
+    `peak_decay**c` to `min_ratio` as the cosine above, with `u` from 0 to 1 over the cycle. A peak below `min_ratio`
+    becomes `min_ratio`.
 
-    Call `step` after each `optimizer.step()`:
+    Call `step` after each `optimizer.step()`. The schedule is a closed form of `t` and of the initial rates, which the
+    groups contain as `"initial_lr"`, as with all torch schedulers:
 
-        schedule = WarmupCosineLR(optimizer, total_steps=epochs * len(loader), warmup_steps=5 * len(loader))
+    - Groups keep the ratio of their rates. A tensor `lr` is written in place.
+    - A group from `optimizer.add_param_group` is scheduled at once, from its own rate. A group that enters
+      `param_groups` in another way is scheduled from the next `step`.
+    - Optimizer and schedule of a resumed run may be built and loaded in any order. Each load sets the rates of the
+      schedule's update. An optimizer that was loaded before, or that had another schedule, has initial rates already;
+      set `group["initial_lr"]` or `base_lrs` to replace them.
+    - `step` does not warn if `optimizer.step()` was not called before. torch's schedulers warn without reason under a
+      `GradScaler`, which leaves out steps with an overflow.
+    - In torch's `SequentialLR` the schedule can only be the last one, because it sets the rates from its first step on.
+    - In torch's `ChainedScheduler` it overwrites the rates of schedulers before it, and schedulers after it multiply
+      rates that it writes in each step. Multiply `base_lrs` instead.
 
-    The schedule is a closed form of `t` and the groups' initial rates, which are kept in the groups as
-    `"initial_lr"`, as all torch schedulers do:
+    With `count="applied"`, `t` is the number of updates that a `FusedSGD` has applied since the schedule was built, so
+    skipped steps do not move the schedule. The device of the parameters counts the updates and has the factors in a
+    table, which the update kernel reads. No step synchronises, and a captured CUDA graph follows its schedule in
+    replays. In this mode:
 
-    - A group keeps its ratio to the others. A tensor `lr` is written in place.
-    - A group added by `optimizer.add_param_group` is scheduled at once, from the rate it comes with. One that gets
-      into `param_groups` in another way is scheduled from the next `step`.
-    - A resumed run may build and load optimizer and schedule in any order: each load sets the rates of the update
-      that the schedule is at. An optimizer that was loaded before the schedule is built, or had another one before,
-      brings its initial rates with it. To start from others, set `group["initial_lr"]` or `base_lrs`.
-    - `step` does not warn when `optimizer.step()` was not called before. Under a `GradScaler`, which leaves
-      out steps that overflow, torch's schedulers warn without cause.
-    - In torch's `SequentialLR` it can only be the last: it takes the rates as its own whenever it has begun.
-    - In torch's `ChainedScheduler` it overwrites the rates of the schedulers listed before it, and those listed after
-      it multiply rates that it writes anew in each step. Multiply `base_lrs` instead.
-
-    With `count="applied"` `t` is the number of updates that a `FusedSGD` has applied since the
-    schedule was built, so that steps which overflow do not move it. They are counted where the parameters live; the
-    factors lie there in a table, from which the update takes the one that is due. So nothing synchronises, and a
-    captured CUDA graph follows the schedule as it is replayed. Then:
-
-    - `group["lr"]` is an FP64 tensor of no dimension for others to read: the rate of the next update, as of the last
-      `step`. A checkpoint of the optimizer has the number.
-    - The count is in the optimizer's state: a resumed run loads both, in any order.
-    - To set a rate by hand until the next `step`, assign a number to `group["lr"]`. Writing into the tensor, as
-      torch's other schedulers do, changes only what it reads.
+    - `group["lr"]` is a 0-dim FP64 tensor to read: the rate of the next update, as of the last `step`. A checkpoint of
+      the optimizer contains the number.
+    - The count is in the optimizer's state. A resumed run loads both, in any order.
+    - To set a rate by hand until the next `step`, assign a number to `group["lr"]`. A write into the tensor, as by
+      torch's other schedulers, does not change the rate of the update.
     - `last_epoch`, `get_lr`, `get_last_lr` and `state_dict` synchronise.
-    - It cannot be used in `SequentialLR`.
+    - The schedule cannot be used in `SequentialLR`.
 
     Args:
-        optimizer: The optimizer whose learning rates are set, beginning with the one of update 0.
-        total_steps: Updates in all, with the warm-up. None, only with `T_0`: restarts without end. A cycle that
-            `total_steps` cuts short is not squeezed.
-        warmup_steps: Updates of the warm-up. Update `warmup_steps - 1` has the full rate, and so has the first of
-            the cosine.
-        warmup_start: The factor that the warm-up leaves behind, in [0, 1]; the first update is already
-            `1 / warmup_steps` of the way above it.
-        min_ratio: The floor, as a factor, in [0, 1].
-        T_0: Updates in the cosine of the first cycle. None: one cosine, no restarts.
-        T_mult: How much longer each cosine is than the one before, at least 1, and any real number.
-        peak_decay: How much lower each peak is than the one before, in [0, 1].
-        warmup_every_cycle: Whether each later cycle has a warm-up as well: `warmup_steps` updates from
-            `warmup_start` (or its peak, if that is lower) to its peak, before its cosine and in addition to it.
-        count: What `t` counts: `"calls"` of `step`, or updates `"applied"` by a `FusedSGD`, which needs
+        optimizer: The optimizer whose learning rates are set, starting with the rate of update 0.
+        total_steps: The number of updates, warm-up included. None, only with `T_0`, restarts without end. A cycle that
+            `total_steps` cuts short keeps its shape.
+        warmup_steps: The number of updates of the warm-up. Update `warmup_steps - 1` has the full rate, and so has the
+            first update of the cosine.
+        warmup_start: The factor below the first update, in [0, 1]. The first update is `1 / warmup_steps` of the way
+            to the full rate.
+        min_ratio: The floor, as a factor in [0, 1].
+        T_0: The number of updates in the first cosine. None is one cosine without restarts.
+        T_mult: The ratio of each cosine's length to the length before, a real number of at least 1.
+        peak_decay: The ratio of each peak to the peak before, in [0, 1].
+        warmup_every_cycle: True for a warm-up before each later cosine as well: `warmup_steps` more updates from
+            `warmup_start` (or from the peak, if the peak is lower) to the peak.
+        count: The unit of `t`: `"calls"` of `step`, or updates `"applied"` by a `FusedSGD`, which requires
             `total_steps`.
-        last_epoch: The number of the last update that was made, as torch's schedulers take it: the next one is
-            `last_epoch + 1`. -1 begins with update 0. Groups without `"initial_lr"` take their present rate as the
-            initial one, where torch's schedulers raise.
+        last_epoch: The number of the last update, as in torch's schedulers; the next update is `last_epoch + 1`. -1
+            starts with update 0. Groups without `"initial_lr"` use their present rate, where torch's schedulers raise.
 
     Attributes:
         curve: The `WarmupCosine`, whose `factor(t)` is the schedule.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument is outside its range, or does not go with the others.
+        ValueError: An argument is outside its range, or contradicts another argument.
 
     Warns:
-        UserWarning: `warmup_steps` equals `total_steps`, so that no cosine follows the warm-up; or, once, a
-            `step` goes beyond update `total_steps`, where one call after each update ends. With
-            `count="applied"` this is noticed where the optimizer counts on the CPU.
+        UserWarning: `warmup_steps` equals `total_steps`, so that no cosine follows the warm-up; or, once, `step` goes
+            beyond update `total_steps`. With `count="applied"` the second warning requires a count on the CPU.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), sections 3.1 (warm-up) and 5.1
     (cosine); restarts from "SGDR" (arXiv 1608.03983).
+
+    Example:
+        ```python
+        import fused_tricks as ft
+        import torch
+
+        optimizer = ft.FusedSGD([torch.nn.Parameter(torch.zeros(3))], lr=0.4, momentum=0.9)
+        schedule = ft.WarmupCosineLR(optimizer, total_steps=100, warmup_steps=4)
+        rates = []
+        for _ in range(100):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        assert rates[:4] == [0.1, 0.2, 0.30000000000000004, 0.4]
+        ```
     """
 
     _is_beyond_end = False
@@ -140,8 +150,8 @@ class WarmupCosineLR(LRScheduler):
         self._counter: CallCount | AppliedCount = _COUNTERS[count](optimizer, self.curve)
         if self.curve.warmup_steps == self.curve.total_steps:
             warn_user(
-                f"warmup_steps equals total_steps={self.curve.total_steps}: the warm-up takes all updates and no "
-                "cosine follows; total_steps counts the warm-up as well"
+                f"warmup_steps equals total_steps={self.curve.total_steps}, so no cosine follows the warm-up; "
+                "total_steps includes the warm-up"
             )
         _separate_default_rate(optimizer)
         super().__init__(optimizer)
@@ -157,18 +167,18 @@ class WarmupCosineLR(LRScheduler):
 
     @property
     def last_epoch(self) -> int:
-        """`t` of the next update. The name is torch's."""
+        """The number of the next update. The name is torch's."""
         return self._counter.t
 
     @last_epoch.setter
     def last_epoch(self, t: int) -> None:
-        # The base class assigns it once before it counts steps.
+        # The base class assigns -1 before it counts steps.
         if hasattr(self, "_step_count"):
             self._counter.assign(t)
 
     @property
     def base_lrs(self) -> list[float | Tensor]:
-        """The initial rate of each group. They may be assigned, and count from the next `step`."""
+        """The initial rate of each group. Assigned rates apply from the next `step`."""
         return [_initial_rate(group) for group in self.optimizer.param_groups]
 
     @base_lrs.setter
@@ -177,20 +187,20 @@ class WarmupCosineLR(LRScheduler):
             group["initial_lr"] = rate
 
     def get_lr(self) -> list[float | Tensor]:
-        """The learning rate of each group at `last_epoch`, in the type of the group's initial rate."""
+        """Returns the learning rate of each group at `last_epoch`, in the type of the group's initial rate."""
         factor = self.curve.factor(self.last_epoch)
         return [rate * factor for rate in self.base_lrs]
 
-    # torch.compile would guard the number of calls, which is another one each time.
+    # torch.compile would guard the number of calls, and compile anew in each step.
     @disable_dynamo
     def step(self, epoch: int | None = None) -> None:
         """Sets the learning rates of the next update.
 
         Args:
-            epoch: The update to go to instead of the next one, 0 for the first.
+            epoch: The number of the next update; None goes on by one.
 
         Raises:
-            TypeError, ValueError: `epoch` is not an integer, negative, or beyond 64 bits.
+            TypeError, ValueError: `epoch` is not an integer, or is outside [0, 2**62].
 
         Warns:
             UserWarning: The next update is beyond `total_steps`; once.
@@ -201,15 +211,15 @@ class WarmupCosineLR(LRScheduler):
         if total is not None and not self._is_beyond_end and self._counter.known_t > total:
             self._is_beyond_end = True
             warn_user(
-                f"the schedule was stepped beyond total_steps={total}: further updates are made at its floor, "
-                f"min_ratio={self.curve.min_ratio}; total_steps counts all updates, those of the warm-up included"
+                f"the schedule was stepped beyond total_steps={total}: later updates have the factor "
+                f"min_ratio={self.curve.min_ratio}; total_steps must include all updates, also those of the warm-up"
             )
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """The learning rates that the last `step` set; with `count="applied"`, those of the next update."""
+        """Returns the learning rates of the last `step`; with `count="applied"`, the rates of the next update."""
         return super().get_last_lr() if self._counter.sets_last_rates else self.get_lr()
 
-    # torch's SequentialLR enters a schedule here.
+    # torch's SequentialLR calls this method.
     def _update_lr(self, epoch: int | None = None) -> None:
         _check_rates_have_memory(self.optimizer.param_groups)
         if epoch is None:
@@ -226,9 +236,9 @@ class WarmupCosineLR(LRScheduler):
         return [_copy(group["lr"]) for group in self.optimizer.param_groups]
 
     def _watch_groups(self) -> None:
-        """Sets the rates of groups that are added or loaded between two calls of `step`, where torch leaves them."""
+        """Sets the rates of groups that are added or loaded between two calls of `step`, which torch does not."""
         optimizer = self.optimizer
-        # Weak references, because the optimizer holds these functions: a cycle would keep its tensors past their time.
+        # The optimizer holds these functions; strong references would be a cycle that keeps tensors alive.
         optimizer_ref, schedule_ref = ref(optimizer), ref(self)
         add = type(optimizer).add_param_group
         wrapped = vars(optimizer).get("add_param_group")
@@ -250,7 +260,7 @@ class WarmupCosineLR(LRScheduler):
                 schedule._counter.after_load()
                 schedule._write_rates()
 
-        # There is no hook for this one; the base class replaces `step` in the same way.
+        # torch has no hook for new groups. The base class replaces `step` in the same way.
         optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
         optimizer.register_load_state_dict_post_hook(after_load)
 
@@ -261,9 +271,10 @@ class WarmupCosineLR(LRScheduler):
             self._last_lr = self._current_rates()
 
     def state_dict(self) -> dict[str, Any]:
-        """`last_epoch` and the arguments; JSON can hold it. The initial rates are in the optimizer's state.
+        """Returns `last_epoch` and the arguments, as JSON can represent them.
 
-        With `count="applied"` also `origin`: how many updates the optimizer had applied before update 0.
+        The initial rates are in the optimizer's state. With `count="applied"` the state has `origin` as well: the
+        number of updates that the optimizer had applied before update 0.
         """
         return {"last_epoch": self.last_epoch, **self._arguments(), **self._counter.saved()}
 
@@ -271,21 +282,20 @@ class WarmupCosineLR(LRScheduler):
         return {**asdict(self.curve), "count": self._counter.name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes to the update that the state is of, and sets its learning rates.
+        """Continues at the update of a saved state, and sets its learning rates. The arguments do not change.
 
-        The arguments stay those that this schedule was built with.
+        Args:
+            state_dict: The result of `state_dict`.
 
         Warns:
-            UserWarning: The state is of a schedule with other arguments.
+            UserWarning: The state is from a schedule with other arguments.
 
         Raises:
-            KeyError, TypeError, ValueError: The state has no `last_epoch`, or one that is not an integer or outside
-                `[-1, 2**62]`, or such an `origin`. Nothing is changed then.
+            KeyError, TypeError, ValueError: `last_epoch` is missing, or `last_epoch` or `origin` is not an integer in
+                its range. Nothing is changed then.
         """
         if "last_epoch" not in state_dict:
-            raise KeyError(
-                "state_dict has no 'last_epoch'; it must be what a schedule's state_dict() returned"
-            )
+            raise KeyError("state_dict has no 'last_epoch'; pass the result of a schedule's state_dict()")
         last_epoch = integer("last_epoch", state_dict["last_epoch"], least=-1, most=LAST_UPDATE)
         origin = None
         if "origin" in state_dict:
@@ -298,7 +308,7 @@ class WarmupCosineLR(LRScheduler):
         ]
         if different:
             warnings.warn(
-                "the loaded state is of a schedule with other arguments: "
+                "the loaded state is from a schedule with other arguments: "
                 + ", ".join(different)
                 + "; this schedule keeps its own",
                 UserWarning,
@@ -310,11 +320,7 @@ class WarmupCosineLR(LRScheduler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if "_counter" not in state:
-            # A schedule that was pickled before its counters were classes.
-            self._counter = state["_applied"] or CallCount(self.optimizer, self.curve)
-            self._counter.restore(state["_calls"], getattr(state["_applied"], "origin", None))
-        # The optimizer of a copy has lost what watched it.
+        # The optimizer of a copy has lost the functions that watch its groups.
         self._watch_groups()
 
 
@@ -322,7 +328,7 @@ def _check_rates_have_memory(groups: list[dict[str, Any]]) -> None:
     for index, group in enumerate(groups):
         if isinstance(group["lr"], Tensor) and missing_bytes(group["lr"]):
             raise RuntimeError(
-                f"the lr of group {index} has no memory: its storage was resized; set another lr"
+                f"the lr of group {index} has no memory, because its storage was resized; set another lr"
             )
 
 
@@ -341,13 +347,13 @@ def _initial_rate(group: dict[str, Any]) -> float | Tensor:
 
 
 def _separate_default_rate(optimizer: Optimizer) -> None:
-    """Keeps writes to groups out of the default that later groups get: torch hands the same tensor to all of them."""
+    """Copies a default `lr` tensor, which torch passes to all groups, so that writes to groups do not change it."""
     if isinstance(optimizer.defaults.get("lr"), Tensor):
         optimizer.defaults["lr"] = optimizer.defaults["lr"].clone()
 
 
 def _separate_late_rate(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Gives a late group a tensor of its own where it came with that of another, which is scheduled already."""
+    """Copies the `lr` of a late group that shares the tensor with a group already scheduled."""
     for other in groups:
         if other is not group and isinstance(group["lr"], Tensor) and other["lr"] is group["lr"]:
             group["lr"] = group["lr"].clone()

@@ -197,22 +197,3 @@ def test_an_optimizer_and_its_schedule_are_freed_without_the_garbage_collector()
         assert gone[0]() is None
     finally:
         gc.enable()
-
-
-@pytest.mark.parametrize("count", ["calls", "applied"])
-def test_a_schedule_that_was_pickled_before_its_counters_were_classes_goes_on(count: str) -> None:
-    optimizer = FusedSGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
-    schedule = WarmupCosineLR(optimizer, 8, 4, count=count)
-    for _ in range(3):
-        optimizer.step()
-        schedule.step()
-    state = vars(schedule).copy()
-    counter = state.pop("_counter")
-    former = WarmupCosineLR.__new__(WarmupCosineLR)
-    former.__setstate__({**state, "_calls": 3, "_applied": counter if count == "applied" else None})
-    assert former.last_epoch == 3
-    optimizer.step()
-    former.step()
-    assert former.get_last_lr() == pytest.approx([1.0])
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert former.last_epoch == 4
