@@ -1,4 +1,4 @@
-"""Zero γ in the last norm of each residual branch."""
+"""Sets γ to zero in the last norm of each residual branch."""
 
 from .find import zero_gamma_, zero_gamma_names
 

@@ -1,4 +1,4 @@
-"""Zero γ: residual blocks that begin training as the identity."""
+"""Zero γ: sets the last norms of residual branches to zero, so that blocks begin training as their shortcuts."""
 
 import warnings
 from dataclasses import dataclass
@@ -21,43 +21,62 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def zero_gamma_(model: ModelT, example_inputs: Any = None, *, strict: bool = False) -> ModelT:
     """Sets γ = 0 in the last norm of every residual branch of `model`, in place, and returns the model.
 
-    Every residual block then begins as its shortcut, and the network trains at first like one of fewer layers.
+    Every residual block then begins as its shortcut, and the network at first trains like a network with fewer layers.
 
-    The branches are found in the graph that autograd builds in one forward pass of a copy of the model, not
-    from its class. At an addition, the terms to which more convolutions and linear layers lead are the
-    branches; a term to which fewer lead is the shortcut. A branch counts when it ends in a norm (BatchNorm,
-    SyncBatchNorm, InstanceNorm, GroupNorm or LayerNorm, whose γ is the layer's `weight`) and nothing follows
-    up to the addition but reshapes, casts, dropout, stochastic depth, gates by a sigmoid (squeeze and
-    excitation) and scales (layer scale). A norm before an activation is never set: behind a ReLU, a γ of zero
-    would have no gradient for ever.
+    The branches are found in the autograd graph of one forward pass of a copy of the model; the model's class is not
+    used. In an addition, the terms with more convolutions and linear layers before them are the branches, and the term
+    with fewer is the shortcut. A branch ends in a norm if only the following operations are between the norm and the
+    addition: reshapes, casts, dropout, stochastic depth, gates by a sigmoid (squeeze and excitation) and scales (layer
+    scale). Norms are BatchNorm, SyncBatchNorm, InstanceNorm, GroupNorm and LayerNorm, with γ in the layer's `weight`. A
+    norm before an activation is never set: before a ReLU, γ = 0 and β = 0 would never receive a gradient.
 
-    The model is not moved, cast or run, and may be on any device, in any precision and in any mode; the copy is
-    on the `meta` device. Call it after loading the model's weights, and before `torch.jit.script` or
-    sharding; `DataParallel`, `DistributedDataParallel` and `torch.compile` may come before or after it.
+    The model itself is not moved, cast or run. It may be on any device, in any precision and in any mode. The copy is
+    on the `meta` device. Call `zero_gamma_` after the model's weights are loaded, and before `torch.jit.script` or
+    sharding. `DataParallel`, `DistributedDataParallel` and `torch.compile` may come before or after the call.
 
     Args:
-        model: the model; or a single norm layer, which is then the one to be set.
-        example_inputs: what the model is called with: a tensor, a tuple of positional arguments, or a dict of
-            keyword arguments. By default a batch of two of what the model's first layer takes, as images of
-            224×224 pixels and then of other usual sizes. Where a forward pass on `meta` fails, as it does if
-            the model's path depends on its data, a copy of the model runs on the values themselves, so
-            then they must be on the model's device.
-        strict: raise where nothing is found.
+        model: The model, or a single norm layer, whose own γ is then set.
+        example_inputs: The model's inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+            By default a batch of two in the shape that the model's first layer takes; for images 224×224 pixels, then
+            other usual sizes. If the forward pass on `meta` fails, for example because the model branches on values, a
+            copy of the model runs on `example_inputs` themselves, which must then be on the model's device.
+        strict: Raises if no norm is found.
+
+    Returns:
+        `model` itself.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: nothing was found, with `strict`; or the model has TorchScript modules, or lazy ones that
+        ValueError: `strict` is set and no norm is found; or the model has TorchScript modules, or lazy modules that
             have not run yet.
-        RuntimeError: the copy could not be made or run. A refused call changes nothing.
+        RuntimeError: The model cannot be copied, or the copy cannot run. A refused call changes nothing.
 
     Warns:
-        UserWarning: nothing was found (`zero_gamma_` alone); or norms that end a branch, or may, were left alone: as
-            many layers lead to the other side of the addition; the output or γ is used elsewhere, too; γ is frozen
-            (`requires_grad=False`); the norm is scaled by a parameter that has zeros, and a product of two zeros
-            has no gradient; or the norm is deeper inside of a branch whose last norm is set.
+        UserWarning: No norm was found (only `zero_gamma_` warns of this); or a norm that ends a branch, or may end one,
+            was left alone. Reasons: the other side of the addition has as many layers; the norm's output or its γ is
+            also used elsewhere; γ is frozen (`requires_grad=False`); a parameter that scales the norm has zeros, and a
+            product of two zeros has no gradient; the norm is inside a branch whose last norm is set.
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1, zero γ; the idea
     is from "Accurate, Large Minibatch SGD" (arXiv 1706.02677), section 5.1.
+
+    Example:
+        ```python
+        import torch
+        from torch import nn
+        from fused_tricks import zero_gamma_
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.branch = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+
+            def forward(self, x):
+                return torch.relu(x + self.branch(x))
+
+        block = zero_gamma_(Block())
+        assert block.branch[1].weight.eq(0).all()
+        ```
     """
     found = find(model, example_inputs)
     if found.gammas:
@@ -68,7 +87,7 @@ def zero_gamma_(model: ModelT, example_inputs: Any = None, *, strict: bool = Fal
         if strict:
             raise ValueError(nothing)
         warnings.warn(
-            f"zero_gamma_ changes nothing: {nothing}. Leave the call out; with strict=True it raises",
+            f"zero_gamma_ changes nothing: {nothing}; remove the call, or pass strict=True to get an error",
             stacklevel=2,
         )
     with torch.no_grad():
@@ -78,11 +97,36 @@ def zero_gamma_(model: ModelT, example_inputs: Any = None, *, strict: bool = Fal
 
 
 def zero_gamma_names(model: nn.Module, example_inputs: Any = None) -> list[str]:
-    """Returns the names of the norm layers that `zero_gamma_` would set, in the order of `named_modules()`.
+    """Returns the names of the norm layers that `zero_gamma_` would set, in the order of `model.named_modules()`.
 
-    `model.get_submodule(name)` is the layer. The name of a single norm layer in itself is `""`.
+    `model.get_submodule(name)` returns the layer. The name is `""` if `model` itself is the norm layer.
 
-    Args, errors and warnings: those of `zero_gamma_`.
+    Args:
+        model: The model, or a single norm layer.
+        example_inputs: The model's inputs, as in `zero_gamma_`.
+
+    Returns:
+        The names; empty if no norm is found.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: The model has TorchScript modules, or lazy modules that have not run yet.
+        RuntimeError: The model cannot be copied, or the copy cannot run.
+
+    Warns:
+        UserWarning: A norm that ends a branch, or may end one, would be left alone.
+
+    Source: as `zero_gamma_`.
+
+    Example:
+        ```python
+        import torch
+        from torch import nn
+        from fused_tricks import zero_gamma_names
+
+        assert zero_gamma_names(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))) == []
+        assert zero_gamma_names(nn.BatchNorm2d(3)) == [""]
+        ```
     """
     found = find(model, example_inputs)
     found.warn()
@@ -91,31 +135,36 @@ def zero_gamma_names(model: nn.Module, example_inputs: Any = None) -> list[str]:
 
 @dataclass(frozen=True)
 class Found:
-    """What `zero_gamma_` does to a model.
+    """The last norms of a model's residual branches.
 
     Attributes:
-        gammas: by the name of the norm layer, γ to be set to zero.
-        left_alone: by the name of the norm layer, why its γ is not, though it may end a branch.
+        gammas: The γ to set to zero, by the name of the norm layer.
+        left_alone: The reason why γ stays unchanged, by the name of the norm layer.
     """
 
     gammas: dict[str, nn.Parameter]
     left_alone: dict[str, str]
 
     def describe_left_alone(self) -> str:
+        """Returns the norms left alone, grouped by reason, for a message."""
         names: dict[str, list[str]] = {}
         for name, reason in self.left_alone.items():
             names.setdefault(reason, []).append(name)
         return "; ".join(f"{', '.join(which)} ({reason})" for reason, which in names.items())
 
     def warn(self) -> None:
+        """Warns the caller of the public function of norms left alone."""
         if self.left_alone:
             warnings.warn(f"zero γ left alone: {self.describe_left_alone()}", stacklevel=3)
 
 
 def find(model: nn.Module, example_inputs: Any) -> Found:
+    """Returns the last norms of the residual branches; arguments and errors are those of `zero_gamma_`."""
     check_module(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise ValueError("TorchScript modules cannot be followed; call this before torch.jit.script")
+        raise ValueError(
+            "model has TorchScript modules, which are not supported; call this before torch.jit.script"
+        )
     for name, param in model.named_parameters():
         if is_lazy(param):
             raise ValueError(f"parameter {name} has no shape yet; run a forward pass of the model first")
@@ -129,21 +178,21 @@ def find(model: nn.Module, example_inputs: Any) -> Found:
     for norm in last_norms(graph):
         reason = norm.problem
         if reason is None and any(_has_zeros(run.original(leaf)) for leaf in norm.scales):
-            reason = "it is scaled by a parameter that has zeros, and both might stay zero"
+            reason = "a parameter that scales it has zeros, and both might stay zero"
         if reason is None:
             accepted.setdefault(norm.gamma, set()).add(norm.node)
         else:
             refused.setdefault(norm.gamma, reason)
     for leaf, norms in accepted.items():
         if graph.uses(leaf) != norms:
-            refused.setdefault(leaf, "its γ is used elsewhere, too")
+            refused.setdefault(leaf, "its γ is also used elsewhere")
         elif not run.original(leaf).requires_grad:
             refused.setdefault(leaf, "its γ is frozen (requires_grad=False) and would stay zero")
     to_zero = {leaf: norms for leaf, norms in accepted.items() if leaf not in refused}
     reached = graph.nodes_with_gradients(passing_none=set().union(*to_zero.values()))
     for leaf, norms in to_zero.items():
         if reached.isdisjoint(norms):
-            refused[leaf] = "it is inside of a branch that begins as zero and would pass no gradient to it"
+            refused[leaf] = "it is inside a branch that begins as zero and would not receive a gradient"
     reasons = {id(run.original(leaf)): refused.get(leaf) for leaf in [*accepted, *refused]}
     found = Found({}, {})
     for name, module in model.named_modules():
@@ -158,5 +207,5 @@ def find(model: nn.Module, example_inputs: Any) -> Found:
 
 
 def _has_zeros(scale: Tensor) -> bool:
-    """Where the values are not known, on `meta`, a scale is taken for one without zeros."""
+    """True if a scale has zeros; False on `meta`, where values are unknown."""
     return not scale.is_meta and bool((scale == 0).any())

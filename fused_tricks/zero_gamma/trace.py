@@ -1,4 +1,4 @@
-"""One forward pass of a copy of a model, for the autograd graph that it leaves behind."""
+"""The dry run: one forward pass of a copy of a model, which records its autograd graph."""
 
 import copy
 import random
@@ -18,20 +18,20 @@ from torch.utils import checkpoint
 from .._torch import ConvBase, NormBase, clear_backward_hooks
 from .autograd_graph import leaf_tensor
 
-# By the number of dimensions. The first is the usual one; the others are for networks that take a single size.
+# By the number of dimensions. The first size is the usual one; the rest is for networks that take a single size.
 _SPATIAL_SIZES = {1: ((1024,),), 2: ((224, 224), (256, 256), (384, 384), (32, 32)), 3: ((16, 112, 112),)}
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one forward pass left behind.
+    """The autograd graph of one forward pass.
 
     Attributes:
-        roots: the nodes that made the tensors the model returned.
-        inputs: the nodes through which the input's floating-point tensors entered.
-        additions: nodes that are additions, and do not say so.
-        originals: for each parameter of the copy, by id, the model's own.
-        keep_alive: the copy: nodes do not own the parameters that they refer to.
+        roots: The nodes of the model's outputs.
+        inputs: The nodes of the differentiable input tensors.
+        additions: Nodes that are additions under another name.
+        originals: The model's own parameter for each parameter of the copy, by the copy's id.
+        keep_alive: The copy, held because nodes do not own their parameters.
     """
 
     roots: list[Node]
@@ -41,21 +41,25 @@ class DryRun:
     keep_alive: nn.Module
 
     def original(self, leaf: Node) -> Tensor:
-        """The model's own parameter whose copy `leaf` stands for."""
+        """Returns the model's own parameter for a leaf of the graph."""
         tensor = leaf_tensor(leaf)
         return self.originals.get(id(tensor), tensor)
 
 
 def dry_run(model: nn.Module, example_inputs: Any) -> DryRun:
-    """Runs a copy of `model` once and returns the graph; the model and the random states stay as they were.
+    """Runs a copy of `model` once and returns the graph; the model and the random states do not change.
 
-    The copy is on the `meta` device, where nothing is computed. Where that fails and `example_inputs` were
-    given, a copy on the model's own device runs on them. In the copy every parameter is trainable and every
-    module in eval mode, which has neither randomness nor running statistics to update; what fails in eval mode
-    is tried in training mode.
+    The copy is on the `meta` device, which computes no values. If this run fails and the caller passed
+    `example_inputs`, a copy on the model's own device runs on them. In the copy, every parameter is trainable and every
+    module is in eval mode, where nothing is random and running statistics are not updated. If eval mode fails, training
+    mode follows.
+
+    Args:
+        model: The model.
+        example_inputs: As in `zero_gamma_`; `None` for default inputs.
 
     Raises:
-        RuntimeError: no attempt succeeded, or none returned a tensor that depends on a parameter.
+        RuntimeError: Every attempt failed, or returned no tensor that depends on a parameter.
     """
     if example_inputs is None:
         attempts = [(inputs, _to_meta) for inputs in _default_inputs(model)]
@@ -68,20 +72,20 @@ def dry_run(model: nn.Module, example_inputs: Any) -> DryRun:
                 return _run_copy(model, inputs, duplicate, training)
             except Exception as error:
                 failures.append((inputs, error))
-    # In eval mode, on the likeliest of the default inputs, or on the values that were given.
+    # Report the attempt in eval mode, on the likeliest default input or on the caller's values.
     inputs, failure = failures[0 if example_inputs is None else -2]
     on = "example_inputs"
-    hint = "they must be what the model takes, on its device"
+    hint = "they must be inputs of the model, on its device"
     if example_inputs is None:
         on = f"{inputs.dtype} of shape {tuple(inputs.shape)} on the meta device"
-        hint = "pass example_inputs that the model takes, on its device"
+        hint = "pass example_inputs: inputs of the model, on its device"
     raise RuntimeError(
         f"a copy of the model could not run on {on}; {hint}. {type(failure).__name__}: {failure}"
     ) from failure
 
 
 def _default_inputs(model: nn.Module) -> list[Tensor]:
-    """Batches of two of what models with this first layer usually take, the likeliest first."""
+    """Returns batches of two in the usual shapes for a model with this first layer, the likeliest first."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     conv = next((m for m in model.modules() if isinstance(m, ConvBase)), None)
     linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
@@ -90,7 +94,7 @@ def _default_inputs(model: nn.Module) -> list[Tensor]:
         shapes += [(conv.in_channels, *size) for size in _SPATIAL_SIZES[len(conv.kernel_size)]]
     elif linear is not None:
         shapes += [(linear.in_features,)]
-    # Not every model's first layer is the first that it made.
+    # The first module of a model is not always its first layer.
     shapes += [(3, *size) for size in _SPATIAL_SIZES[2]]
     return [torch.empty(2, *shape, dtype=dtype, device="meta") for shape in dict.fromkeys(shapes)]
 
@@ -111,7 +115,8 @@ def _run_copy(
     def duplicate_input(tensor: Tensor) -> Tensor:
         twin = duplicate(tensor)
         if _differentiable(twin):
-            twin = twin.requires_grad_().clone()  # a leaf could not be written in place
+            # A model may write to its inputs in place, which autograd does not allow for a leaf.
+            twin = twin.requires_grad_().clone()
             entries.append(twin)
         return twin
 
@@ -123,9 +128,9 @@ def _run_copy(
         with _Duplicating(duplicate):
             copied = _copy_module(model, {id(param): twin for param, twin in twins.items()})
         for module in copied.modules():
-            # Not by train(), which models override; norms with statistics of a batch refuse a batch of one.
+            # Models override train(). Norms stay in eval mode, because batch statistics refuse a batch of one.
             module.training = training and not isinstance(module, NormBase)
-            # These would put nodes of their own into the graph.
+            # Backward hooks would add nodes of their own to the graph.
             clear_backward_hooks(module)
         with _Duplicating(duplicate_input):
             arguments = copy.deepcopy(example_inputs)
@@ -149,12 +154,12 @@ def _differentiable(tensor: Tensor) -> bool:
 
 
 def _nodes(tensors: Iterable[Tensor]) -> list[Node]:
-    """The nodes that made `tensors`, where one did."""
+    """Returns the nodes of `tensors`; tensors without history have none."""
     return [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor that `value` holds in containers and attributes, each once."""
+    """Yields every tensor in the containers and attributes of `value`, each once."""
     seen: dict[int, Any] = {}
     stack = [value]
     while stack:
@@ -173,7 +178,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class _Duplicating(TorchFunctionMode):
-    """Lets `copy.deepcopy` make of each tensor what `duplicate` makes of it; parameters are not asked for."""
+    """A mode in which `copy.deepcopy` copies tensors with `duplicate`; parameters are copied beforehand."""
 
     def __init__(self, duplicate: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -191,8 +196,8 @@ class _Duplicating(TorchFunctionMode):
 
 
 def _copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy without the wrappers that would communicate, or ask for their devices."""
-    for module in reversed(list(model.modules())):  # inner ones first
+    """Returns a deep copy without data-parallel wrappers, which would communicate or check their devices."""
+    for module in reversed(list(model.modules())):  # inner wrappers first, for the memo of the outer ones
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             memo[id(module)] = copy.deepcopy(module.module, memo)
     copied: nn.Module = copy.deepcopy(model, memo)
@@ -200,7 +205,11 @@ def _copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 class _ViewAdditions(TorchFunctionMode):
-    """Notes the nodes of additions in place to a view of a whole tensor, which autograd calls `CopySlices`."""
+    """A mode that records in-place additions to a view of a whole tensor, whose nodes are named `CopySlices`.
+
+    Attributes:
+        nodes: The recorded nodes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,10 +228,10 @@ class _ViewAdditions(TorchFunctionMode):
 
 @contextmanager
 def _isolated(model: nn.Module) -> Iterator[None]:
-    """Gradients recorded, everything run eagerly, and the random states restored afterwards."""
+    """Records gradients, runs everything eagerly, and restores the random states afterwards."""
     gpus = {param.device.index for param in model.parameters() if param.is_cuda}
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # turns gradients on, too
+        stack.enter_context(torch.inference_mode(False))  # also enables gradients
         stack.enter_context(torch.random.fork_rng(gpus))
         stack.callback(random.setstate, random.getstate())
         if "numpy" in sys.modules:
@@ -236,10 +245,10 @@ def _isolated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _checkpoints_recorded() -> Iterator[None]:
-    """Reentrant checkpoints, which run without gradients, call their function directly."""
+    """Replaces reentrant checkpoints, which run their function without gradients, by direct calls of the function."""
     function = checkpoint.CheckpointFunction
     function.apply = staticmethod(lambda run, preserve_rng_state, *args: run(*args))
     try:
         yield
     finally:
-        del function.apply  # back to the one inherited from torch.autograd.Function
+        del function.apply  # restores the inherited torch.autograd.Function.apply
