@@ -37,16 +37,16 @@ class Edit:
 
 @dataclass(frozen=True)
 class Trick:
-    """A host-time trick, and how it is switched off.
+    """A host-time trick and the changes that switch it off.
 
     Attributes:
-        name: in the table.
-        where: the code that would go.
-        goes: obsolete with.
-        edits: of the C++ source.
-        without: functions of torch that the extension does not get.
-        patches: values for attributes of the package, by object and attribute.
-        optimizer: the class of the optimizer.
+        name: The name in the table.
+        where: The code of the trick.
+        goes: The change of torch that would make the trick obsolete.
+        edits: Edits of the C++ source.
+        without: Functions of torch that the extension does not receive.
+        patches: Values for attributes of the package, by object and attribute.
+        optimizer: The class of the optimizer.
     """
 
     name: str

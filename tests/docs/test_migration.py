@@ -376,6 +376,14 @@ def test_groups_list_the_models_parameters() -> None:
     assert optimizer.state[model.fc.weight]["master_param"].dtype == torch.float32
 
 
+def test_decoupled_weight_decay_is_an_option(backend, device):
+    (param,) = parameters([(4, 3)], device=device)
+    expected = param.detach().cpu() * (1 - 0.1 * 0.5)
+    optimizer = FusedSGD([param], lr=0.1, weight_decay=0.5, decoupled_weight_decay=True, backend=backend)
+    updated(optimizer, torch.zeros(4, 3))
+    assert_same_bits(param, expected)
+
+
 @pytest.mark.parametrize(
     "option", ["wd_after_momentum", "materialize_master_grads", "set_grad_none", "decouple_lr", "quantize"]
 )
