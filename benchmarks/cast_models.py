@@ -1,6 +1,6 @@
-"""How close `cast_model` and autocast come to FP32 on every classification network of torchvision.
+"""The distance of `cast_model` and autocast from FP32 on every classification network of torchvision.
 
-`python -m benchmarks.cast_models` writes `benchmarks/results/cast_models.md`; it needs no GPU. The tests take a
+`python -m benchmarks.cast_models` writes `benchmarks/results/cast_models.md`, and requires no GPU. The tests cover a
 few of the networks.
 """
 
@@ -21,7 +21,7 @@ from benchmarks.lib import machine, progress, report
 from fused_tricks import cast_model
 
 CLASSES = 10
-# The smallest image that a network takes, where that is not 32.
+# The smallest image of a network, if larger than 32.
 IMAGE_SIZE = {"alexnet": 63, "inception_v3": 299, "maxvit_t": 224, "vit_h_14": 28}
 
 
@@ -29,8 +29,8 @@ class Errors(NamedTuple):
     """Norms of the differences to FP32, relative to the norms in FP32.
 
     Attributes:
-        output: Of the output.
-        gradient: Of the gradient of all parameters.
+        output: The relative norm for the output.
+        gradient: The relative norm for the gradient of all parameters.
     """
 
     output: float
@@ -41,12 +41,12 @@ class Comparison(NamedTuple):
     """One network with random weights, on a batch of two random images, in BF16.
 
     Attributes:
-        name: As `torchvision.models.get_model` takes it.
-        parameters: How many elements they have.
+        name: The name in `torchvision.models.get_model`.
+        parameters: The number of elements of the parameters.
         image_size: Height and width in pixels.
         autocast: Errors under `torch.autocast`, in evaluation: with the running statistics of an untrained network.
         cast: Errors after `cast_model`, likewise.
-        finite: Whether all outputs and gradients are finite after `cast_model`, in evaluation and in training.
+        finite: True if all outputs and gradients are finite after `cast_model`, in evaluation and in training.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Comparison(NamedTuple):
 
 
 def names() -> list[str]:
-    """Every classification network of torchvision."""
+    """Returns every classification network of torchvision."""
     return sorted(torchvision.models.list_models(torchvision.models))
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
-    """The network with `CLASSES` classes and without dropout, in FP32, and two images."""
+    """Returns the network with `CLASSES` classes and without dropout, in FP32, and two images."""
     size = IMAGE_SIZE.get(name, 32)
     options: dict[str, Any] = {"num_classes": CLASSES}
     if name.startswith("vit_"):
@@ -72,7 +72,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
         options["init_weights"] = True
     model = torchvision.models.get_model(name, weights=None, **options)
     if name.startswith("vit_"):
-        nn.init.normal_(model.heads.head.weight, std=0.02)  # it starts at zero, and then so does every output
+        nn.init.normal_(model.heads.head.weight, std=0.02)  # zeros here would make every output zero
     for module in model.modules():
         if isinstance(module, nn.Dropout | torchvision.ops.StochasticDepth):
             module.p = 0.0
@@ -80,7 +80,7 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def compare(name: str) -> Comparison:
-    """Builds the network of that name and compares."""
+    """Builds the network of a name and compares it."""
     torch.manual_seed(0)
     return compare_model(name, *build(name))
 
@@ -106,7 +106,7 @@ class _Pass(NamedTuple):
 
 
 def _run(model: nn.Module, images: Tensor, *, autocast: bool = False) -> _Pass:
-    """Forward and backward; networks with auxiliary classifiers have several outputs in training."""
+    """Runs forward and backward. Networks with auxiliary classifiers have several outputs in training."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         outputs = model(images)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
@@ -127,7 +127,7 @@ def _error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def markdown(comparisons: Sequence[Comparison], described: dict[str, Any]) -> str:
-    """The table that is kept in the repository."""
+    """Returns the table that is kept in the repository."""
     header = [
         "network",
         "million parameters",
@@ -166,7 +166,7 @@ def markdown(comparisons: Sequence[Comparison], described: dict[str, Any]) -> st
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Compares and writes cast_models.md."""
+    """Compares the networks and writes cast_models.md."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cast_models", description=__doc__)
     parser.add_argument("--models", nargs="+", default=names(), metavar="NAME", help="all of them")
     report.add_output_to(parser)

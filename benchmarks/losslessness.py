@@ -1,7 +1,7 @@
-"""Whether fused_tricks trains as torch.amp does: the same weights, the same batches, and the curves of both.
+"""Training curves of fused_tricks and of torch.amp, from the same weights on the same batches.
 
-`python -m benchmarks.losslessness` trains side by side in FP32 and in low precision, and compares the loss at every
-step, the test accuracy on the way and the weights at the end. benchmarks/README.md says what is compared.
+`python -m benchmarks.losslessness` trains side by side in FP32 and in low precision. It compares the loss at every
+step, the test accuracy during training and the final weights. benchmarks/README.md describes the comparison.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from benchmarks.train.contestants import Recipe, Trainer
 BASELINE = FOR_LOOP
 ROUNDED = f"{OURS}, begun from rounded weights"
 TESTS = 8
-"""How often the test accuracy is measured in a training, at equal distances; less often if it has fewer steps."""
+"""The number of accuracy measurements in a training, at equal distances; at most one per step."""
 
 
 @dataclass
 class Curves:
-    """What one contestant did; one list a seed."""
+    """The record of one contestant, with one list per seed."""
 
     losses: list[list[float]] = field(default_factory=list)
     accuracies: list[list[float]] = field(default_factory=list)
     same_weights: list[bool] = field(default_factory=list)
-    """Whether model and baseline ended with equal full-precision weights and buffers, bit for bit."""
+    """For each seed, True if full-precision weights and buffers equal those of the baseline, bit for bit."""
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
-    """Reads the command line, and loads the images that it names."""
+    """Reads the command line and loads its images."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.losslessness",
         description="Compares the training curves of fused_tricks and of torch.amp.",
@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
 
 
 def build_all(model: nn.Module, recipe: Recipe) -> dict[str, Trainer]:
-    """All contestants, each with a copy of the model; in low precision ours twice, once with its weights as masters."""
+    """Returns all contestants, each with a copy of the model; ours twice in low precision, once with FP32 masters."""
     trainers = {
         name: train_contestants.build(name, copy.deepcopy(model), recipe) for name in train_contestants.NAMES
     }
@@ -80,14 +80,14 @@ def build_all(model: nn.Module, recipe: Recipe) -> dict[str, Trainer]:
 
 
 def full_precision(trainer: Trainer) -> dict[str, Tensor]:
-    """The weights and buffers of a trainer's model; masters where it has some."""
+    """Returns the weights and buffers of a trainer's model, with masters in place of low-precision weights."""
     if isinstance(trainer.optimizer, fused_tricks.FusedSGD):
         return fused_tricks.fp32_state_dict(trainer.model, trainer.optimizer)
     return trainer.model.state_dict()
 
 
 def steps_tested(steps: int) -> list[int]:
-    """After which steps of a training the test accuracy is measured; after each where there are fewer than `TESTS`."""
+    """Returns the steps after which the test accuracy is measured: `TESTS` steps, or all if there are fewer."""
     return sorted({steps * (test + 1) // TESTS for test in range(TESTS)} - {0})
 
 
@@ -136,17 +136,17 @@ def train_all(
 
 
 def distances(curves: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> list[float]:
-    """Absolute differences of all points of all pairs of curves."""
+    """Returns the absolute differences of all points of all pairs of curves."""
     return [abs(a - b) for curve, other in zip(curves, others) for a, b in zip(curve, other)]
 
 
 def largest(values: Sequence[float]) -> float:
-    """The largest value; nan where there is a nan, which every comparison, and so `max`, passes over."""
+    """Returns the largest value, or nan if there is one, which `max` would pass over."""
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def summarise(curves: dict[str, Curves]) -> dict[str, Any]:
-    """The raw curves; how far each contestant is from the baseline, and how far the baseline's seeds are apart."""
+    """Returns the raw curves, the distance of each contestant from the baseline, and that between its seeds."""
     baseline = curves[BASELINE]
 
     def summary(losses: list[float], accuracies: list[float]) -> dict[str, float]:
@@ -176,7 +176,7 @@ def summarise(curves: dict[str, Curves]) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page with one table for each precision."""
+    """Returns the page with one table for each precision."""
     sections = []
     tests = len(next(iter(result["precisions"].values()))["contestants"][BASELINE]["accuracies"][0])
     for precision, summary in result["precisions"].items():
@@ -225,7 +225,7 @@ def _distance_texts(distance: dict[str, float]) -> list[str]:
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
-    """For each precision: the loss of every seed, its distance from the baseline, and the test accuracy."""
+    """Draws for each precision the loss of every seed, its distance from the baseline, and the test accuracy."""
     pyplot = report.plotting()
     figure, panels = pyplot.subplots(2, 3, figsize=(14.5, 7.8), layout="constrained")
     looks = {
@@ -279,7 +279,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains, and writes losslessness.json, losslessness.md and losslessness.png."""
+    """Trains and writes losslessness.json, losslessness.md and losslessness.png."""
     options, images = parse(arguments)
     device, dtype = ablation_options.device_and_dtype(options)
     gpu.use(device, deterministic=True)

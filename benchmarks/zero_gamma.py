@@ -1,7 +1,7 @@
-"""Which norms `zero_gamma_` finds in the networks of torchvision and timm.
+"""The norms that `zero_gamma_` finds in the networks of torchvision and timm.
 
-`python -m benchmarks.zero_gamma --output docs/zero_gamma.md` writes that page: all classification models of
-torchvision and, where timm is installed, the first model of each of its families.
+`python -m benchmarks.zero_gamma --output docs/zero_gamma.md` writes the kept page: all classification models of
+torchvision and, if timm is installed, the first model of each of its families.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ from fused_tricks.zero_gamma.find import find
 TEXT = """\
 # What `zero_gamma_` finds
 
-`zero_gamma_` reads the graph of a forward pass and knows no library's classes. This is what it makes of theirs:
+`zero_gamma_` reads the graph of a forward pass, and has no rule for a class of a library. The tables have its result for the
+networks of two libraries:
 
-- *found*: how many norms it sets to γ = 0, of how many;
-- *where*: their names, with `*` for the numbers on the way;
-- *in doubt*: how many norms it leaves alone and names in its warning;
-- the last column compares with the norms that the library itself sets to zero, where it does.
+| column | content |
+| --- | --- |
+| found | the number of norms that get γ = 0, of all norms |
+| where | their names, with `*` for numbers |
+| in doubt | the number of norms that `zero_gamma_` does not change and names in its warning |
+| the last column | the difference from the norms that the library itself sets to zero, if any |
 
 Command: `{command}`. Date: {date}. Versions: {versions}.
 """
@@ -42,7 +45,7 @@ PATTERNS_SHOWN = 4
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found in one network: the norms to be set, and those that its library sets itself."""
+    """The norms of one network that `zero_gamma_` finds, and the norms that its library sets to zero."""
 
     network: str
     found: set[str]
@@ -71,7 +74,7 @@ def where(names: Iterable[str]) -> str:
 
 
 def zeroed(model: nn.Module) -> set[str]:
-    """The norms of `model` whose γ is zero."""
+    """Returns the norms of `model` whose γ is zero."""
     norms = set(norm_layers(model))
     gammas = {name: m._parameters.get("weight") for name, m in model.named_modules() if m in norms}
     return {name for name, gamma in gammas.items() if gamma is not None and not gamma.any()}
@@ -79,7 +82,7 @@ def zeroed(model: nn.Module) -> set[str]:
 
 def in_torchvision(names: Iterable[str]) -> Iterator[Finding]:
     for name in names:
-        # Their own initialisation takes seconds.
+        # The initialisation of these networks takes seconds.
         options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         with weightless():
             model = models.get_model(name, **options)
@@ -103,7 +106,7 @@ def in_timm(names: Iterable[str]) -> Iterator[Finding]:
 
 
 def section(title: str, findings: Iterable[Finding], theirs: str) -> str:
-    """A table of the networks where there is something to say, and the names of the others."""
+    """Returns a table of the networks with a result, and the names of networks without one."""
     findings = list(findings)
     told = [finding for finding in findings if finding.found or finding.in_doubt or finding.theirs]
     others = [finding.network for finding in findings if finding not in told]
@@ -111,11 +114,11 @@ def section(title: str, findings: Iterable[Finding], theirs: str) -> str:
     text += (
         table(["network", "found", "where", "in doubt", theirs], [finding.row() for finding in told]) + "\n"
     )
-    return text + (f"\nNothing in {', '.join(others)}.\n" if others else "")
+    return text + (f"\nNo norms found in: {', '.join(others)}.\n" if others else "")
 
 
 def timm_families() -> list[str]:
-    """The first model of each of timm's modules; none where timm is not installed."""
+    """Returns the first model of each of timm's modules; none if timm is not installed."""
     if importlib.util.find_spec("timm") is None:
         return []
     import timm

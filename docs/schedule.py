@@ -1,4 +1,4 @@
-"""Draws what the arguments of WarmupCosineLR do: `python -m docs.schedule` writes `docs/schedule.png`."""
+"""The picture of the arguments of WarmupCosineLR: `python -m docs.schedule` writes `docs/schedule.png`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from fused_tricks.schedule.curve import WarmupCosine
 
 PICTURE = Path(__file__).with_suffix(".png")
 UPDATES = 400
-# Where arrows lie, in units of the factor.
+# The heights of arrows, in units of the factor.
 LOW, HIGH = 1.08, 1.24
 
 
 def main() -> None:
+    """Draws the four panels and writes the picture."""
     figure, ((single, restarts), (decayed, warmed)) = pyplot.subplots(
         2, 2, figsize=(11, 6.4), sharex=True, sharey=True, layout="constrained"
     )
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def draw(axes: Axes, curve: WarmupCosine, arguments: str) -> None:
-    """The curve, one tread an update, so that a restart is a jump and not a slope."""
+    """Draws the curve with one tread per update, so that a restart is a jump and not a slope."""
     factors = [curve.factor(t) for t in range(UPDATES)]
     axes.stairs(factors, range(UPDATES + 1), baseline=None, color=OURS_COLOUR, linewidth=1.8)
     axes.set_title(arguments, loc="left", fontsize=9, family="monospace")
@@ -80,19 +81,20 @@ def draw(axes: Axes, curve: WarmupCosine, arguments: str) -> None:
 
 
 def span(axes: Axes, first: int, last: int, name: str, height: float) -> None:
-    """A labelled arrow over some updates."""
+    """Draws a labelled arrow over some updates."""
     ends = {"arrowstyle": "<->", "color": MARK_COLOUR, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 8}
     axes.annotate("", (first, height), (last, height), arrowprops=ends)
     mark(axes, first + 3, height, name)
 
 
 def level(axes: Axes, factor: float, name: str) -> None:
-    """A labelled line across."""
+    """Draws a labelled horizontal line."""
     axes.axhline(factor, color=MARK_COLOUR, linewidth=0.9, linestyle=(0, (4, 3)))
     mark(axes, 5, factor - 0.085, name)
 
 
 def mark(axes: Axes, t: int, height: float, name: str) -> None:
+    """Writes a label at update `t`."""
     axes.text(t, height + 0.02, name, color=MARK_COLOUR, fontsize=9)
 
 

@@ -1,7 +1,7 @@
-"""The paper's ablation on small images: what each of its tricks does to a large batch, with spreads over seeds.
+"""The paper's ablation on small images: the effect of each trick on a large batch, with spreads over seeds.
 
-`python -m benchmarks.ablation` trains every row with every seed. It can be killed at any time: started again, it
-goes on after the last training that was finished. benchmarks/README.md says how its setting was chosen.
+`python -m benchmarks.ablation` trains every row with every seed. A killed run continues after the last finished
+training when it is started again. benchmarks/README.md describes the choice of the setting.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CONFIDENCE = 0.95
-# Top-1 accuracy in % of its Table 4: ResNet-50 on ImageNet, batch 256 for the first row and 1024 for the others.
+# Top-1 accuracy in % from the paper's Table 4: ResNet-50 on ImageNet, batch 256 in the first row, 1024 in the rest.
 IN_THE_PAPER = {
     "small batch": 75.87,
     "+ linear scaling": 75.17,
@@ -42,7 +42,7 @@ IN_THE_PAPER = {
 class Difference:
     """Mean difference between two rows, seed by seed, and the ends of its confidence interval.
 
-    They are not finite where a training diverged; then nothing can be said of noise.
+    The numbers are not finite if a training diverged, and noise is then undefined.
     """
 
     mean: float
@@ -51,7 +51,7 @@ class Difference:
 
     @classmethod
     def between(cls, before: Sequence[float], after: Sequence[float]) -> Difference:
-        """Of two rows with the same seeds, at least two, in the same order; Student's t interval."""
+        """Returns the change between two rows with the same seeds, at least two, in the same order (Student's t)."""
         differences = [b - a for a, b in zip(before, after)]
         mean, deviation = mean_and_deviation(differences)
         if deviation is None:
@@ -62,16 +62,16 @@ class Difference:
 
     @property
     def diverged(self) -> bool:
-        """Whether a training of one of the rows did."""
+        """True if a training of one of the rows diverged."""
         return not math.isfinite(self.mean)
 
     @property
     def within_noise(self) -> bool:
-        """Whether the interval has zero in it."""
+        """True if the interval contains zero."""
         return self.low <= 0 <= self.high
 
     def text(self, factor: float, decimals: int) -> str:
-        """`mean (low … high)`, in bold where it is more than noise; or `diverged`."""
+        """Returns `mean (low … high)`, in bold if it exceeds noise, or `diverged`."""
         if self.diverged:
             return "diverged"
         numbers = (factor * number for number in (self.mean, self.low, self.high))
@@ -80,7 +80,7 @@ class Difference:
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Setting, data.Images]:
-    """Reads the command line, and loads the images that it names."""
+    """Reads the command line and loads its images."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ablation",
         description="Trains with the paper's tricks, one more in each row.",
@@ -111,7 +111,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Setting, data.I
 
 
 def describe(options: argparse.Namespace, setting: Setting) -> str:
-    """The setting, for the head of a page."""
+    """Returns the setting, for the head of a page."""
     return (
         f"{ablation_options.describe(options, setting.device, setting.dtype)}, batch {setting.small_batch} → "
         f"{setting.large_batch}, {setting.epochs} epochs, {options.seeds} seeds"
@@ -119,7 +119,7 @@ def describe(options: argparse.Namespace, setting: Setting) -> str:
 
 
 def open_log(path: Path, options: argparse.Namespace, setting: Setting, record: dict[str, Any]) -> OutcomeLog:
-    """The log of the trainings that are done; ends the program where they had another setting or machine."""
+    """Returns the log of finished trainings. Ends the program if they had another setting or machine."""
     made_with = {
         "dataset": options.dataset,
         "data": options.data,
@@ -139,16 +139,16 @@ def open_log(path: Path, options: argparse.Namespace, setting: Setting, record: 
 def train_all(
     rows: Mapping[str, tuple[Recipe, Setting]], images: data.Images, seeds: Sequence[int], log: OutcomeLog
 ) -> dict[str, list[Outcome]]:
-    """Trains what the log does not have, seed by seed.
+    """Trains the rows that are missing in the log, seed by seed.
 
     Args:
-        rows: how to train, by the name in the log.
-        images: to train and to test on.
-        seeds: to train every row with.
-        log: of the outcomes so far; gets the others.
+        rows: The rows by their names in the log.
+        images: The images for training and test.
+        seeds: The seeds of every row.
+        log: The outcomes so far. New outcomes are added.
 
     Returns:
-        For every row the outcomes in the order of the seeds.
+        The outcomes of every row in the order of the seeds.
     """
     missing = [(name, seed) for seed in seeds for name in rows if (name, seed) not in log.outcomes]
     for name, seed in progress.bar(missing, desc="trainings", unit="training"):
@@ -157,12 +157,12 @@ def train_all(
 
 
 def summarise(outcomes: dict[str, list[Outcome]], setting: Setting, count: int) -> dict[str, dict[str, Any]]:
-    """What the table has for every row, and the raw numbers of every seed.
+    """Returns the numbers of the table for every row, and the raw numbers of every seed.
 
     Args:
-        outcomes: of every row, one for each seed, in the same order in all rows.
-        setting: of all rows.
-        count: images to train on.
+        outcomes: The outcomes of every row, one for each seed, in the same order in all rows.
+        setting: The setting of all rows.
+        count: The number of training images.
     """
     summary: dict[str, dict[str, Any]] = {}
     first = before = ROWS[0]
@@ -197,7 +197,7 @@ def _change(row: dict[str, Any], what: str, to: str) -> Difference:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page with one table."""
+    """Returns the page with one table."""
     header = [
         "trained with",
         "batch",
@@ -246,7 +246,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _in_the_paper(name: str) -> str:
-    """The accuracy of a row in the paper's table, and in brackets the change to the row before that it has there."""
+    """Returns a row's accuracy in the paper's table and, in brackets, its change to the row before there."""
     if name not in IN_THE_PAPER:
         return "–"
     rows = list(IN_THE_PAPER)
@@ -256,7 +256,7 @@ def _in_the_paper(name: str) -> str:
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
-    """Test error and loss of every row with its seeds, and the change that each row brings."""
+    """Draws test error and loss of every row with its seeds, and the change of each row."""
     rows = result["rows"]
     pyplot = report.plotting()
     from matplotlib.ticker import SymmetricalLogLocator
@@ -292,7 +292,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
             if place:
                 _draw_change(changes_panel, place, change, decimals)
         report.dress(values_panel, title, "dots: seeds · lower")
-        # Logarithmic down to the smallest value that is not zero, and linear from there, so that a zero is seen.
+        # Logarithmic down to the smallest nonzero value, and linear below, so that zero is visible.
         smallest = min((value for value in drawn if value > 0), default=1.0)
         values_panel.set_xscale("symlog", linthresh=smallest, linscale=0.3)
         values_panel.margins(x=0.2)
@@ -327,7 +327,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
 
 
 def _lower_is_better(row: dict[str, Any], what: str) -> tuple[list[float], float, float | None, Difference]:
-    """Values of all seeds, mean, standard deviation and change to the row before, of the error in % or the loss."""
+    """Returns values of all seeds, mean, deviation and change to the row before, of the error in % or the loss."""
     if what == "loss":
         column = row["loss"]
         return column["seeds"], column["mean"], column["std"], _change(row, "loss", "to_row_before")
@@ -364,7 +364,7 @@ def _draw_change(axes: Axes, place: int, change: Difference, decimals: int) -> N
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains what is missing, and writes ablation.json, ablation.md and ablation.png."""
+    """Trains the missing rows and writes ablation.json, ablation.md and ablation.png."""
     options, setting, images = parse(arguments)
     gpu.use(setting.device, deterministic=True)
     record = machine.describe("benchmarks.ablation", arguments, setting.device)

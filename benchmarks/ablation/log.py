@@ -1,4 +1,4 @@
-"""Outcomes of single trainings, written down as they come, so that a benchmark that was killed goes on."""
+"""The log of outcomes of single trainings, from which a killed benchmark continues."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 from benchmarks.ablation.recipe import Outcome
 
 Key = tuple[str, int]
-"""Name of a row and seed."""
+"""Name and seed of a row."""
 
 
 class OutcomeLog:
-    """A file of JSON lines: what it was made with, and after that one outcome a line.
+    """A file of JSON lines: a line with the settings, then one outcome per line.
 
     Args:
-        path: the file. It is made where there is none; else its outcomes are read. A last line that was not written
-            to its end is dropped.
-        made_with: whatever decides the outcomes, as plain values.
+        path: The file. A missing file is created; the outcomes of an existing file are read. An incomplete last line is
+            dropped.
+        made_with: The settings that determine the outcomes, as plain values.
 
     Raises:
-        ValueError: the file was made with something else, or does not say with what.
+        ValueError: The file has other settings, or no line with settings.
     """
 
     def __init__(self, path: Path, made_with: Mapping[str, Any]) -> None:
@@ -37,7 +37,7 @@ class OutcomeLog:
             self._append({"made_with": made_with})
 
     def add(self, row: str, seed: int, outcome: Outcome) -> None:
-        """Notes an outcome; it is on the disk when this returns."""
+        """Writes an outcome to the disk before returning."""
         self._append({"row": row, "seed": seed, **asdict(outcome)})
         self.outcomes[row, seed] = outcome
 

@@ -1,4 +1,4 @@
-"""A residual network that is small enough to be trained many times on a CPU."""
+"""A residual network that is small enough for many trainings on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command line options about images, network and device that the ablation and the losslessness check share."""
+"""The command line options of the ablation and of the losslessness check: images, network, device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16"),
-        help="of low precision; float16 on a GPU and bfloat16 on a CPU unless given",
+        help="the low precision; by default float16 on a GPU and bfloat16 on a CPU",
     )
     backend_choice.add_to(parser)
     report.add_output_to(parser)
@@ -34,9 +34,9 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 def load_images(
     parser: argparse.ArgumentParser, options: argparse.Namespace, batches: Sequence[str]
 ) -> data.Images:
-    """Loads the images that the options name.
+    """Loads the images of the options.
 
-    Ends the program where a batch (the option's name) is larger than the set, or no fast backend is usable.
+    Ends the program if a batch is larger than the set, or if no fast backend is usable.
     """
     options.backends, _ = backend_choice.choose(parser, options.backend, options.device)
     try:
@@ -53,13 +53,13 @@ def load_images(
 
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Where to train, and in which low precision."""
+    """Returns the device and the low precision."""
     dtype_name = options.dtype or ("float16" if gpu.is_gpu(options.device) else "bfloat16")
     return options.device, getattr(torch, dtype_name)
 
 
 def describe(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> str:
-    """What the options say, for the head of a page."""
+    """Returns the options as a sentence, for the head of a page."""
     return (
         f"{6 * options.blocks + 2}-layer residual network on {options.dataset} at {options.image_size} × "
         f"{options.image_size} on {device.type}, low precision is {str(dtype).removeprefix('torch.')}"

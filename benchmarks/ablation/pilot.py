@@ -1,7 +1,7 @@
-"""How the ablation's learning rate is chosen: by the small batch alone, on seeds that the ablation does not use.
+"""The choice of the ablation's learning rate: by the small batch alone, on seeds that the ablation does not use.
 
 `python -m benchmarks.ablation.pilot` trains the first two rows, which have no trick, with several learning rates. It
-takes the options of benchmarks.ablation, and goes on where it was killed as that does.
+takes the options of benchmarks.ablation. A killed run continues when it is started again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _name(row: Recipe, lr: float) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page with one table."""
+    """Returns the page with one table."""
     lines = [
         [f"{rate['lr']:g}", *(cell for row in rate["rows"].values() for cell in _cells(row))]
         for rate in result["rates"]
@@ -61,7 +61,7 @@ def _cells(row: dict[str, list[float]]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains what is missing, and writes ablation_pilot.json and ablation_pilot.md."""
+    """Trains the missing rows and writes ablation_pilot.json and ablation_pilot.md."""
     options, setting, images = ablation.parse(arguments)
     gpu.use(setting.device, deterministic=True)
     record = machine.describe("benchmarks.ablation.pilot", arguments, setting.device)

@@ -1,4 +1,4 @@
-"""The rows of the paper's ablation, and how one of them is trained once."""
+"""The rows of the paper's ablation, and one training of a row."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from benchmarks.train.__main__ import batches
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
 WARMUP_SHARE = 5 / 120
-"""Epochs of warm-up among all epochs, in the paper."""
+"""The paper's share of warm-up epochs."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row: which of the tricks it trains with."""
+    """One row: the tricks of its training."""
 
     name: str
     large_batch: bool = False
@@ -59,17 +59,18 @@ ROWS = _ablation()
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows have in common.
+    """The setting of all rows.
 
     Attributes:
-        device: where to train.
-        dtype: of the rows with low precision; the others are FP32.
-        small_batch, large_batch: images an update.
-        lr: the learning rate for a batch of 256 images, from which that of the small batch follows.
-        epochs: how often an image is seen. The number of updates is the number of images seen over the batch size,
-            rounded down.
-        blocks: residual blocks in each of the network's three stages.
-        backend: of `FusedSGD`.
+        device: The device of the training.
+        dtype: The dtype of the rows with low precision. All other rows are FP32.
+        small_batch: The images per update of the first row.
+        large_batch: The images per update of all other rows.
+        lr: The learning rate for a batch of 256 images. The rate of the small batch is proportional.
+        epochs: The number of passes over the images. The number of updates is the number of images of all epochs over
+            the batch size, rounded down.
+        blocks: The residual blocks in each of the network's three stages.
+        backend: The backend of `FusedSGD`.
     """
 
     device: torch.device
@@ -82,25 +83,25 @@ class Setting:
     backend: str = "auto"
 
     def batch_size(self, row: Recipe) -> int:
-        """Images an update of the row."""
+        """Returns the images per update of a row."""
         return self.large_batch if row.large_batch else self.small_batch
 
     def peak_lr(self, row: Recipe) -> float:
-        """The row's learning rate before any warm-up and decay."""
+        """Returns a row's learning rate before warm-up and decay."""
         return fused_tricks.scale_lr(self.lr, self.large_batch if row.linear_scaling else self.small_batch)
 
     def steps(self, row: Recipe, images: int) -> int:
-        """Updates of a whole training on a set of so many images."""
+        """Returns the updates of a whole training on a set of `images` images."""
         return self.epochs * images // self.batch_size(row)
 
     def warmup_steps(self, row: Recipe, images: int) -> int:
-        """Updates of the warm-up; 0 where the row has none."""
+        """Returns the updates of the warm-up; 0 for a row without warm-up."""
         return round(WARMUP_SHARE * self.steps(row, images)) if row.warmup else 0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one training ended: share of test images that are right, mean cross-entropy of all, and its duration."""
+    """The outcome of one training: share of correct test images, their mean cross-entropy, and the duration."""
 
     accuracy: float
     loss: float
@@ -108,7 +109,7 @@ class Outcome:
 
 
 def step_decay(total_steps: int, warmup_steps: int) -> Callable[[int], float]:
-    """The paper's schedule before its cosine: a tenth after each quarter of the training, and the same warm-up."""
+    """The paper's step decay: a tenth after each quarter of the training, and the same warm-up."""
 
     def factor(t: int) -> float:
         return (t + 1) / warmup_steps if t < warmup_steps else 0.1 ** (4 * t // total_steps)
@@ -125,8 +126,8 @@ def _schedule(optimizer: torch.optim.Optimizer, row: Recipe, steps: int, warmup_
 def train_once(row: Recipe, setting: Setting, images: data.Images, seed: int) -> Outcome:
     """Trains a new network by the row's recipe and tests it.
 
-    The seed decides the initial weights and the order of the images, so rows of one seed have both in common, the
-    order being cut into batches of the row's size.
+    The seed determines the initial weights and the order of the images. Rows of one seed have both in common, and cut
+    the order into batches of their size.
     """
     begun = time.perf_counter()
     torch.manual_seed(seed)

@@ -1,8 +1,8 @@
-"""Builds, tests, times, profiles and sanitizes fused_tricks on the GPU that is here, within a limit of time.
+"""Builds, tests, times, profiles and sanitizes fused_tricks on the GPU of this machine, within a limit of time.
 
-`python -m benchmarks.gpu_report` (or `make gpu-report`) needs torch, and no network: nothing is installed, and a
-part whose tools are missing says so. The results are saved after each part, in one folder. benchmarks/README.md says
-what comes out.
+`python -m benchmarks.gpu_report` (or `make gpu-report`) requires torch and no network. Nothing is installed, and a part
+without its tools is reported as skipped. The results are saved after each part, in one folder. benchmarks/README.md
+lists the files.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ PACKAGES = (
 )
 PROGRAMS = ("nvidia-smi", "nvcc", "g++", "ninja", "ncu", "compute-sanitizer")
 LEAST_SECONDS = 10
-"""With fewer left a part is not begun."""
+"""The least remaining seconds at which a part begins."""
 LINES_SHOWN = 40
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a part: `ok`, `failed`, `stopped` or `skipped`, the reason, and the seconds it took."""
+    """The outcome of a part: `ok`, `failed`, `stopped` or `skipped`, the reason, and the seconds."""
 
     part: str
     ended: str
@@ -66,13 +66,13 @@ class Outcome:
 
 
 def add_tools_to_path() -> None:
-    """Puts the usual folders of NVIDIA's tools at the end of the PATH."""
+    """Appends the usual folders of NVIDIA's tools to the PATH."""
     folders = [Path("/usr/local/cuda/bin"), *sorted(Path("/opt/nvidia/nsight-compute").glob("*"))[-1:]]
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)])
 
 
 def answer(*command: str) -> str:
-    """Returns the first line that a program prints, or the empty string."""
+    """Returns the first line of a program's output, or the empty string."""
     program = shutil.which(command[0])
     if program is None:
         return ""
@@ -81,7 +81,7 @@ def answer(*command: str) -> str:
 
 
 def describe_gpu() -> tuple[str, str | None, list[str]]:
-    """Returns the GPU's name, its architecture as `9.0`, and lines about machine and versions."""
+    """Returns the GPU's name, its architecture such as `9.0`, and lines about machine and versions."""
     fields = ("name", "compute_cap", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.mem")
     found = answer("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader").split(", ")
     known = dict(zip(fields, found)) if len(found) == len(fields) else {}
@@ -118,18 +118,18 @@ def _commit() -> str:
 
 
 def _text_of(page: Path) -> str:
-    """Returns a page as far as it was written: a part may have been stopped in the middle of a letter."""
+    """Returns a page as far as it was written. A stopped part may leave an incomplete character."""
     return page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
 
 
 class Report:
-    """The folder of the results, and the time that is left.
+    """The folder of the results, and the remaining time.
 
     Args:
-        request: what parts are made for.
-        output: the folder.
-        seconds: for everything.
-        head: lines about the machine.
+        request: The request of the parts.
+        output: The folder.
+        seconds: The limit for all parts.
+        head: Lines about the machine.
     """
 
     def __init__(self, request: Request, output: Path, seconds: float, head: Sequence[str]) -> None:
@@ -139,7 +139,7 @@ class Report:
         self._sections: list[str] = []
 
     def run(self, part: Part) -> None:
-        """Runs a part, or notes why not, and saves everything."""
+        """Runs a part, or records the reason for skipping it, and saves all results."""
         print(f"{part.name} ...", flush=True)
         began = time.monotonic()
         ended, why = self._ended(part)
@@ -172,7 +172,7 @@ class Report:
         return "ok", ""
 
     def _run_stage(self, stage: dict[str, list[str]], part: Part, end: float) -> dict[str, int | None]:
-        """Returns the exit statuses by log; None of a command that had to be stopped."""
+        """Returns the exit statuses by log; None for a stopped command."""
         environment = {
             **os.environ,
             **part.environment,
@@ -209,7 +209,7 @@ class Report:
                 for name, process in running.items():
                     if process.poll() is None:
                         codes[name] = None
-                        # With what it has started itself.
+                        # The processes that the command has started end with it.
                         os.killpg(process.pid, signal.SIGKILL)
                         process.wait()
         return codes
@@ -218,7 +218,7 @@ class Report:
         return self._request.folder / f"{name}.log"
 
     def _section(self, part: Part) -> str:
-        """The part's tables and the lines of its logs that say most."""
+        """Returns the part's tables and the matching lines of its logs."""
         outcome = self.outcomes[-1]
         text = [f"## {part.name}: {outcome.ended}{f' ({outcome.why})' if outcome.why else ''}"]
         if outcome.ended == "skipped":
@@ -237,7 +237,7 @@ class Report:
         return "\n\n".join(text)
 
     def save(self, part: Part | None = None) -> None:
-        """Writes what there is so far: summary.md, numbers.jsonl, pictures, and logs.tar.gz with everything."""
+        """Writes the results so far: summary.md, numbers.jsonl, the pictures, and logs.tar.gz with all files."""
         rows = [
             f"| {outcome.part} | {outcome.ended} | {outcome.why or ' '} | {outcome.seconds:.0f} |"
             for outcome in self.outcomes
@@ -250,7 +250,7 @@ class Report:
             for outcome in self.outcomes:
                 results = []
                 for path in sorted((folder / outcome.part).glob("*.json")):
-                    # A part that was stopped may have left half a file.
+                    # A stopped part may leave an incomplete file.
                     with contextlib.suppress(ValueError):
                         results.append(json.loads(path.read_text(encoding="utf-8")))
                 print(json.dumps({**asdict(outcome), "results": results}), file=lines)
@@ -269,7 +269,7 @@ class Report:
 
 
 def _demoted(page: str) -> str:
-    """A page of its own as part of another: headings two levels down, without its picture's link."""
+    """Returns a page for use inside another page: headings two levels down, no link to its picture."""
     page = re.sub(r"^(#+) ", r"##\1 ", page, flags=re.MULTILINE)
     return re.sub(r"!\[[^\]]*\]\([^)]*\)\n*", "", page).strip()
 
@@ -280,20 +280,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks.gpu_report", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument(
-        "--seconds", type=float, default=530, help="for everything; parts that are left are named"
+        "--seconds", type=float, default=530, help="limit for all parts; skipped parts are listed"
     )
     parser.add_argument(
         "--output",
         type=report.output_folder,
         metavar="DIR",
-        help="build/gpu_report/NAME-OF-THE-GPU unless given",
+        help="build/gpu_report/NAME-OF-THE-GPU by default",
     )
     parser.add_argument("--parts", nargs="+", metavar="PART", help="only these, in their usual order")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the report itself"
     )
     parser.add_argument(
-        "--backend", action="append", default=[], help="of fused_tricks; all that are usable unless given"
+        "--backend", action="append", default=[], help="a backend of fused_tricks; all usable ones by default"
     )
     parser.add_argument(
         "--tiny", action="store_true", help="each part at the least size, to try the report itself"
@@ -304,12 +304,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(
     arguments: Sequence[str], python: Sequence[str] = (sys.executable,), graphs: bool | None = None
 ) -> int:
-    """Runs the parts; returns 1 where one failed or was stopped.
+    """Runs the parts. Returns 1 if a part failed or was stopped.
 
     Args:
-        arguments: of the command line.
-        python: the command that runs Python in the parts.
-        graphs: whether CUDA graphs can be captured; on a GPU unless given.
+        arguments: The command line.
+        python: The command that runs Python in the parts.
+        graphs: True if CUDA graphs can be captured; by default True on a GPU.
     """
     options = parse(arguments)
     add_tools_to_path()

@@ -1,6 +1,6 @@
 """Checks that the GPU backends give the bits of the CPU backend and of torch, and the same bits each time.
 
-`python -m benchmarks.gpu_report.bits` compares them. benchmarks/README.md says what is compared.
+`python -m benchmarks.gpu_report.bits` compares them. benchmarks/README.md describes the comparison.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_OF_NORM = 1e-5
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison: how many elements differ in a bit, or how many different results there were beyond the first."""
+    """One comparison: the number of elements that differ in a bit, or of different results beyond the first."""
 
     backend: str
     what: str
@@ -42,10 +42,11 @@ class Finding:
 def against_cpu(
     parameters: str, dtype: torch.dtype, backend: str, other: str, device: torch.device, norm: float | None
 ) -> tuple[int, int, bool]:
-    """Takes a few steps, of which the first and the third overflow, with two backends.
+    """Takes a few steps with two backends. The first and the third step overflow.
 
     Returns:
-        How many elements of weights and state differ, of how many, and whether loss scale, counters and norm agree.
+        The number of elements of weights and state that differ, the number of all elements, and True if loss scale,
+        counters and norm are equal.
     """
     options = {**HYPERPARAMETERS, "loss_scale": "dynamic", "max_grad_norm": norm}
     sides = []
@@ -109,7 +110,7 @@ def against_torch(backend: str, device: torch.device) -> tuple[int, int]:
 
 
 def repeats(parameters: str, backend: str, device: torch.device, times: int, norm: float | None) -> int:
-    """Counts the different results of the same three steps; more than one betrays a race."""
+    """Counts the different results of the same three steps. More than one shows a race."""
     module = fused_tricks.cast_model(parameter_sets.build(parameters, device), torch.float16)
     params = list(module.parameters())
     start = [param.detach().clone() for param in params]
@@ -131,7 +132,7 @@ def repeats(parameters: str, backend: str, device: torch.device, times: int, nor
 
 
 def _fingerprint(params: Sequence[Tensor], optimizer: fused_tricks.FusedSGD) -> tuple[int, ...]:
-    """Sums of the bit patterns, each element with a weight of its own, computed where the tensors are."""
+    """Returns weighted sums of the bit patterns, computed on the tensors' device."""
     widths = {2: torch.int16, 4: torch.int32}
     tensors = [*params, *(value for param in params for value in optimizer.state[param].values())]
     sums = []
@@ -173,7 +174,7 @@ def compare(options: argparse.Namespace) -> Iterator[Finding]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page with one table."""
+    """Returns the page with one table."""
     rows = [
         [row["backend"], row["what"], f"{row['differing']:,} of {row['of']:,}", _verdict(row)]
         for row in result["findings"]
@@ -200,7 +201,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--parameters", type=command_line.parameter_set, default="resnet18", metavar="SET")
     parser.add_argument(
-        "--repeats", type=command_line.positive, default=60, help="of the same steps, to find races"
+        "--repeats",
+        type=command_line.positive,
+        default=60,
+        help="repeats of the same steps, which find races",
     )
     command_line.add_device_to(parser)
     backend_choice.add_to(parser)
@@ -211,7 +215,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compares, and writes gpu_bits.json and gpu_bits.md; returns 1 where something is not right."""
+    """Compares and writes gpu_bits.json and gpu_bits.md. Returns 1 if a comparison failed."""
     options = parse(arguments)
     gpu.use(options.device)
     findings = list(progress.bar(compare(options), desc="comparisons", total=7 * len(options.backends)))

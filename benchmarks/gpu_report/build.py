@@ -1,6 +1,6 @@
-"""Builds the extension into the source tree for the GPU that is here, unless it is there already.
+"""Builds the extension into the source tree for the GPU of this machine, unless it exists.
 
-`python -m benchmarks.gpu_report.build` needs no network and installs nothing.
+`python -m benchmarks.gpu_report.build` requires no network and installs nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SOURCES = ("LICENSE", "README.md", "MANIFEST.in", "pyproject.toml", "setup.py", 
 
 
 def is_built(architecture: str | None) -> bool:
-    """True if the tree has an extension with kernels for the architecture that no source is newer than.
+    """True if the tree has an extension with kernels for the architecture, and no source is newer.
 
     Args:
-        architecture: as `9.0`; None asks for an extension of any age, without kernels.
+        architecture: Such as `9.0`. None accepts an extension of any age, without kernels.
     """
     if architecture is None or not MODULE.exists() or not INFO.exists():
         return MODULE.exists() and architecture is None
@@ -38,13 +38,13 @@ def is_built(architecture: str | None) -> bool:
 
 
 def build(architecture: str, folder: Path) -> int:
-    """Builds a copy of the tree and takes the extension from it.
+    """Builds a copy of the tree and copies the extension back.
 
-    The copy leaves the tree with the extension that it has where the build fails.
+    If the build fails, the tree keeps its present extension.
 
     Args:
-        architecture: as `9.0`.
-        folder: of the copy; what is in it saves time when it is built again.
+        architecture: Such as `9.0`.
+        folder: The folder of the copy. An existing copy makes the build faster.
 
     Returns:
         The exit status of setup.py.
@@ -77,13 +77,13 @@ def build(architecture: str, folder: Path) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Builds where that is needed, and returns the exit status of the build."""
+    """Builds the extension if necessary, and returns the exit status of the build."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_report.build", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--architecture", help="of the GPU, as 9.0; without it the CPU's code is enough")
+    parser.add_argument("--architecture", help="of the GPU, such as 9.0; without it the CPU's code is enough")
     parser.add_argument(
-        "--folder", type=Path, default=Path("build/gpu_report/tree"), help="of the copy that is built"
+        "--folder", type=Path, default=Path("build/gpu_report/tree"), help="folder of the copy that is built"
     )
     options = parser.parse_args(arguments)
     if is_built(options.architecture):

@@ -1,7 +1,7 @@
-"""The device time of our step and of each of its kernels, beside the time that its bytes should take.
+"""The device time of our step and of each of its kernels, beside the expected time of its bytes.
 
-`python -m benchmarks.gpu_report.kernels` measures them. benchmarks/README.md says how, and what is expected of an
-H100.
+`python -m benchmarks.gpu_report.kernels` measures them. benchmarks/README.md describes the measurement, and has
+estimates for an H100.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SETS = ("resnet18", "resnet50", "vit_b_16")
 OPTIONS: dict[str, dict[str, Any]] = {"loss scale": {}, "loss scale, norm": {"max_grad_norm": math.inf}}
 KERNELS = ("scan", "decide", "update", "write")
 MOST_OVER_COPY = 1.15
-"""The longest time that a step is expected to take, in times of a copy of as many bytes."""
+"""The longest expected time of a step, as a multiple of a copy of the same number of bytes."""
 
 
 def candidates(name: str, device: torch.device, backends: Sequence[str]) -> list[step_lineup.Candidate]:
@@ -57,7 +57,7 @@ def _build(build: Callable[..., Entry], module: Callable[[], torch.nn.Module]) -
 def kernel_times(run: Callable[[], object], evict: Callable[[], object], times: int) -> dict[str, float]:
     """Returns the median microseconds of each kernel of a step with cold caches, as the driver reports them.
 
-    It is empty where torch's profiler sees no GPU.
+    The dict is empty if torch's profiler sees no GPU.
     """
     if ProfilerActivity.CUDA not in supported_activities():
         return {}
@@ -116,7 +116,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page with one table."""
+    """Returns the page with one table."""
     header = ["set", "step", "µs", "expected µs", "share of the copy loop"]
     header += [*(f"{kernel}, µs" for kernel in KERNELS), "numbers checked"]
     rows = []
@@ -170,7 +170,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures, and writes gpu_kernels.json and gpu_kernels.md."""
+    """Measures the kernels and writes gpu_kernels.json and gpu_kernels.md."""
     options = parse(arguments)
     gpu.use(options.device)
     result = {

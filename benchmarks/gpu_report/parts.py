@@ -1,4 +1,4 @@
-"""The parts of `python -m benchmarks.gpu_report`, the most wanted first."""
+"""The parts of `python -m benchmarks.gpu_report`, the most important first."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TESTS = (
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 BILLION = "synthetic:1000:1000000"
 OUTCOMES = r"^(FAILED|ERROR) |\b(passed|failed|skipped)\b"
-"""The lines of a log that pytest sums up with."""
+"""The pattern of pytest's summary lines in a log."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Part:
     """One part of the report, run in processes of its own.
 
     Attributes:
-        name: of the part and of its log.
-        seconds: that it may take, if the report has as many left.
-        stages: commands by the name of their log; those of a stage run at once, the stages one after another.
-        programs: that have to be on the PATH.
-        modules: of Python that have to be installed.
-        tables: pages that go into the summary.
-        pictures: that are copied beside it.
-        shown: what a line of a log has in it that goes into the summary; a regular expression.
-        environment: variables of the commands.
+        name: The name of the part and of its log.
+        seconds: The limit of the part, if the report has this time left.
+        stages: Commands by the name of their log. Commands of a stage run at once, stages one after another.
+        programs: Programs that must be on the PATH.
+        modules: Python modules that must be installed.
+        tables: Pages that go into the summary.
+        pictures: Pictures that are copied beside the summary.
+        shown: A regular expression for the lines of a log that go into the summary.
+        environment: Environment variables of the commands.
     """
 
     name: str
@@ -55,16 +55,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Request:
-    """What the parts are made for.
+    """The settings of the parts.
 
     Attributes:
-        python: the command that runs Python.
-        folder: where parts write.
+        python: The command that runs Python.
+        folder: The folder that the parts write to.
         device: `cuda`, or `cpu` to try the report itself.
-        graphs: whether CUDA graphs can be captured there.
-        backends: of fused_tricks; all that are usable on the device where there are none.
-        architecture: of the GPU, as `9.0`; None where there is none.
-        tiny: each part at the least size that runs.
+        graphs: True if CUDA graphs can be captured on the device.
+        backends: The backends of fused_tricks; empty for all usable ones.
+        architecture: The architecture of the GPU, such as `9.0`; None without a GPU.
+        tiny: True runs each part at the least size.
     """
 
     python: tuple[str, ...]
@@ -76,17 +76,17 @@ class Request:
     tiny: bool
 
     def module(self, name: str, *arguments: str) -> list[str]:
-        """The command that runs a module."""
+        """Returns the command that runs a module."""
         return [*self.python, "-m", name, *arguments]
 
     def benchmark(self, name: str, *arguments: str) -> list[str]:
-        """The command that runs a benchmark on the device, without its output folder."""
+        """Returns the command that runs a benchmark on the device, without its output folder."""
         chosen = [word for backend in self.backends for word in ("--backend", backend)]
         return self.module(f"benchmarks.{name}", *arguments, "--device", self.device, *chosen)
 
 
 def parts(request: Request) -> list[Part]:
-    """Returns the parts, the most wanted first."""
+    """Returns the parts, the most important first."""
     architecture = ["--architecture", request.architecture] if request.architecture else []
     folder = ["--folder", str(request.folder / "tree")]
     build = request.module("benchmarks.gpu_report.build", *architecture, *folder)

@@ -1,7 +1,7 @@
-"""A few steps for tools that watch kernels: ncu (`profiled`) and compute-sanitizer (`sanitized`).
+"""A few steps for tools that observe kernels: ncu (`profiled`) and compute-sanitizer (`sanitized`).
 
-`python -m benchmarks.gpu_report` runs it under them. `PYTORCH_NO_CUDA_MEMORY_CACHING=1` gives each tensor an
-allocation of its own, so that a sanitizer sees every access beyond one.
+`python -m benchmarks.gpu_report` runs this module under both. With `PYTORCH_NO_CUDA_MEMORY_CACHING=1` each tensor has an
+allocation of its own, so that a sanitizer detects every access beyond a tensor.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import fused_tricks
 from benchmarks.lib import backend_choice, command_line, gpu, parameter_sets
 
 SIZES = (1, 7, 33, 8191, 8193, 16384, 20001)
-"""Around the sizes that kernels cut tensors into."""
+"""Sizes around the chunks and vectors of the kernels."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HYPERPARAMETERS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 def profiled(parameters: str, device: torch.device, backend: str) -> fused_tricks.FusedSGD:
-    """Takes four steps, and one that measures the norm of the gradients as well."""
+    """Takes four steps, and one step that also measures the norm of the gradients."""
     module = fused_tricks.cast_model(parameter_sets.build(parameters, device), torch.float16)
     params = list(module.parameters())
     optimizer = fused_tricks.FusedSGD(params, **HYPERPARAMETERS, backend=backend, loss_scale="dynamic")
@@ -39,7 +39,7 @@ def profiled(parameters: str, device: torch.device, backend: str) -> fused_trick
 
 
 def sanitized(device: torch.device, backend: str, many: int) -> fused_tricks.FusedSGD:
-    """Takes steps over odd sizes of every type, overflowing and partial ones, misaligned and `many` tensors."""
+    """Takes steps over odd sizes of every type, with overflows, missing gradients, misaligned and `many` tensors."""
     torch.manual_seed(0)
     clipped: list[dict[str, Any]] = [
         {"loss_scale": "dynamic", "max_grad_norm": 1.0},
@@ -62,7 +62,7 @@ def sanitized(device: torch.device, backend: str, many: int) -> fused_tricks.Fus
     optimizer = fused_tricks.FusedSGD(params, **HYPERPARAMETERS, backend=backend, loss_scale="dynamic")
     optimizer.scale(torch.ones((), device=device))
     _give_gradients(params)
-    # One element into an allocation, as its weight.
+    # One element into an allocation, like the weight.
     params[0].grad = torch.randn(50_001, device=device).half()[1:]
     optimizer.step()
     optimizer.step()
@@ -75,7 +75,7 @@ def _give_gradients(params: Sequence[Parameter]) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs one of the two, and says what the optimizer has counted."""
+    """Runs one of the two workloads and prints the counters of the optimizer."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report.workload", description=__doc__)
     parser.add_argument("workload", choices=("profiled", "sanitized"))
     parser.add_argument("--parameters", type=command_line.parameter_set, default="resnet50", metavar="SET")

@@ -1,4 +1,4 @@
-"""Which backends of fused_tricks a benchmark measures: all fast ones, or those of `--backend`."""
+"""The backends of fused_tricks that a benchmark measures: all fast ones, or those of `--backend`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "--backend",
         action="append",
         metavar="NAME",
-        help="of fused_tricks, the fastest that is usable here unless given; where several are measured, the option "
-        "may be repeated. The slow 'reference' is measured only if it is named",
+        help="a backend of fused_tricks, by default the fastest usable one; can be repeated where several are "
+        "measured. The slow 'reference' is measured only if it is named",
     )
 
 
 def usable(device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """Returns the fast backends made for a type of device.
+    """Returns the fast backends for a type of device.
 
     Returns:
-        The usable ones, the fastest first; and by name, why the others are not.
+        The usable backends, the fastest first; and by name, the reasons why others are not usable.
     """
     names = list(BACKENDS)
     reasons = {
@@ -45,9 +45,9 @@ def usable(device: torch.device) -> tuple[list[str], dict[str, str]]:
 def choose(
     parser: argparse.ArgumentParser, names: Sequence[str] | None, device: torch.device
 ) -> tuple[list[str], dict[str, str]]:
-    """Returns the backends to measure, as `usable` does; those of `--backend` where it is given.
+    """Returns the backends to measure, as `usable` does, or those of `--backend`.
 
-    Ends the program where a named one is unknown or does not serve the device, and where no fast one is usable.
+    Ends the program if a named backend is unknown or does not serve the device, or if no fast backend is usable.
     """
     if names:
         _check(parser, names, device)

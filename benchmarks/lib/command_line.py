@@ -1,4 +1,4 @@
-"""Types of command line options, which refuse a value with one line before any work is done."""
+"""Types of command line options, which refuse a value with a one-line message before any work is done."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.lib import parameter_sets
 
 
 def positive(text: str) -> int:
-    """An integer that is at least 1."""
+    """Returns an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
@@ -20,7 +20,7 @@ def positive(text: str) -> int:
 
 
 def several(text: str) -> int:
-    """A number of seeds from which a spread can be had."""
+    """Returns a number of seeds, at least 2, so that a spread exists."""
     value = int(text)
     if value < 2:
         raise argparse.ArgumentTypeError(f"must be at least 2, got {text}")
@@ -28,7 +28,7 @@ def several(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """A finite number above 0."""
+    """Returns a finite number above 0."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
@@ -36,7 +36,7 @@ def positive_number(text: str) -> float:
 
 
 def device(text: str) -> torch.device:
-    """A device that can be used here and timed."""
+    """Returns a device that is usable here and can be timed."""
     try:
         found = torch.device(text)
         torch.empty(0, device=found)
@@ -53,7 +53,7 @@ def add_device_to(parser: argparse.ArgumentParser) -> None:
 
 
 def parameter_set(text: str) -> str:
-    """The name of a set of parameters."""
+    """Returns the name of a set of parameters."""
     try:
         parameter_sets.check(text)
     except ValueError as error:
@@ -62,7 +62,7 @@ def parameter_set(text: str) -> str:
 
 
 def network(text: str) -> str:
-    """The name of a classification network of torchvision."""
+    """Returns the name of a classification network of torchvision."""
     if text not in models.list_models(models):
         raise argparse.ArgumentTypeError(
             f"torchvision.models has no classification network {text!r}; resnet18 is one"
@@ -71,5 +71,5 @@ def network(text: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without what follows its first line."""
+    """Returns the first line of an error message."""
     return str(error).partition("\n")[0]

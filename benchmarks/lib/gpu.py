@@ -1,4 +1,4 @@
-"""What the benchmarks ask of a GPU beside tensors: events, a head start for the host, graphs, and what it is."""
+"""Access to a GPU beside tensors: events, a head start for the host, graphs, and its description."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ import torch
 import fused_tricks
 
 HEAD_START_CYCLES = 20_000_000
-"""How long the GPU is kept busy before a timed section: 10 ms at 2 GHz, longer than any contestant's calls take."""
+"""Cycles of work before a timed section: 10 ms at 2 GHz, longer than the calls of any contestant."""
 
 CAPTURE_WARMUP = 3
-"""Steps that run before the capture of a CUDA graph."""
+"""Steps before the capture of a CUDA graph."""
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether work on the device is asynchronous and timed with CUDA events."""
+    """True if work on the device is asynchronous and timed with CUDA events."""
     return device.type == "cuda"
 
 
 def use(device: torch.device, *, deterministic: bool = False) -> None:
-    """Makes the device the current one, on whose current stream everything below happens.
+    """Makes a device current. All other functions use its current stream.
 
     Args:
-        device: the device.
-        deterministic: have cuDNN take only algorithms that give the same numbers each time.
+        device: The device.
+        deterministic: True restricts cuDNN to algorithms that give the same numbers each time.
     """
     if is_gpu(device):
         if deterministic:
@@ -41,12 +41,12 @@ def use(device: torch.device, *, deterministic: bool = False) -> None:
 
 
 def give_head_start() -> None:
-    """Keeps the GPU busy, so that the host can issue its calls before the first of them runs."""
+    """Launches a spinning kernel, so that the host can issue its calls before the first of them runs."""
     torch.cuda._sleep(HEAD_START_CYCLES)
 
 
 def recorded_event() -> torch.cuda.Event:
-    """An event that notes when the GPU gets to this point."""
+    """Returns an event that records the time at which the GPU reaches this point."""
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
@@ -57,12 +57,13 @@ def capture(
     warmup: int = CAPTURE_WARMUP,
     prepare: Callable[[], object] = lambda: None,
 ) -> Callable[[], object]:
-    """Captures a step in a CUDA graph and returns what replays it.
+    """Captures a step in a CUDA graph and returns a function that replays the graph.
 
     Args:
-        step: what to capture; the tensors it works on must stay where they are.
-        warmup: how often it runs first, on a stream of its own, so that nothing is made lazily during the capture.
-        prepare: runs before each of these.
+        step: The step. Its tensors must keep their addresses.
+        warmup: The number of steps before the capture, on a stream of their own, so that nothing is initialised during
+            the capture.
+        prepare: Runs before each step of the warm-up.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -79,19 +80,19 @@ def capture(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that tensors can still be given, when what nobody uses any more is returned."""
+    """Returns the free bytes, after unused memory of the allocator was released."""
     gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
 
 
 def cache_size(device: torch.device) -> int:
-    """Bytes of the L2 cache."""
+    """Returns the bytes of the L2 cache."""
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """The GPU and its driver, as JSON-able values."""
+    """Returns the GPU and its driver as JSON-able values."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "name": properties.name,
@@ -104,7 +105,7 @@ def describe(device: torch.device) -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """The CUDA that torch and the extension were built with, and the packages that only run on a GPU."""
+    """Returns the CUDA versions of torch and of the extension, and the packages that require a GPU."""
     found = {"CUDA of torch": torch.version.cuda or "none", "CUDA of fused_tricks": _cuda_of_the_extension()}
     for package in ("triton", "apex", "transformer_engine", "flashoptim"):
         try:

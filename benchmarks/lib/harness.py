@@ -1,4 +1,4 @@
-"""Interleaved timing: contestants take turns, so that the machine's noise falls on all of them alike."""
+"""Interleaved timing: contestants take turns, so that noise of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of a list of samples, in the samples' own unit."""
+    """Median and quartiles of a list of samples, in the unit of the samples."""
 
     median: float
     lower_quartile: float
@@ -29,26 +29,26 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """Summarises at least one value."""
+        """Returns the spread of one or more values."""
         array = numpy.asarray(list(values), dtype=numpy.float64)
         lower, median, upper = numpy.percentile(array, [25, 50, 75])
         return cls(float(median), float(lower), float(upper), len(array))
 
     def text(self, decimals: int) -> str:
-        """`median (lower quartile – upper quartile)`."""
+        """Returns `median (lower quartile – upper quartile)`."""
         numbers = (self.median, self.lower_quartile, self.upper_quartile)
         return "{} ({} – {})".format(*(f"{number:,.{decimals}f}" for number in numbers))
 
 
 @dataclass(frozen=True)
 class Section:
-    """What ran between two marks of a `Clock`, in seconds.
+    """The work between two marks of a `Clock`, in seconds.
 
     Attributes:
-        host: until the calls returned.
-        device: until the work was done. On a CPU the two are the same.
-        waited: the GPU began before the last call was issued, so `device` may have waiting for the host in it. Known
-            only where the host had a head start.
+        host: The time until the calls returned.
+        device: The time until the work was done. On a CPU it equals `host`.
+        waited: True if the GPU began before the last call was issued, so that `device` may include waiting for the
+            host. Always False without a head start.
     """
 
     host: float
@@ -60,9 +60,9 @@ class Clock:
     """Times consecutive sections of work on one device; CUDA events on a GPU, `perf_counter` on a CPU.
 
     Args:
-        device: where the work runs; on a GPU, the current device.
-        head_start: keep a GPU busy until the host has issued the calls of the first section, as a backward pass
-            does in training. Without it `Section.device` begins with the host's first launch.
+        device: The device of the work; on a GPU, the current device.
+        head_start: True keeps a GPU busy until the host has issued the calls of the first section, as a backward pass
+            does in training. Without a head start `Section.device` begins with the first launch.
     """
 
     def __init__(self, device: torch.device, *, head_start: bool = False) -> None:
@@ -102,12 +102,12 @@ class Clock:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to do the same work.
+    """One of several implementations of the same work.
 
     Attributes:
-        name: as it appears in tables and pictures.
-        run: the work that is timed.
-        prepare: runs before every `run`, untimed; puts inputs that `run` spoils back in place.
+        name: The name in tables and pictures.
+        run: The timed work.
+        prepare: Runs before every `run`, untimed. It restores inputs that `run` overwrites.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Contestant:
 
 
 def shuffled(items: Sequence[T], dice: random.Random) -> list[T]:
-    """The items in a random order: in another one each round, so that none always runs behind the same one."""
+    """Returns the items in a new random order, so that no item always runs behind the same other item."""
     return dice.sample(items, len(items))
 
 
@@ -134,18 +134,18 @@ def interleave(
     """Runs every contestant once a round, in a new random order, the same in each run, and times each run by itself.
 
     Args:
-        contestants: who takes part; names must be unique.
-        rounds: how many rounds are timed.
-        warmup: how many rounds run before them, untimed.
-        device: where the work runs.
-        repeats: how often a contestant runs back to back in its turn, prepared once; a sample is the mean of these. If
-            that is more than once, an untimed run comes before, so that none of them has the caches of another.
-        between: runs untimed after `prepare` and before `run`, for every contestant; evicts caches, for example.
-        head_start: as of `Clock`.
-        shown_as: the words before the progress bar, which moves between the rounds.
+        contestants: The contestants, with unique names.
+        rounds: The number of timed rounds.
+        warmup: The number of untimed rounds before the timed rounds.
+        device: The device of the work.
+        repeats: The number of runs back to back in one turn, prepared once; a sample is their mean. With more than one,
+            an untimed run comes first, so that no timed run has the caches of another contestant.
+        between: Runs untimed after `prepare` and before `run`, for every contestant; evicts caches, for example.
+        head_start: As in `Clock`.
+        shown_as: The words before the progress bar, which moves between the rounds.
 
     Returns:
-        For every name one `Section` a round. Sample `i` of all names is of the same round, so ratios can be taken
+        One `Section` per round for every name. Sample `i` of all names is from the same round, so ratios can be taken
         round by round.
     """
     clock = Clock(device, head_start=head_start)
@@ -169,12 +169,12 @@ def interleave(
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation; None for the deviation of a single value, and of values that are not all finite."""
+    """Returns mean and standard deviation. The deviation is None for one value, and if a value is not finite."""
     if not all(map(math.isfinite, values)):
         return sum(values) / len(values), None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
-    """The spread of the ratios taken round by round, which cancels what slowed a whole round."""
+    """Returns the spread of the ratios round by round, which cancels a slowdown of a whole round."""
     return Spread.of(a / b for a, b in zip(numerators, denominators))

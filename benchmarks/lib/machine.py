@@ -1,4 +1,4 @@
-"""What a result was measured on: machine, versions, date and command."""
+"""The record of a measurement: machine, versions, date and command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.lib import gpu
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it, else the architecture."""
+    """Returns the name of the processor if the system has one, otherwise the architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -29,19 +29,19 @@ def cpu_name() -> str:
 
 
 def _command(module: str, arguments: Sequence[str]) -> str:
-    """The command line, with the number of threads that the environment asks for before it."""
+    """Returns the command line, after the number of threads that the environment sets."""
     threads = os.environ.get("OMP_NUM_THREADS")
     prefix = f"OMP_NUM_THREADS={shlex.quote(threads)} " if threads else ""
     return prefix + shlex.join(["python", "-m", module, *arguments])
 
 
 def describe(module: str, arguments: Sequence[str], device: torch.device) -> dict[str, object]:
-    """A JSON-able record of where, when and how a benchmark ran.
+    """Returns a JSON-able record of the machine, date and command of a benchmark.
 
     Args:
-        module: the benchmark's module, such as `benchmarks.step`.
-        arguments: its command line arguments.
-        device: the device the work ran on.
+        module: The module of the benchmark, such as `benchmarks.step`.
+        arguments: Its command line arguments.
+        device: The device of the work.
     """
     on_gpu = gpu.is_gpu(device)
     return {
@@ -65,7 +65,7 @@ def describe(module: str, arguments: Sequence[str], device: torch.device) -> dic
 
 
 def one_line(machine: dict[str, Any]) -> str:
-    """The record in a line, for the foot of a picture."""
+    """Returns the record in one line, for the foot of a picture."""
     versions, device = machine["versions"], machine["gpu"]
     if device:
         where = f"{device['name']}, driver {device['driver']}, CUDA {versions['CUDA of torch']}"

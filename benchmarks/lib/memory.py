@@ -1,4 +1,4 @@
-"""Peak memory: the most bytes that tensors held at once."""
+"""Peak memory: the most bytes of all tensors at once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.lib import gpu
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Runs `work` and returns the most bytes that the tensors made in it held at once.
+    """Runs `work` and returns the most bytes of the tensors that it creates, at one time.
 
-    The number is the same each time. On a GPU it is CUDA's own. On a CPU it is added up from the allocations that
-    torch's profiler reports, because the resident set of the process also has in it what the C library keeps after a
-    `free`.
+    The number is the same each time. On a GPU it is the maximum of CUDA's allocator. On a CPU it is the sum of the
+    allocations that torch's profiler reports, because the resident set of the process also includes memory that the C
+    library keeps after a `free`.
     """
     gc.collect()
     if gpu.is_gpu(device):
@@ -26,7 +26,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    # The profiler's backend writes its log to stderr otherwise, in the midst of the progress bars.
+    # The log of the profiler's backend on stderr would interrupt the progress bars.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(profile_memory=True) as profiled:
         work()

@@ -1,8 +1,8 @@
-"""What the contestants of several benchmarks are called."""
+"""Names of the contestants of several benchmarks."""
 
 OURS = "fused_tricks"
 FOR_LOOP = "torch.amp, for-loop"
 FOREACH = "torch.amp, foreach"
 FUSED = "torch.amp, fused"
 GRAPH = ", CUDA graph"
-"""Comes behind the name of a contestant that is replayed."""
+"""The suffix of a contestant whose step is replayed."""

@@ -1,4 +1,4 @@
-"""Sets of parameters to time an optimizer on: those of well-known networks, and synthetic ones."""
+"""Sets of parameters for timing an optimizer: parameters of well-known networks, and synthetic ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODELS = ("resnet18", "resnet50", "resnet152", "mobilenet_v3_small", "mobilenet_
 
 
 def check(name: str) -> None:
-    """Refuses what `build` does not know.
+    """Raises unless `build` knows a name.
 
     Raises:
         ValueError: `name` is neither one of `MODELS` nor `synthetic:N:SIZE`.
@@ -29,19 +29,19 @@ def check(name: str) -> None:
 
 
 def count(name: str) -> int:
-    """Returns how many elements the set has."""
+    """Returns the number of elements of a set."""
     return sum(parameter.numel() for parameter in build(name, torch.device("meta")).parameters())
 
 
 def build(name: str, device: torch.device = torch.device("cpu")) -> nn.Module:  # noqa: B008
-    """Returns a module that holds the parameters, in FP32, with the same values each time.
+    """Returns a module with the parameters, in FP32, with the same values each time.
 
     Args:
-        name: one of `MODELS`, or `synthetic:N:SIZE` for N parameters of SIZE elements each.
-        device: where they are made.
+        name: One of `MODELS`, or `synthetic:N:SIZE` for N parameters of SIZE elements each.
+        device: The device of the parameters.
 
     Raises:
-        ValueError: any other name.
+        ValueError: The name is unknown.
     """
     check(name)
     if name in MODELS:

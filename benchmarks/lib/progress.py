@@ -1,4 +1,4 @@
-"""Progress bars on stderr, by tqdm where that is installed."""
+"""Progress bars on stderr, if tqdm is installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class _Silent(Generic[T]):
-    """Takes the place of tqdm's bar and shows nothing."""
+    """A replacement for tqdm's bar that shows nothing."""
 
     def __init__(self, items: Iterable[T]) -> None:
         self._items = items
@@ -34,13 +34,13 @@ def bar(
     total: int | None = None,
     unit: str = "it",
 ) -> Any:
-    """Returns a progress bar over the items, or one that `update` moves where only `total` is given.
+    """Returns a progress bar over the items, or a bar that `update` moves if only `total` is given.
 
     Args:
-        items: to iterate over.
-        desc: the words before the bar.
-        total: how many items there are, where their length does not say it.
-        unit: what an item is.
+        items: The items to iterate over.
+        desc: The words before the bar.
+        total: The number of items, if `items` has no length.
+        unit: The noun for one item.
     """
     try:
         from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Result files: JSON for programs, Markdown for readers, and the drawing that the pictures share."""
+"""Result files: JSON for programs, Markdown for readers, and the common drawing of the pictures."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent.parent / "results"
-"""The results that are kept in the repository."""
+"""The folder of the results that are kept in the repository."""
 OUTPUT = "build/benchmarks"
-"""Where results go unless `--output` says otherwise."""
+"""The default folder of results."""
 
-# From Okabe and Ito's palette, told apart by readers with any colour vision; greys are the references.
+# From Okabe and Ito's palette, for readers with any colour vision. Greys are the references.
 OURS_COLOUR = "#0072B2"
 MARK_COLOUR = "#D55E00"
 GREYS = ("#C4C4C4", "#A0A0A0", "#7A7A7A", "#5A5A5A", "#404040")
 
 
 def output_folder(text: str) -> Path:
-    """A folder of the command line, made where there is none, that files can be written to."""
+    """Returns a folder of the command line, after creating it if it does not exist, and checks that it is writable."""
     folder = Path(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,10 +45,10 @@ def output_folder(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """A file of the command line, whose folder is made where there is none."""
+    """Returns a file of the command line, after creating its folder if it does not exist."""
     path = Path(text)
     if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder, and the name of a file is needed")
+        raise argparse.ArgumentTypeError(f"must be the name of a file, got the folder {text}")
     return output_folder(str(path.parent)) / path.name
 
 
@@ -69,9 +69,9 @@ def write(
     page: str,
     picture: Callable[[dict[str, Any], Path], None] | None = None,
 ) -> None:
-    """Writes a result as NAME.json, NAME.md and, where it has one, its picture as NAME.png, and prints the page.
+    """Writes a result as NAME.json and NAME.md, its picture, if any, as NAME.png, and prints the page.
 
-    NAME is the result's benchmark. Without matplotlib there is no picture, and the page says so in its place.
+    NAME is the result's benchmark. Without matplotlib a sentence on the page replaces the picture.
     """
     name = result["benchmark"]
     write_json(folder / f"{name}.json", result)
@@ -84,14 +84,14 @@ def write(
 
 
 def write_page(path: Path, page: str) -> None:
-    """Writes a page and prints it, and says on stderr where it is."""
+    """Writes a page, prints it, and prints its path on stderr."""
     path.write_text(page, encoding="utf-8")
     print(page)
     print(f"{path} has the result", file=sys.stderr)
 
 
 def plotting() -> Any:
-    """Returns `matplotlib.pyplot`, which draws into files."""
+    """Returns `matplotlib.pyplot`, set up for drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,7 +103,7 @@ def plotting() -> Any:
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Writes a result, indented, with each list of plain values on one line.
 
-    Numbers that JSON has no word for become strings that `float` reads: "inf", "-inf" and "nan".
+    Numbers that JSON cannot express become strings that `float` reads: "inf", "-inf" and "nan".
     """
     text = json.dumps(_strict(result), indent=2, ensure_ascii=False, allow_nan=False)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\s*\n\s*", " ", match[0]), text)
@@ -119,26 +119,26 @@ def _strict(value: Any) -> Any:
 
 
 def number(value: float, form: str) -> str:
-    """The number in the form of a format string, such as `.3g`; ∞ where it is infinite."""
+    """Returns the number in the form of a format string, such as `.3g`, or ∞ if it is infinite."""
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
     return format(value, form)
 
 
 def mean_text(mean: float, deviation: float | None, factor: float, decimals: int) -> str:
-    """`mean ± standard deviation`, both times the factor; the mean alone where there is no deviation."""
+    """Returns `mean ± standard deviation`, both times the factor; only the mean without a deviation."""
     text = number(factor * mean, f".{decimals}f")
     return text if deviation is None else f"{text} ± {factor * deviation:.{decimals}f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is left-aligned, the others right."""
+    """Returns a Markdown table. The first column is left-aligned, all other columns are right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def machine_note(machine: Mapping[str, Any]) -> str:
-    """The machine as a Markdown list."""
+    """Returns the machine as a Markdown list."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     threads = f"{machine['cores']} cores, {machine['threads']} threads"
     lines = [
@@ -159,7 +159,7 @@ def _gpu_line(gpu: Mapping[str, Any]) -> str:
 
 
 def colours(names: Sequence[str], ours: Sequence[str]) -> list[str]:
-    """One colour for each name: blue for `ours`, greys in turn for the others."""
+    """Returns a colour for each name: blue for `ours`, greys in turn for the rest."""
     greys = itertools.cycle(GREYS)
     return [OURS_COLOUR if name in ours else next(greys) for name in names]
 
@@ -176,12 +176,12 @@ def bars(
     """Draws horizontal bars from the top down: medians, with a line over the quartiles and the number at its end.
 
     Args:
-        axes: where to draw; its vertical tick labels are the caller's.
-        spreads: one for each bar.
-        colour: one for each bar.
-        title: what is measured and in which unit.
+        axes: The panel. The caller sets its vertical tick labels.
+        spreads: The numbers, one for each bar.
+        colour: The colours, one for each bar.
+        title: The quantity and its unit.
         better: `higher` or `lower`.
-        decimals: of the numbers.
+        decimals: The number of decimals.
     """
     places = range(len(spreads))
     medians = [spread.median for spread in spreads]
@@ -206,7 +206,7 @@ def bars(
 
 
 def dress(axes: Axes, title: str, better: str) -> None:
-    """The look that all panels share."""
+    """Gives a panel the common look."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(f"{better} is better" if better else "", color="#555555")
     axes.spines[["top", "right"]].set_visible(False)
@@ -215,7 +215,7 @@ def dress(axes: Axes, title: str, better: str) -> None:
 
 
 def save_figure(figure: Figure, path: Path, title: str, subtitle: str, machine: dict[str, object]) -> None:
-    """Adds headings and the machine, and writes the PNG."""
+    """Adds headings and the machine to a figure, and writes the PNG."""
     figure.set_layout_engine("constrained", rect=(0, 0.03, 1, 0.85), h_pad=0.1)
     figure.text(0.012, 0.975, title, fontsize=15, fontweight="bold", va="top")
     figure.text(0.012, 0.915, subtitle, fontsize=10.5, color="#444444", va="top")

@@ -1,4 +1,4 @@
-"""Networks without the memory and the time that their weights take."""
+"""Networks without memory for their weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch import Tensor
 
 @contextmanager
 def weightless() -> Iterator[None]:
-    """Layers made inside have their weights on the `meta` device, without values.
+    """Puts the weights of layers that are created inside on the `meta` device, without values.
 
-    Vectors, such as the weights of norms and all biases, are real, so what a network initialises them to can be
-    read.
+    Vectors, such as the weights of norms and all biases, have memory, so their initial values can be read.
     """
     empty = torch.empty
 

@@ -1,7 +1,7 @@
-"""What nvcc made of the CUDA kernels, read from the built extension: registers, spills and wide accesses.
+"""Registers, spills and wide accesses of the CUDA kernels, read from the built extension.
 
-`python -m benchmarks.resources.cuda --output benchmarks/results` writes the table that is kept; no GPU is needed. A
-test compares it with the build, so that a change of the kernels shows in it.
+`python -m benchmarks.resources.cuda --output benchmarks/results` writes the kept table, without a GPU. A test compares
+the table with the build, so a change of the kernels shows in it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Kernel(NamedTuple):
     """One kernel for one architecture.
 
     Attributes:
-        architecture: As `sm_90`.
-        name: `scan` or `update` and how many gradients its argument holds, or `decide` or `write`.
-        registers: For each thread.
-        stack: Bytes of stack and local memory for each thread; spills lie there.
-        shared: Bytes of shared memory for each block.
+        architecture: Such as `sm_90`.
+        name: `scan` or `update` with the number of gradients in its argument, or `decide` or `write`.
+        registers: Registers of each thread.
+        stack: Bytes of stack and local memory of each thread, including spills.
+        shared: Bytes of shared memory of each block.
         wide_loads: Load instructions of 16 bytes.
         wide_stores: Store instructions of 16 bytes.
     """
@@ -54,7 +54,7 @@ class Kernel(NamedTuple):
 
 
 def cuobjdump() -> str | None:
-    """NVIDIA's tool that reads cubins: of the toolkit, or the one that Triton brings."""
+    """Returns the path of NVIDIA's `cuobjdump`, from the toolkit or from Triton."""
     toolkit = find_toolkit().toolkit
     spec = importlib.util.find_spec("triton")
     candidates = [toolkit.home / "bin" / "cuobjdump"] if toolkit else []
@@ -65,14 +65,14 @@ def cuobjdump() -> str | None:
 
 
 def build_info() -> dict[str, object]:
-    """How the extension was built; empty where that was not noted."""
+    """Returns the build record of the extension; empty without one."""
     path = Path(fused_tricks.__file__).parent / "_build_info.json"
     info: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
     return info
 
 
 def kernels(tool: str, module: Path) -> list[Kernel]:
-    """Every kernel in a built module, by architecture and name."""
+    """Returns every kernel in a built module, by architecture and name."""
     accesses = _accesses(tool, module)
     found = []
     for architecture, name, line in _functions(_run(tool, "--dump-resource-usage", str(module))):
@@ -87,7 +87,7 @@ def kernels(tool: str, module: Path) -> list[Kernel]:
 
 
 def as_markdown(found: list[Kernel], nvcc: str) -> str:
-    """The table that is kept in the repository."""
+    """Returns the table that is kept in the repository."""
     header = [
         "architecture",
         "kernel",
@@ -119,7 +119,7 @@ def _accesses(tool: str, module: Path) -> dict[tuple[str, str], Counter[str]]:
 
 
 def _functions(text: str) -> Iterator[tuple[str, str, str]]:
-    """Each line with the architecture and the kernel that it belongs to."""
+    """Yields each line with its architecture and kernel."""
     architecture = name = ""
     for line in text.splitlines():
         if line.strip().startswith("arch ="):
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str]) -> None:
     tool = cuobjdump()
     cuda = build_info().get("cuda")
     if tool is None or not isinstance(cuda, dict):
-        raise SystemExit("this needs an extension built with CUDA, and cuobjdump")
+        raise SystemExit("requires an extension built with CUDA, and cuobjdump")
     page = as_markdown(kernels(tool, Path(str(load_extension().__file__))), cuda["version"])
     record = machine.describe("benchmarks.resources.cuda", arguments, torch.device("cpu"))
     report.write_page(options.output / PATH.name, f"{page}\n{machine_note(record)}\n")

@@ -1,7 +1,7 @@
-"""What Triton makes of its kernels, read from what it compiles: registers, spills, accesses. No GPU is needed.
+"""Registers, spills and accesses of Triton's kernels, read from the compiled kernels. No GPU is required.
 
-`python -m benchmarks.resources.triton --output benchmarks/results` writes the table that is kept. A test compares it
-with what is compiled now, so that a change of the kernels shows in it.
+`python -m benchmarks.resources.triton --output benchmarks/results` writes the kept table. A test compares the table
+with newly compiled kernels, so a change of the kernels shows in it.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ class Kernel(NamedTuple):
     """One kernel for one architecture.
 
     Attributes:
-        architecture: As `sm_90`.
-        name: The kernel and what it was specialised for.
-        registers: For each thread.
-        stack: Bytes of stack and local memory for each thread; spills lie there.
+        architecture: Such as `sm_90`.
+        name: The kernel and its specialisation.
+        registers: Registers of each thread.
+        stack: Bytes of stack and local memory of each thread, including spills.
         wide_loads: Load instructions of 16 bytes.
         wide_stores: Store instructions of 16 bytes.
         narrow: Accesses of less than 16 bytes in the loops that have accesses of 16.
-        strided: Accesses to tiles in which a thread has more than 16 neighbouring bytes, which takes it several
-            instructions, each of which requests every sector again.
+        strided: Accesses to tiles in which a thread has more than 16 neighbouring bytes. Such an access takes several
+            instructions, and each instruction requests every sector again.
     """
 
     architecture: str
@@ -81,7 +81,7 @@ class Kernel(NamedTuple):
 
 
 def sources() -> Iterator[tuple[str, ASTSource]]:
-    """What is compiled, with names."""
+    """Yields the kernels to compile, with their names."""
     for kinds, pairs in _KINDS.items():
         bits = pair_bits(pairs)
         grad_bits = kind_bits(grad_kind for _, grad_kind in pairs)
@@ -98,7 +98,7 @@ def kernels() -> list[Kernel]:
     """Compiles every kernel for every architecture."""
     tool = cuobjdump()
     if tool is None:
-        raise SystemExit("there is no cuobjdump to read cubins with")
+        raise SystemExit("requires cuobjdump, which reads cubins")
     targets = [(architecture, *found) for architecture in ARCHITECTURES for found in sources()]
     return [
         inspect(tool, architecture, name, source)
@@ -107,7 +107,7 @@ def kernels() -> list[Kernel]:
 
 
 def inspect(tool: str, architecture: int, name: str, source: ASTSource) -> Kernel:
-    """Compiles one kernel and reads what came of it."""
+    """Compiles one kernel and returns its resources."""
     asm = compile_for(source, GPUTarget("cuda", architecture, 32)).asm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
@@ -136,7 +136,7 @@ def _bits(access: re.Match[str]) -> int:
 
 
 def _narrow_in_wide_loops(ptx: str) -> int:
-    """Accesses of less than 16 bytes in the innermost loops that have accesses of 16."""
+    """Returns the number of accesses of less than 16 bytes in the innermost loops that have accesses of 16."""
     count = 0
     for body in _innermost_loops(ptx):
         widths = [_bits(access) for access in _ACCESS.finditer(body)]
@@ -146,7 +146,7 @@ def _narrow_in_wide_loops(ptx: str) -> int:
 
 
 def _innermost_loops(ptx: str) -> Iterator[str]:
-    """The text between a label and the last jump back to it, where no other loop is in between."""
+    """Returns the text between a label and the last jump back to it, if no other loop is in between."""
     lines = ptx.splitlines()
     labels = {line.split(":")[0]: at for at, line in enumerate(lines) if line.startswith("$L__BB")}
     ends: dict[int, int] = {}
@@ -169,7 +169,7 @@ def _strided(ttgir: str) -> int:
 
 
 def as_markdown(found: list[Kernel]) -> str:
-    """The table that is kept in the repository."""
+    """Returns the table that is kept in the repository."""
     header = [
         "architecture",
         "kernel",

@@ -1,9 +1,9 @@
 """Times the optimizer step alone: fused_tricks against `GradScaler` and `torch.optim.SGD` in its three forms.
 
-`python -m benchmarks.step` measures the times, the bandwidth of our step as a share of a plain copy loop's, and
+`python -m benchmarks.step` measures the times, the bandwidth of our step as a share of a copy loop's bandwidth, and
 the host time of a step over many tiny parameters. On a GPU it also times replayed CUDA graphs, every GPU backend,
-and Apex, Transformer Engine and FlashOptim where they are installed. The numbers of every contestant are checked
-before it is timed. benchmarks/README.md says how each number is measured.
+and Apex, Transformer Engine and FlashOptim if they are installed. The numbers of every contestant are checked
+before it is timed. benchmarks/README.md describes each measurement.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from benchmarks.step.contestants import (
 )
 
 TINY_SET = "synthetic:161:1"
-# Steps over tiny parameters that run back to back, so that a sample is of the calls and not of what a cold cache
-# costs after the other contestants.
+# Steps over tiny parameters run back to back, so that a sample measures the calls and not the cold caches after another
+# contestant.
 HOST_REPEATS = 20
 
 
 @dataclass(frozen=True)
 class Budget:
-    """One promise of the project and what was measured: `spread` of the rounds against `limit`."""
+    """One promise of the project and its measurement: `spread` of the rounds against `limit`."""
 
     what: str
     spread: Spread
@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help=f"{sets} or synthetic:N:SIZE",
     )
     parser.add_argument(
-        "--dtype", choices=("float16", "bfloat16"), default="float16", help="of our parameters"
+        "--dtype", choices=("float16", "bfloat16"), default="float16", help="dtype of our parameters"
     )
     command_line.add_device_to(parser)
     backend_choice.add_to(parser)
@@ -91,12 +91,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--compiled",
         action="store_true",
-        help="time a torch.optim.SGD whose step torch.compile compiles, too; compiling can take minutes",
+        help="also time a torch.optim.SGD whose step torch.compile compiles; compiling can take minutes",
     )
     parser.add_argument(
         "--budgets",
         action="store_true",
-        help="compare with the limits that the developers have set themselves",
+        help="compare with the limits that the developers set for themselves",
     )
     report.add_output_to(parser)
     options = parser.parse_args(arguments)
@@ -106,19 +106,19 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a run of the benchmark found.
+    """The result of one run.
 
     Attributes:
-        step: the samples of every contestant and of the plain loops on the chosen parameters.
-        host: the samples of steps over 161 parameters of one element, back to back.
-        host_alternating: the same where every step has new gradients and follows another contestant's.
-        works: what each contestant does.
-        peaks: bytes of memory of each contestant.
-        moved: bytes that each of ours and the plain loops read and write.
-        parameters: the chosen ones, as `cast_model` leaves them.
-        backend: of the contestant called `OURS`.
-        left_out: who could not take part, and why.
-        checks: what was found of the numbers of each contestant.
+        step: The samples of every contestant and of the plain loops on the chosen parameters.
+        host: The samples of steps over 161 parameters of one element, back to back.
+        host_alternating: The same, where every step has new gradients and follows another contestant's step.
+        works: The work of each contestant.
+        peaks: The peak memory of each contestant, in bytes.
+        moved: The bytes that our contestants and the plain loops read and write.
+        parameters: The chosen parameters, as `cast_model` leaves them.
+        backend: The backend of the contestant `OURS`.
+        left_out: The contestants that could not take part, and the reasons.
+        checks: The outcome of the check of each contestant.
     """
 
     step: dict[str, list[Section]]
@@ -197,13 +197,13 @@ def measure(options: argparse.Namespace) -> Measurement:
 def budgets(
     step: dict[str, list[float]], moved: dict[str, int], host: dict[str, list[float]], *, promised: bool
 ) -> list[Budget]:
-    """What is promised, and how the measurement stands to it.
+    """Returns the promises and their measurements.
 
     Args:
-        step: seconds of every contestant, by round.
-        moved: bytes that our step and the plain loops read and write.
-        host: host seconds of the two contestants on tiny parameters, by round.
-        promised: whether the parameters and the device are those that the promises about the step are for.
+        step: The seconds of every contestant, by round.
+        moved: The bytes that our step and the plain loops read and write.
+        host: The host seconds of the two contestants on tiny parameters, by round.
+        promised: True if the promises about the step apply to these parameters and this device.
     """
     host_budgets = [
         Budget(
@@ -227,7 +227,7 @@ def budgets(
 
 
 def summarise(options: argparse.Namespace, arguments: Sequence[str], found: Measurement) -> dict[str, Any]:
-    """The result as JSON-able values; every spread is of the rounds."""
+    """Returns the result as JSON-able values. Every spread is over the rounds."""
     device = options.device
     step = {name: [section.device for section in sections] for name, sections in found.step.items()}
     host = {name: [section.host for section in sections] for name, sections in found.host.items()}
@@ -287,7 +287,7 @@ def summarise(options: argparse.Namespace, arguments: Sequence[str], found: Meas
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures, and writes step.json, step.md and step.png."""
+    """Measures the step and writes step.json, step.md and step.png."""
     options = parse(arguments)
     result = summarise(options, arguments, measure(options))
     report.write(options.output, result, page.markdown(result), page.picture)

@@ -1,7 +1,7 @@
-"""Checks the numbers of a contestant's step before its time counts.
+"""The check of the numbers of a contestant's step, before its time counts.
 
-Ours has to give every bit of another backend; the others have to come close to `torch.optim.SGD`'s formula in FP64.
-Both are computed on parameters that are laid end to end, as the update is the same for each element.
+Our contestants must give every bit of another backend. All other contestants must be close to the formula of
+`torch.optim.SGD` in FP64. Both are computed on concatenated parameters, as the update is the same for each element.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from fused_tricks.backends import BACKENDS
 HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 LOSS_SCALE = 65536.0
 MOST_ELEMENTS = 2**27
-"""Of larger sets, parameters are drawn until they have about so many."""
+"""The elements to check: of a larger set, parameters are drawn until they have about this number."""
 CHUNK = 2**24
 TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a contestant computes on.
+    """The tensors of a contestant.
 
     Attributes:
-        parameters: that it updates, in the order of the module.
-        gradients: that they have in each step, times the loss scale.
-        steps: how many it has taken before its first timed call.
-        optimizer: ours; None for the others.
-        weights: of the parameters as precisely as the contestant keeps them; the parameters themselves unless given.
-        scale: by which it divides the gradients.
-        tolerance: how far it may be from FP64: the largest difference of a tensor over its largest change.
+        parameters: The updated parameters, in the order of the module.
+        gradients: Their gradients in each step, times the loss scale.
+        steps: The number of steps before the first timed call.
+        optimizer: Our optimizer; None for other contestants.
+        weights: The weights in the contestant's full precision; by default the parameters.
+        scale: The divisor of the gradients.
+        tolerance: The limit of the largest difference of a tensor from FP64 over its largest change.
     """
 
     parameters: Sequence[Tensor]
@@ -50,14 +50,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Check:
-    """What a check found.
+    """The outcome of a check.
 
     Attributes:
-        against: what the numbers were compared with.
-        difference: how many elements differ in a bit, for ours; the largest relative difference, for the others.
-        most: that may be.
-        elements: that were compared.
-        of: all elements.
+        against: The name of the reference.
+        difference: For our contestants the number of elements that differ in a bit, otherwise the largest relative
+            difference.
+        most: The limit of `difference`.
+        elements: The number of compared elements.
+        of: The number of all elements.
     """
 
     against: str
@@ -68,12 +69,12 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        # Not the reverse comparison, which a NaN would pass.
+        # A NaN would pass the reverse comparison.
         return self.difference <= self.most
 
     @property
     def text(self) -> str:
-        """What was found, for a table."""
+        """Returns the outcome, for a table."""
         some = "" if self.elements == self.of else f", {self.elements:,} elements looked at"
         if self.most == 0:
             found = "every bit" if self.passed else f"{self.difference:,.0f} elements differ"
@@ -84,11 +85,11 @@ class Check:
 
 
 def check(trained: Trained, module: nn.Module) -> Check:
-    """Compares a contestant that has taken one step after its construction with the same steps from the start.
+    """Compares a contestant, after its construction and one step, with a reference that takes the same steps.
 
     Args:
-        trained: what it has computed.
-        module: new, with the weights that it began from.
+        trained: The tensors of the contestant.
+        module: A new module with the contestant's initial weights.
     """
     start = [parameter.detach() for parameter in module.parameters()]
     of = sum(parameter.numel() for parameter in start)
@@ -120,7 +121,7 @@ def _places(start: Sequence[Tensor]) -> list[int]:
 
 
 def _chunks(places: Sequence[int], trained: Trained) -> Iterator[list[int]]:
-    """Groups places of parameters of one type, which can be laid end to end."""
+    """Groups the places of parameters of one type, which can be concatenated."""
     for dtype in sorted({trained.parameters[place].dtype for place in places}, key=str):
         chunk: list[int] = []
         elements = 0
@@ -140,14 +141,14 @@ def _flat(tensors: Sequence[Tensor], places: Sequence[int]) -> Tensor:
 
 
 def other_backend(optimizer: fused_tricks.FusedSGD) -> str:
-    """Returns the backend to compare with: the CPU's, or the reference for a step on the CPU."""
+    """Returns the backend to compare with: `cpu`, or `reference` for a step on the CPU."""
     devices = {p.device.type for group in optimizer.param_groups for p in group["params"]}
     is_usable = BACKENDS["cpu"].unavailable_because() is None
     return "reference" if devices == {"cpu"} or not is_usable else "cpu"
 
 
 def _differing(trained: Trained, start: Sequence[Tensor], chunk: Sequence[int], against: str) -> int:
-    """Returns how many elements of weights, masters and momentum differ in a bit."""
+    """Returns the number of elements of weights, masters and momentum that differ in a bit."""
     assert trained.optimizer is not None
     dtype = trained.parameters[chunk[0]].dtype
     parameter = nn.Parameter(_flat(start, chunk).to("cpu", dtype))
@@ -171,7 +172,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def _distance(trained: Trained, start: Sequence[Tensor], chunk: Sequence[int]) -> float:
-    """Returns the largest difference from FP64, rounding left out, over the largest change of a weight."""
+    """Returns the largest difference from FP64, beyond rounding, over the largest change of a weight."""
     found = _flat(trained.weights or trained.parameters, chunk)
     parameter = trained.parameters[chunk[0]]
     before = _flat(start, chunk).to(parameter).double()
@@ -183,6 +184,6 @@ def _distance(trained: Trained, start: Sequence[Tensor], chunk: Sequence[int]) -
         )
         weight = weight - HYPERPARAMETERS["lr"] * momentum
     rounding = torch.finfo(found.dtype).eps * weight.abs()
-    # NaN stays NaN, and fails.
+    # A NaN stays a NaN, and the check fails.
     difference = ((found.double() - weight).abs() - rounding).clamp(min=0)
     return float(difference.max() / (weight - before).abs().max())

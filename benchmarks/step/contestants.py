@@ -1,4 +1,4 @@
-"""What benchmarks.step times: the optimizer step of each contestant, and plain loops over memory."""
+"""The contestants of benchmarks.step: optimizer steps, and plain loops over memory."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ COPY = "copy loop"
 SCALE = "in-place loop"
 
 Casts = Callable[[Sequence[Tensor]], Callable[[], None]]
-"""Makes, from parameters with gradients, what casts them and their gradients."""
+"""Returns, for parameters with gradients, the function that casts both."""
 
 GRADIENT_SIZE = LOSS_SCALE / 16
-"""Of scaled gradients: large enough for an update to show in every weight, and below FP16's largest number."""
+"""The deviation of scaled gradients: an update changes every weight, and stays below FP16's largest number."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one step of a contestant does, which its time has to be judged by.
+    """The work of one step of a contestant, beside which its time is read.
 
     Attributes:
-        keeps: what it trains in, and what it remembers between steps.
-        low_bytes: bytes its kernels have to read and write for an element that is FP16 or BF16 after `cast_model`.
-        fp32_bytes: the same for an element that stays FP32.
-        overflow: where gradients are unscaled and checked, and who decides to skip the step.
+        keeps: The weights and the state between steps.
+        low_bytes: The bytes that its kernels must read and write for an element in FP16 or BF16 after `cast_model`.
+        fp32_bytes: The same for an element that stays FP32.
+        overflow: The place where gradients are unscaled and checked, and the place of the skip decision.
     """
 
     keeps: str
@@ -45,7 +45,7 @@ class Work:
     overflow: str
 
     def traffic(self, parameters: Iterable[Tensor]) -> int:
-        """The bytes of a step over `parameters`, as `cast_model` leaves them."""
+        """Returns the bytes of a step over `parameters`, as `cast_model` leaves them."""
         return round(
             sum(
                 p.numel() * (self.fp32_bytes if p.dtype == torch.float32 else self.low_bytes)
@@ -58,25 +58,25 @@ class Work:
 # momentum and weight (4 + 4 + 2). An FP32 element: 4, 4 + 4 + 4, 4 + 4.
 OUR_WORK = Work("16-bit weights, FP32 masters, FP32 momentum", 22, 24, "in the step; the device decides")
 
-# The reference does it by operations of torch. It compares the weight with its master (12); asks whether the gradient
-# is finite, which is five operations (16); makes the gradient FP32 (6) and unscales it (8); then come SGD's, as below
-# (12 + 8 + 12 + 12), and the weight is made of the master (6). An FP32 element: 26, 8, and SGD's.
+# The reference uses operations of torch. It compares the weight with its master (12), tests the gradient for finite
+# elements by five operations (16), converts the gradient to FP32 (6) and unscales it (8). Then come the operations of
+# SGD, as below (12 + 8 + 12 + 12), and the weight is rounded from the master (6). An FP32 element: 26, 8, and SGD's.
 REFERENCE_WORK = Work(OUR_WORK.keeps, 92, 78, "in the step; the host decides")
 
 # Unscaling reads and writes the gradient (8). Then each operation of SGD reads its operands and writes its result:
 # decay (12), momentum times factor (8), plus gradient (12), weight (12).
 SEPARATE_WORK = Work("FP32 weights, FP32 momentum", 52, 52, "a pass before the step; the host decides")
 
-# The check reads and writes the gradient (8), what torch.compile makes reads three tensors (12) and writes two (8).
+# The check reads and writes the gradient (8), the compiled kernel reads three tensors (12) and writes two (8).
 COMPILED_WORK = Work("FP32 weights, FP32 momentum", 28, 28, "a pass before the step; the host decides")
 
-# The check reads and writes the gradient (8), one kernel reads three tensors (12) and writes them (12), because it
-# leaves the gradient unscaled.
+# The check reads and writes the gradient (8), one kernel reads three tensors (12) and writes three (12), because it
+# stores the unscaled gradient.
 FUSED_WORK = Work("FP32 weights, FP32 momentum", 32, 32, "a pass before the step; the device decides")
 
 
 def with_casts(work: Work) -> Work:
-    """The work and, for each 16-bit element, casts of the weight (4 → 2) and of the gradient (2 → 4)."""
+    """Returns the work plus, for each 16-bit element, casts of the weight (4 → 2) and of the gradient (2 → 4)."""
     return replace(work, keeps="FP32 weights, 16-bit copies, FP32 momentum", low_bytes=work.low_bytes + 12)
 
 
@@ -85,11 +85,11 @@ class Entry:
     """A contestant of the step benchmark.
 
     Attributes:
-        contestant: the step, and what gives it new gradients.
-        work: what the step does.
-        kept_bytes: of the gradients that are kept to be given again, which training would not have.
-        trained: what it computes on, for a check of the numbers.
-        checked: what that check found; None before it.
+        contestant: The step, and the function that sets new gradients.
+        work: The work of the step.
+        kept_bytes: The bytes of the gradients that are kept for the next steps. Training has no such copy.
+        trained: The tensors of the contestant, for the check of the numbers.
+        checked: The outcome of the check; None before it.
     """
 
     contestant: Contestant
@@ -100,19 +100,19 @@ class Entry:
 
 
 class Gradients:
-    """Random gradients that parameters get before each step, as `GradScaler` overwrites them.
+    """Random gradients, set again before each step because `GradScaler` overwrites them.
 
     Args:
-        parameters: whose gradients to set.
-        in_place: copy into the same tensors, whose addresses a captured graph keeps, and not into new ones, as a
-            backward pass does.
-        size: their standard deviation. The loss scale is in it.
+        parameters: The parameters whose gradients are set.
+        in_place: True copies into the same tensors, whose addresses a captured graph keeps. False creates new tensors,
+            as a backward pass does.
+        size: The standard deviation, including the loss scale.
     """
 
     def __init__(
         self, parameters: Sequence[Tensor], *, in_place: bool = False, size: float = GRADIENT_SIZE
     ) -> None:
-        # With the few bits of BF16, so that casts to a 16-bit type and back change nothing.
+        # Only the bits of BF16, so that casts to a 16-bit type and back change nothing.
         self.values = [(torch.randn_like(p) * size).bfloat16().to(p.dtype) for p in parameters]
         self._parameters = parameters
         self._in_place = [value.clone() for value in self.values] if in_place else []
@@ -120,7 +120,7 @@ class Gradients:
             parameter.grad = gradient if in_place else gradient.clone()
 
     def renew(self) -> None:
-        """Gives the parameters their gradients again."""
+        """Sets the gradients of the parameters again."""
         if self._in_place:
             torch._foreach_copy_(self._in_place, self.values)
             return
@@ -141,13 +141,13 @@ def entry(
     """Returns the step as a contestant: called each time, or captured in a CUDA graph once and replayed.
 
     Args:
-        name: of the contestant.
-        step: the work that is timed.
-        parameters: that it updates.
-        gradients: of these parameters.
-        work: what the step does.
-        graph: replay the step as a CUDA graph.
-        **trained: as the attributes of `Trained`, where they differ from their defaults.
+        name: The name of the contestant.
+        step: The timed work.
+        parameters: The updated parameters.
+        gradients: The gradients of these parameters.
+        work: The work of the step.
+        graph: True replays the step as a CUDA graph.
+        **trained: Attributes of `Trained` that differ from their defaults.
     """
     run = gpu.capture(step, prepare=gradients.renew) if graph else step
     contestant = Contestant(name, run, gradients.renew)
@@ -165,7 +165,7 @@ def ours(
     graph: bool = False,
     max_grad_norm: float | None = None,
 ) -> Entry:
-    """`FusedSGD` with a dynamic loss scale over the module as `cast_model` leaves it."""
+    """Returns `FusedSGD` with a dynamic loss scale over the module as `cast_model` leaves it."""
     module = fused_tricks.cast_model(module.to(device), dtype)
     parameters = list(module.parameters())
     optimizer = fused_tricks.FusedSGD(
@@ -193,17 +193,18 @@ def grad_scaler(
     graph: bool = False,
     compiled: bool = False,
 ) -> Entry:
-    """`GradScaler` and an optimizer over the module in FP32.
+    """Returns `GradScaler` and an optimizer over the module in FP32.
 
     Args:
-        name: of the contestant.
-        module: holds the parameters.
-        device: where they live.
-        make_optimizer: takes the parameters and the hyper-parameters, as `torch.optim.SGD`.
-        work: what a step does.
-        casts: makes, from the parameters, what casts them and their gradients; runs, timed, before each step.
-        graph: replay the step as a CUDA graph.
-        compiled: compile the optimizer's step with `torch.compile`.
+        name: The name of the contestant.
+        module: The module with the parameters.
+        device: The device of the parameters.
+        make_optimizer: Takes the parameters and the hyper-parameters, as `torch.optim.SGD`.
+        work: The work of a step.
+        casts: Returns, for the parameters, the function that casts them and their gradients. It runs before each step,
+            timed.
+        graph: True replays the step as a CUDA graph.
+        compiled: True compiles the optimizer's step with `torch.compile`.
     """
     parameters = list(module.to(device).parameters())
     optimizer = make_optimizer(parameters, **HYPERPARAMETERS)
@@ -224,7 +225,7 @@ def grad_scaler(
 
 
 def casts_in_place(low: Sequence[bool], dtype: torch.dtype) -> Casts:
-    """Autocast's casts, weights down and gradients up, as bare traffic: into buffers that are kept."""
+    """Returns the casts of autocast, weights down and gradients up, as bare traffic: into kept buffers."""
 
     def build(parameters: Sequence[Tensor]) -> Callable[[], None]:
         weights = [parameter for parameter, is_low in zip(parameters, low) if is_low]
@@ -245,7 +246,7 @@ def casts_in_place(low: Sequence[bool], dtype: torch.dtype) -> Casts:
 
 
 def casts_to_new(low: Sequence[bool], dtype: torch.dtype) -> Casts:
-    """Autocast's casts as autocast does them: each makes a new tensor, and low-precision weights die each step."""
+    """Returns the casts of autocast into new tensors, as autocast makes them. No low-precision weight is kept."""
 
     def build(parameters: Sequence[Tensor]) -> Callable[[], None]:
         weights = [parameter for parameter, is_low in zip(parameters, low) if is_low]
@@ -264,7 +265,7 @@ def casts_to_new(low: Sequence[bool], dtype: torch.dtype) -> Casts:
 
 
 def loops(mebibytes: int, device: torch.device) -> tuple[list[Contestant], dict[str, int]]:
-    """Two plain loops over large FP32 buffers, and the bytes each of them reads and writes."""
+    """Returns two plain loops over large FP32 buffers, and the bytes that each of them reads and writes."""
     source = torch.ones(mebibytes * 2**18, device=device)
     target = torch.zeros_like(source)
     size = source.nbytes
@@ -276,7 +277,7 @@ def loops(mebibytes: int, device: torch.device) -> tuple[list[Contestant], dict[
 
 
 def cache_eviction(device: torch.device) -> Callable[[], object]:
-    """Reads more memory than any cache holds, so that every contestant starts with the same cold caches."""
+    """Returns a function that reads more memory than any cache holds, so that all contestants have cold caches."""
     size = max(2**28, 4 * gpu.cache_size(device) if gpu.is_gpu(device) else 0)
     buffer = torch.ones(size // 4, device=device)
     return lambda: buffer.sum()

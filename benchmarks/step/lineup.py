@@ -1,4 +1,4 @@
-"""Who takes part in benchmarks.step on a device, and who had to be left out and why."""
+"""The contestants of benchmarks.step on a device, and the reasons for contestants that are left out."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ FORMS: dict[str, Any] = {
     FUSED: {"fused": True},
 }
 BYTES_AN_ELEMENT = 28
-"""At most, of a contestant: weights, gradients twice, momentum, and what a step makes."""
+"""The upper bound for a contestant: weights, gradients twice, momentum, and temporary tensors of a step."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A contestant that has yet to be built.
+    """A contestant before it is built.
 
     Attributes:
-        name: of the contestant.
-        build: makes the entry.
-        optional: whether the benchmark goes on without it when it cannot be built or run.
-        module: makes the module that the contestant begins from, for the check of its numbers; None: it has none.
+        name: The name of the contestant.
+        build: Returns the entry.
+        optional: True if the benchmark continues without a contestant that cannot be built or run.
+        module: Returns the initial module of the contestant, for the check of its numbers; None skips the check.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Candidate:
 
 
 class CheckFailed(Exception):
-    """The numbers of a contestant are not what they should be."""
+    """The numbers of a contestant are wrong."""
 
 
 def of_a_model(
@@ -68,14 +68,14 @@ def of_a_model(
     *,
     compiled: bool = False,
 ) -> list[Candidate]:
-    """Returns everybody who can take part on this type of device.
+    """Returns the candidates for this type of device.
 
     Args:
-        parameters: a name that `parameter_sets.build` knows.
-        dtype: of low-precision weights.
-        device: where the parameters live.
-        backends: of fused_tricks, the first of them under the name `OURS`.
-        compiled: whether `torch.compile` takes part.
+        parameters: A name that `parameter_sets.build` knows.
+        dtype: The dtype of low-precision weights.
+        device: The device of the parameters.
+        backends: The backends of fused_tricks, the first of them under the name `OURS`.
+        compiled: True adds a contestant that `torch.compile` compiles.
     """
     module = partial(parameter_sets.build, parameters, device)
     meta = parameter_sets.build(parameters, torch.device("meta"))
@@ -100,7 +100,7 @@ def of_a_model(
 def of_tiny_parameters(
     parameters: str, dtype: torch.dtype, device: torch.device, backends: Sequence[str]
 ) -> list[Candidate]:
-    """Returns those whose host time is measured; arguments as of `of_a_model`."""
+    """Returns the candidates whose host time is measured. The arguments are those of `of_a_model`."""
     module = partial(parameter_sets.build, parameters, device)
     candidates = _torch_amp(module, device)
     if gpu.is_gpu(device):
@@ -111,10 +111,10 @@ def of_tiny_parameters(
 def fitting(
     candidates: Sequence[Candidate], elements: int, device: torch.device
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Returns those that a GPU's memory can hold at once, ours and the fastest of torch.amp first.
+    """Returns the candidates that fit into a GPU's memory together, ours and the fastest of torch.amp first.
 
     Returns:
-        These, in their order; and by name, why the others cannot take part.
+        The candidates, in their order; and by name, the reasons for the candidates that are left out.
     """
     if not gpu.is_gpu(device):
         return list(candidates), {}
@@ -131,10 +131,11 @@ def fitting(
 
 
 def assemble(candidates: Iterable[Candidate], device: torch.device) -> tuple[list[Entry], dict[str, str]]:
-    """Builds the contestants, lets each take one step and checks its numbers.
+    """Builds the contestants, runs one step of each, and checks its numbers.
 
     Returns:
-        Those that can take part; and by name, why others cannot: the optional ones, and whose check failed.
+        The entries; and by name, the reasons for the contestants that are left out: an optional contestant cannot run,
+        or a check failed.
     """
     entries, left_out = [], {}
     for candidate in progress.bar(list(candidates), desc="contestants", unit="contestant"):
@@ -164,9 +165,9 @@ def _built(candidate: Candidate, device: torch.device) -> Entry:
 
 
 def peak_bytes(candidate: Candidate, device: torch.device) -> int:
-    """The most bytes that the tensors of a contestant held at once: weights, gradients, state, and what a step makes.
+    """Returns the most bytes of a contestant's tensors at once: weights, gradients, state, and temporary tensors.
 
-    Counted from its construction to the end of its second step.
+    The count runs from its construction to the end of its second step.
     """
     kept = 0
 
@@ -194,7 +195,7 @@ def _amp(
     if casts:
         work = with_casts(work)
     build = partial(grad_scaler, name, device=device, make_optimizer=sgd, work=work, casts=casts)
-    # A form that fails on a GPU, for want of memory perhaps, leaves the others to be measured.
+    # A form that fails on a GPU, for example without enough memory, does not end the benchmark.
     return Candidate(name, lambda: build(module()), optional=gpu.is_gpu(device), module=module)
 
 

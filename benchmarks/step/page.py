@@ -1,4 +1,4 @@
-"""The result of benchmarks.step as a page of tables and as a picture."""
+"""The page and the picture of a result of benchmarks.step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.lib.names import OURS
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page of tables."""
+    """Returns the page of tables."""
     on_gpu = result["machine"]["gpu"] is not None
     steps = [
         [
@@ -103,7 +103,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
-    """Three panels: time of a step, bandwidth, host time."""
+    """Draws three panels: time of a step, bandwidth, host time."""
     on_gpu = result["machine"]["gpu"] is not None
     pyplot = report.plotting()
     figure, panels = pyplot.subplot_mosaic(

@@ -1,4 +1,4 @@
-"""The step of Apex, Transformer Engine and FlashOptim, for benchmarks.step to time where they are installed."""
+"""The contestants of benchmarks.step from other packages: Apex, Transformer Engine and FlashOptim."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLASHOPTIM_32 = "FlashOptim, 32-bit masters"
 # The check reads and writes the gradient (8), one kernel reads three tensors (12) and writes two (8).
 APEX_WORK = Work("FP32 weights, FP32 momentum", 28, 28, "a pass before the step; the host decides")
 
-# The check reads and writes the gradient (2 + 2), the update moves what ours does (2 + 4 + 4 and 4 + 4 + 2). An
+# The check reads and writes the gradient (2 + 2), the update moves the bytes of ours (2 + 4 + 4 and 4 + 4 + 2). An
 # FP32 element: 4 + 4, 4 + 4 + 4, 4 + 4.
 APEX_MASTERS_WORK = Work(
     "16-bit weights, FP32 masters, FP32 momentum",
@@ -30,27 +30,27 @@ APEX_MASTERS_WORK = Work(
     "a pass before the step; the device decides; the scale is not adjusted",
 )
 
-# Momentum is 8 bits and 16 bits for each 32 elements, so 1 1/16 bytes read and as many written. Beside it the
-# gradient is read (2), the weight (2) and its correction (1 or 2) are read and written.
+# Momentum has 8 bits, and 16 bits for each 32 elements: 1 1/16 bytes read and as many written. The gradient is read
+# (2); the weight (2) and its correction (1 or 2) are read and written.
 FLASHOPTIM_WORK = Work("16-bit weights, 8-bit corrections, 8-bit momentum", 10.125, 14.125, "neither")
 FLASHOPTIM_32_WORK = Work("16-bit weights, 16-bit corrections, 8-bit momentum", 12.125, 14.125, "neither")
 
 
 def apex(name: str, module: nn.Module, device: torch.device) -> Entry:
-    """`apex.optimizers.FusedSGD` in place of `torch.optim.SGD`, under a `GradScaler`."""
+    """Returns `apex.optimizers.FusedSGD` in place of `torch.optim.SGD`, under a `GradScaler`."""
     return grad_scaler(name, module, device, importlib.import_module("apex.optimizers").FusedSGD, APEX_WORK)
 
 
 def transformer_engine(name: str, module: nn.Module, device: torch.device) -> Entry:
-    """Transformer Engine's `FusedSGD`, which is Apex's, in place of `torch.optim.SGD`, under a `GradScaler`."""
+    """Returns Transformer Engine's `FusedSGD`, a copy of Apex's, under a `GradScaler`."""
     make = importlib.import_module("transformer_engine.pytorch.optimizers").FusedSGD
     return grad_scaler(name, module, device, make, APEX_WORK)
 
 
 def apex_masters(name: str, module: nn.Module, dtype: torch.dtype, device: torch.device) -> Entry:
-    """Apex's check and update with FP32 masters, called as `apex.amp` did at O2 before Apex dropped it.
+    """Returns Apex's check and update with FP32 masters, called as `apex.amp` did at O2 before Apex removed it.
 
-    `apex.amp` also waited for the verdict and adjusted the scale on the host, which is left out here.
+    `apex.amp` also waited for `found_inf` and adjusted the scale on the host. Both are left out here.
 
     Raises:
         ValueError: `dtype` is not FP16; Apex has no such kernel for BF16.
@@ -106,15 +106,15 @@ def apex_masters(name: str, module: nn.Module, dtype: torch.dtype, device: torch
 def flashoptim(
     name: str, module: nn.Module, dtype: torch.dtype, device: torch.device, *, bits: int, work: Work
 ) -> Entry:
-    """`flashoptim.FlashSGD` over the module as `cast_model` leaves it; it has no loss scaling.
+    """Returns `flashoptim.FlashSGD`, which has no loss scaling, over the module as `cast_model` leaves it.
 
     Args:
-        name: of the contestant.
-        module: holds the parameters.
-        dtype: of the weights.
-        device: where they live.
-        bits: of weight and correction together: 24, FlashOptim's default, or 32.
-        work: what a step does.
+        name: The name of the contestant.
+        module: The module with the parameters.
+        dtype: The dtype of the weights.
+        device: The device of the parameters.
+        bits: The bits of weight and correction together: 24, FlashOptim's default, or 32.
+        work: The work of a step.
     """
     parameters = list(fused_tricks.cast_model(module.to(device), dtype).parameters())
     # A group has one dtype in FlashOptim.
@@ -123,6 +123,6 @@ def flashoptim(
     optimizer = make(
         [{"params": group} for group in by_dtype if group], **HYPERPARAMETERS, master_weight_bits=bits
     )
-    # It neither unscales its gradients nor keeps more than 8 bits of the momentum.
+    # FlashSGD does not unscale gradients, and keeps 8 bits of the momentum.
     gradients = Gradients(parameters, size=1.0)
     return entry(name, optimizer.step, parameters, gradients, work, scale=1.0, tolerance=0.1)

@@ -1,8 +1,7 @@
-"""How the cost of an optimizer step depends on the parameters: well-known networks, many tensors, many elements.
+"""The cost of an optimizer step on many sets of parameters: well-known networks, many tensors, many elements.
 
-`python -m benchmarks.step.sizes` times the contestants of `benchmarks.step` on each of them, beside the time that
-the bytes of our step take at the bandwidth of a plain loop in place. benchmarks/README.md says how each number
-is measured.
+`python -m benchmarks.step.sizes` times the contestants of `benchmarks.step` on each set, beside the time of our step's
+bytes at the bandwidth of the in-place loop. benchmarks/README.md describes each measurement.
 """
 
 from __future__ import annotations
@@ -35,24 +34,24 @@ ELEMENT_TENSORS = 100
 
 @dataclass(frozen=True)
 class Point:
-    """One set of parameters and what was measured on it.
+    """One set of parameters and its measurements.
 
     Attributes:
-        name: of the set, as `parameter_sets.build` knows it.
-        tensors: how many parameters.
-        elements: how many elements they have together.
-        rounds: how often everybody ran.
-        ms: milliseconds of a step, by contestant.
-        speed: how much longer than ours each takes, round by round.
-        host_us: microseconds until the calls of a step returned, by contestant; on a GPU only.
-        loop_ms: of the plain loops, which take their turns.
-        bytes: that our step reads and writes.
-        gb_per_second: our step's bandwidth.
-        share_of_copy: the same over the copy loop's, round by round.
-        limit_ms: the time of our bytes at the in-place loop's bandwidth.
-        peak_memory_bytes: by contestant; of networks only.
-        left_out: who could not take part, and why.
-        checks: what was found of the numbers of each contestant.
+        name: The name of the set, as `parameter_sets.build` knows it.
+        tensors: The number of parameters.
+        elements: The number of elements of all parameters.
+        rounds: The number of rounds.
+        ms: Milliseconds of a step, by contestant.
+        speed: The time of each contestant over ours, round by round.
+        host_us: Microseconds until the calls of a step returned, by contestant; on a GPU only.
+        loop_ms: Milliseconds of the plain loops, which take their turns.
+        bytes: The bytes that our step reads and writes.
+        gb_per_second: The bandwidth of our step.
+        share_of_copy: The same over the bandwidth of the copy loop, round by round.
+        limit_ms: The time of our bytes at the bandwidth of the in-place loop.
+        peak_memory_bytes: The peak memory by contestant; for networks only.
+        left_out: The contestants that could not take part, and the reasons.
+        checks: The outcome of the check of each contestant.
     """
 
     name: str
@@ -73,7 +72,7 @@ class Point:
 
 
 class NotMeasured(Exception):
-    """A set of parameters cannot be measured here; says why."""
+    """A set of parameters cannot be measured here, with the reason."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -94,13 +93,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     command_line.add_device_to(parser)
     parser.add_argument(
-        "--seconds", type=command_line.positive_number, default=10.0, help="of timed steps on each set, about"
+        "--seconds",
+        type=command_line.positive_number,
+        default=10.0,
+        help="of timed steps on each set, approximately",
     )
     parser.add_argument(
         "--most-rounds",
         type=command_line.positive,
         default=100,
-        help="on each set; at least 5 run in any case",
+        help="the most rounds on each set; at least 5 run",
     )
     parser.add_argument(
         "--loop-mib", type=command_line.positive, default=256, help="size of each buffer of the copy loop"
@@ -113,7 +115,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _elements(text: str) -> int:
-    """A number of elements that `ELEMENT_TENSORS` tensors can share evenly."""
+    """Returns a number of elements that is a multiple of `ELEMENT_TENSORS`."""
     value = int(text)
     if value < 1 or value % ELEMENT_TENSORS:
         raise argparse.ArgumentTypeError(f"must be a positive multiple of {ELEMENT_TENSORS}, got {text}")
@@ -128,14 +130,14 @@ def measure(
     *,
     with_memory: bool,
 ) -> Point:
-    """Times everybody on one set of parameters.
+    """Times all contestants on one set of parameters.
 
     Args:
-        name: of the set.
-        options: the command line.
-        plain_loops: take their turns.
-        moved: bytes that each of them reads and writes.
-        with_memory: find the peak memory as well, which takes long where there are many tensors.
+        name: The name of the set.
+        options: The command line.
+        plain_loops: The plain loops, which take their turns.
+        moved: The bytes that each plain loop reads and writes.
+        with_memory: True also measures the peak memory, which is slow for many tensors.
     """
     device, dtype = options.device, getattr(torch, options.dtype)
     candidates, too_large = lineup.fitting(
@@ -161,7 +163,7 @@ def measure(
         shown_as=name,
     )
     times = {who: [section.device for section in found] for who, found in sections.items()}
-    # On an idle device: behind the head start, who reads a verdict on the host would wait for that, too.
+    # On an idle device: a contestant that reads found_inf on the host would also wait for the head start.
     hosts = interleave(contestants, rounds=rounds, warmup=1, device=device) if gpu.is_gpu(device) else {}
     loop_times = {loop.name: times.pop(loop.name) for loop in plain_loops}
     meta = parameter_sets.build(name, torch.device("meta"))
@@ -199,8 +201,8 @@ def sweeps(options: argparse.Namespace) -> Iterator[tuple[dict[str, list[Point]]
     """Measures the sets of each kind: networks, growing numbers of tensors, growing numbers of elements.
 
     Yields:
-        After each set what there is by then: a point for each set, by kind; and by name of the set, why the others were
-        not measured.
+        After each set all results so far: a point for each set, by kind; and by name of the set, the reasons for sets
+        that were not measured.
     """
     device = options.device
     gpu.use(device)
@@ -234,7 +236,7 @@ def summarise(
     found: dict[str, list[Point]],
     skipped: dict[str, str],
 ) -> dict[str, Any]:
-    """The result as JSON-able values."""
+    """Returns the result as JSON-able values."""
     device = options.device
     return {
         "benchmark": "step_sizes",
@@ -253,7 +255,7 @@ HEADINGS = {
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page: for each kind of set the times, and how they compare with ours."""
+    """Returns the page of the result: for each kind of set the times, and their ratios to ours."""
     parts = [
         "# The optimizer step on many sets of parameters",
         f"{result['setting']}. Numbers are median (lower – upper quartile) over rounds; ratios are taken within each "
@@ -336,12 +338,12 @@ def _megabytes(sizes: dict[str, int], name: str) -> str:
 
 
 def _drawn(result: dict[str, Any]) -> list[str]:
-    """The kinds of sets that the picture shows."""
+    """The kinds of sets in the picture."""
     return [kind for kind in ("tensors", "elements") if result["sweeps"][kind]]
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
-    """A panel for each sweep, both axes logarithmic: time over tensors, and over elements."""
+    """Draws a panel for each sweep, with logarithmic axes: time over tensors, and over elements."""
     kinds = _drawn(result)
     pyplot = report.plotting()
     figure, panels = pyplot.subplots(
@@ -395,16 +397,16 @@ def _draw(panel: Axes, kind: str, points: list[dict[str, Any]]) -> None:
     panel.set_title(HEADINGS[kind], loc="left", fontsize=11, fontweight="bold")
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="#E3E3E3", linewidth=0.8)
-    # Below the panel, where it covers no line.
+    # The legend would cover lines in the panel.
     panel.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1))
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures, and writes step_sizes.json, step_sizes.md and step_sizes.png."""
+    """Measures the sets and writes step_sizes.json, step_sizes.md and step_sizes.png."""
     options = parse(arguments)
     result: dict[str, Any] = {}
     for points, skipped in sweeps(options):
-        # Saved as it comes, for a run that is stopped.
+        # A stopped run keeps the results so far.
         result = summarise(options, arguments, points, skipped)
         report.write_json(options.output / "step_sizes.json", result)
         (options.output / "step_sizes.md").write_text(markdown(result), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Trains one network with every contestant side by side: the same weights, batches, and order.
+"""The training of one network with every contestant side by side: the same weights, batches, and order.
 
 `python -m benchmarks.train` compares throughput, cost of the optimizer, peak memory and accuracy of plain
-torch.amp and of fused_tricks on real images. benchmarks/README.md says how each column is measured.
+torch.amp and of fused_tricks on real images. benchmarks/README.md describes each column.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BASELINE = FUSED
 
 @dataclass
 class Record:
-    """What one contestant did, over all seeds. One sample a timed step; losses one list a seed, every step."""
+    """The record of one contestant over all seeds: one sample per timed step, one list of losses per seed."""
 
     forwards: list[Section] = field(default_factory=list)
     backwards: list[Section] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Record:
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
-    """Reads the command line, and loads the images that it names."""
+    """Reads the command line and loads its images."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train",
         description="Trains with torch.amp and with fused_tricks, side by side.",
@@ -78,13 +78,13 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     parser.add_argument(
         "--minutes",
         type=positive,
-        help="take fewer seeds, then fewer steps, where the training would last longer than about this",
+        help="take fewer seeds, then fewer steps, if the training would last longer than about this",
     )
     command_line.add_device_to(parser)
     parser.add_argument(
         "--dtype",
         choices=("float16", "bfloat16", "float32"),
-        help="of the forward and backward pass; float16 on a GPU and bfloat16 on a CPU unless given",
+        help="of the forward and backward pass; by default float16 on a GPU and bfloat16 on a CPU",
     )
     parser.add_argument(
         "--loss-scale", choices=("dynamic", "none"), default="dynamic", help="for all contestants"
@@ -104,9 +104,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
     options = parser.parse_args(arguments)
     options.backends, _ = backend_choice.choose(parser, options.backend, options.device)
     if options.graph and not gpu.is_gpu(options.device):
-        parser.error("--graph: CUDA graphs need a GPU")
+        parser.error("--graph: CUDA graphs require a GPU")
     if options.graph and options.compile:
-        parser.error("--graph and --compile: take one, as a compiled model may replay graphs of its own")
+        parser.error(
+            "--graph and --compile: choose one, because a compiled model may replay graphs of its own"
+        )
     try:
         images = data.load(options.dataset, options.data, options.image_size)
     except (ValueError, OSError) as error:
@@ -121,13 +123,13 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
 
 
 def within(minutes: int, seconds_a_step: float, steps: int, seeds: int) -> tuple[int, int]:
-    """How many steps to train and with how many seeds, at most `steps` and `seeds`.
+    """Returns the numbers of steps and seeds that fit into a limit of time, at most `steps` and `seeds`.
 
     Args:
-        minutes: that all trainings together may last, unless some steps after those that are not timed take longer.
-        seconds_a_step: of all contestants together.
-        steps: that are wanted for each seed.
-        seeds: that are wanted.
+        minutes: The limit for all trainings, unless the least number of steps takes longer.
+        seconds_a_step: The seconds of a step of all contestants.
+        steps: The requested steps for each seed.
+        seeds: The requested seeds.
     """
     affordable = int(minutes * 60 / seconds_a_step)
     if affordable >= steps:
@@ -138,7 +140,7 @@ def within(minutes: int, seconds_a_step: float, steps: int, seeds: int) -> tuple
 def seconds_a_step(
     build_model: Callable[[], torch.nn.Module], recipe: Recipe, images: tuple[int, ...]
 ) -> float:
-    """About how long a training step of all contestants lasts, from a few steps of one."""
+    """Returns the approximate seconds of a training step of all contestants, from a few steps of one of them."""
 
     def seconds(steps: int) -> float:
         start = time.perf_counter()
@@ -150,7 +152,7 @@ def seconds_a_step(
 
 
 def batches(images: data.Images, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields `steps` shuffled batches, through the training set as often as needed."""
+    """Yields `steps` shuffled batches, repeating the training set if necessary."""
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(images.train, batch_size, shuffle=True, drop_last=True, generator=generator)
     while steps > 0:
@@ -162,7 +164,7 @@ def batches(images: data.Images, batch_size: int, steps: int, seed: int) -> Iter
 
 
 def accuracy(trainer: Trainer, images: data.Images, device: torch.device) -> float:
-    """The share of the test images that the model gets right."""
+    """Returns the share of test images that the model classifies correctly."""
     trainer.model.eval()
     right = total = 0
     with torch.no_grad():
@@ -181,10 +183,10 @@ def train(
     steps: int,
     seeds: int,
 ) -> tuple[dict[str, Record], list[float]]:
-    """Trains all contestants for every seed, taking turns step by step in a random order that the seed decides.
+    """Trains all contestants for every seed. They take turns step by step, in a random order from the seed.
 
     Returns:
-        What each did, and the seconds in which the batch of each step was loaded, once for all of them.
+        The record of each contestant, and the seconds of loading each batch, once for all contestants.
     """
     loading: list[Section] = []
     names = contestants.names(recipe)
@@ -228,7 +230,7 @@ def train(
         for name, trainer in trainers.items():
             records[name].accuracies.append(accuracy(trainer, images, recipe.device))
             trainer.model.train()
-            # The last one of the schedule changes hardly a weight.
+            # The last rate of the schedule changes hardly any weight.
             contestants.set_lr(trainer.optimizer, recipe.lr)
             records[name].check = train_check.check(trainer, recipe, pixels, labels)
     shown.close()
@@ -241,7 +243,7 @@ def measure_memory(
     recipe: Recipe,
     images: tuple[int, ...],
 ) -> None:
-    """Sets the peak memory of every contestant in its record."""
+    """Writes the peak memory of every contestant into its record."""
     for name, record in progress.bar(records.items(), desc="peak memory"):
         training = functools.partial(
             contestants.train_from_scratch, name, build_model, recipe, images, MEMORY_STEPS
@@ -250,7 +252,7 @@ def measure_memory(
 
 
 def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str, Any]]:
-    """The columns of the table for every contestant, as spreads, and the raw losses and accuracies."""
+    """Returns the columns of the table for every contestant, as spreads, and the raw losses and accuracies."""
     summary = {}
     for name, record in records.items():
         accuracies = record.accuracies
@@ -274,7 +276,7 @@ def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains, and writes train.json, train.md and train.png."""
+    """Trains and writes train.json, train.md and train.png."""
     options, images = parse(arguments)
     device = options.device
     gpu.use(device)

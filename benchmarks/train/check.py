@@ -1,4 +1,4 @@
-"""Checks the last update of a training: ours bit for bit with another backend, the others with FP64."""
+"""The check of a training's last update: ours bit for bit with another backend, all others with FP64."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from benchmarks.train.contestants import Recipe, Trainer
 
 
 def check(trainer: Trainer, recipe: Recipe, images: Tensor, labels: Tensor) -> Check:
-    """Trains one more step and compares what the optimizer made of the gradients.
+    """Trains one more step and compares the optimizer's update.
 
     Args:
-        trainer: of the recipe; its images and labels are as in training.
-        recipe: how it trains.
-        images, labels: a batch.
+        trainer: The trainer of a contestant.
+        recipe: The recipe of the training.
+        images: The images of a batch, as in training.
+        labels: Their labels.
     """
     optimizer = trainer.optimizer
     parameters = list(trainer.model.parameters())
@@ -65,7 +66,7 @@ def _differing(
     gradients: Sequence[Tensor],
     against: str,
 ) -> int:
-    """Returns how many elements of weights, masters and momentum another backend makes differ in a bit."""
+    """Returns the number of elements of weights, masters and momentum that differ from another backend in a bit."""
     twins = [nn.Parameter(weight) for weight in before]
     scaled = "dynamic" if optimizer.loss_scale is not None else None
     twin = fused_tricks.FusedSGD(twins, lr=1.0, loss_scale=scaled, backend=against)
@@ -94,7 +95,7 @@ def _distance(
     lr: float,
     recipe: Recipe,
 ) -> float:
-    """Returns the largest difference from FP64, rounding left out, over the largest change of a weight."""
+    """Returns the largest difference from FP64, beyond rounding, over the largest change of a weight."""
     overflowed = not all(bool(gradient.isfinite().all()) for gradient in gradients)
     difference = change = 0.0
     for weight, old, momentum, gradient in zip(found, before, momenta, gradients, strict=True):

@@ -1,4 +1,4 @@
-"""The ways to train in half precision that benchmarks.train compares, behind one interface."""
+"""The contestants of benchmarks.train, behind one interface."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ UNSCALED = f"{FUSED}, no GradScaler"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all contestants have in common.
+    """The settings of all contestants.
 
     Attributes:
-        device: where to train.
-        dtype: of the forward and backward pass; `torch.float32` trains without casting anything.
-        loss_scaling: whether the loss is scaled dynamically, from 65536, by `GradScaler`'s rules.
-        lr: the learning rate of the first step.
-        momentum: of SGD.
-        weight_decay: of SGD; applies to every parameter.
-        compile_mode: of `torch.compile` for the model; None: it is not compiled. `"reduce-overhead"` replays CUDA
-            graphs on a GPU.
-        backend: of fused_tricks.
-        graph: whether ours and *torch.amp, fused* take part a second time, with their whole step as one CUDA graph.
+        device: The device of the training.
+        dtype: The dtype of the forward and backward pass; `torch.float32` trains without casts.
+        loss_scaling: True scales the loss dynamically, from 65536, by the rules of `GradScaler`.
+        lr: The learning rate of the first step.
+        momentum: The momentum of SGD.
+        weight_decay: The weight decay of SGD, for every parameter.
+        compile_mode: The mode of `torch.compile` for the model; None does not compile it. `"reduce-overhead"` replays
+            CUDA graphs on a GPU.
+        backend: The backend of fused_tricks.
+        graph: True adds ours and *torch.amp, fused* a second time, with the whole step as one CUDA graph.
     """
 
     device: torch.device
@@ -48,42 +48,42 @@ class Recipe:
 
 
 def names(recipe: Recipe) -> tuple[str, ...]:
-    """Who takes part. BF16 has FP32's range, and PyTorch's examples scale no loss in it: that is a row of its own."""
+    """Returns the names of the contestants. BF16 has a row without loss scaling, as in PyTorch's documentation."""
     unscaled = [UNSCALED] if recipe.dtype == torch.bfloat16 and recipe.loss_scaling else []
     graphs = [FUSED + GRAPH, OURS + GRAPH] if recipe.graph else []
     return (*TORCH_FORMS, *unscaled, OURS, *graphs)
 
 
 class Trainer(Protocol):
-    """One contestant with its own model and optimizer."""
+    """A contestant with its own model and optimizer."""
 
     model: nn.Module
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """What holds the learning rate."""
+        """The optimizer that holds the learning rate."""
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of a batch, an FP32 scalar."""
+        """Returns the mean loss of a batch, an FP32 scalar."""
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of the loss."""
+        """Accumulates the gradients of the loss."""
 
     def apply(self) -> None:
         """Applies the gradients and keeps them."""
 
     def update(self) -> None:
-        """Applies the gradients and drops them: all that the optimizer costs in a training step."""
+        """Applies the gradients and drops them: the whole cost of the optimizer in a training step."""
 
     def loss_scale(self) -> float:
-        """Returns by how much the gradients are larger than the loss's before the next update applies them."""
+        """Returns the factor by which the gradients are scaled before the next update."""
 
     def predict(self, images: Tensor) -> Tensor:
-        """The scores of a batch of shape (n, 3, height, width), as (n, classes)."""
+        """Returns the scores of a batch of shape (n, 3, height, width), as (n, classes)."""
 
 
 class TorchAmp:
-    """Autocast, `GradScaler` and `torch.optim.SGD`, as PyTorch's "Automatic Mixed Precision examples" has them."""
+    """Autocast, `GradScaler` and `torch.optim.SGD`, as in PyTorch's "Automatic Mixed Precision examples"."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, form: str) -> None:
         self.model = model
@@ -126,7 +126,7 @@ class TorchAmp:
 
 
 class FusedTricks:
-    """`cast_model` and `FusedSGD`; every parameter is decayed, as `torch.optim.SGD` does."""
+    """`cast_model` and `FusedSGD`. Every parameter decays, as with `torch.optim.SGD`."""
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model = fused_tricks.cast_model(model, recipe.dtype)
@@ -163,7 +163,7 @@ class FusedTricks:
 class Captured:
     """The whole training step of another trainer as one CUDA graph, which `forward` replays.
 
-    It is captured with the first batch, on which it trains three steps more than the others.
+    The capture uses the first batch, and trains three steps more on it than other trainers.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -171,7 +171,7 @@ class Captured:
         self._replay: Callable[[], object] | None = None
         self.model, self.optimizer = trainer.model, trainer.optimizer
         for group in self.optimizer.param_groups:
-            # On the device, where a replayed step reads it.
+            # A replayed step reads the learning rate on the device.
             group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
 
     def _step(self) -> None:
@@ -200,7 +200,7 @@ class Captured:
         pass
 
     def loss_scale(self) -> float:
-        # Those that torch's fused step leaves behind are unscaled.
+        # torch's fused step leaves unscaled gradients behind.
         return 1.0
 
     def predict(self, images: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class Captured:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of all groups, where it is a tensor in place."""
+    """Sets the learning rate of all groups; a tensor is written in place."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -217,7 +217,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def build(name: str, model: nn.Module, recipe: Recipe) -> Trainer:
-    """The contestant of that name (one of `names`), training `model`, which it may change in place."""
+    """Returns the contestant of a name (one of `names`). It trains `model`, and may change it in place."""
     trainer: Trainer
     if name.endswith(GRAPH):
         return Captured(build(name.removesuffix(GRAPH), model, recipe))
@@ -239,14 +239,14 @@ def train_from_scratch(
     images: tuple[int, ...],
     steps: int,
 ) -> None:
-    """Makes a contestant and trains it for some steps on random images.
+    """Builds a contestant and trains it for some steps on random images.
 
     Args:
-        name: one of `names`.
-        build_model: makes the model.
-        recipe: how to train.
-        images: the shape of a batch, (n, 3, height, width).
-        steps: how many.
+        name: One of `names`.
+        build_model: Returns the model.
+        recipe: The settings of the training.
+        images: The shape of a batch, (n, 3, height, width).
+        steps: The number of steps.
     """
     model = build_model().to(recipe.device).to(memory_format=torch.channels_last)
     trainer = build(name, model, recipe)

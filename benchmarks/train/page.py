@@ -1,4 +1,4 @@
-"""The result of benchmarks.train as a page with one table and as a picture."""
+"""The page and the picture of a result of benchmarks.train."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINE_STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result as a page with one table."""
+    """Returns the page with one table."""
     header = [
         "contestant",
         "images/s",
@@ -47,7 +47,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
-    """The table as panels of bars, where the time of a step goes, and the training loss."""
+    """Draws the table as panels of bars, the parts of a step's time, and the training loss."""
     rows = {name: row for name, row in result["contestants"].items() if row["passed"]}
     names = list(rows)
     colour = report.colours(names, [OURS, OURS + GRAPH])
