@@ -1,4 +1,4 @@
-// The options of a parameter group in one step, and the rule that they make for a tensor.
+// The options of a parameter group in one step, and the rule of the update of one tensor.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 namespace fused_tricks {
 
 struct Group {
-  const void* lr_pointer;  // FP32 or FP64 numbers that `lr` is multiplied with; null: none
-  int64_t lr_last;         // the position of the last of them
-  int64_t lr_origin;       // updates applied before the one that takes the first of them
+  const void* lr_pointer;  // factors of `lr`, FP32 or FP64; null: no factor
+  int64_t lr_last;         // the index of the last factor
+  int64_t lr_origin;       // updates applied before the update with the first factor
   double lr;
   double momentum;
   double dampening;
@@ -24,7 +24,7 @@ struct Group {
   bool fits_float;  // no option is infinite in FP32
 };
 
-// An option, under its key in a group's dict. `lr` may be a tensor, and is read apart.
+// An option by its key in a group's dict. `lr` may be a tensor and is read separately.
 template <typename T>
 struct Option {
   const char* key;
@@ -44,7 +44,7 @@ constexpr Option<bool> kFlags[] = {
     {"decoupled_weight_decay", &Group::decoupled_weight_decay},
 };
 
-// `lr`: the rate of this update. `is_matrix`: the parameter has more than one dimension.
+// `lr`: the learning rate of this update. `is_matrix`: the parameter has more than one dimension.
 template <typename T>
 FUSED_TRICKS_INLINE Rule<T> make_rule(const Group& group, double lr, bool is_matrix, bool is_first_update,
                                       const StepState& state, const StepRequest& request) {

@@ -1,8 +1,8 @@
-// How functions that run on every processor are declared.
+// The declaration of functions that run on every processor.
 #pragma once
 
-// Always inlined: the same function is compiled for several instruction sets, and the linker keeps one copy of those
-// that are not.
+// Always inlined: a function is compiled once for each instruction set, and the linker would keep only one of the
+// copies.
 #if defined(__CUDACC__)
 #define FUSED_TRICKS_INLINE __host__ __device__ __forceinline__
 #else

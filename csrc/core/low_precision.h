@@ -1,4 +1,4 @@
-// FP16 and BF16 to FP32 and back, rounding to nearest even, in integer operations.
+// Conversion of FP16 and BF16 to FP32 and back, rounded to nearest even, in integer operations.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The update of one parameter, written once for every processor. These are the roundings of torch.optim.SGD, whose
+// The update of one parameter, written once for every processor. The roundings are those of torch.optim.SGD, whose
 // add(alpha=) is a fused multiply-add.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace fused_tricks {
 
-// Hyper-parameters of one tensor in one step, rounded once to the type that the arithmetic runs in.
+// Hyper-parameters of one tensor in one step, rounded once to the type of the arithmetic.
 template <typename T>
 struct Rule {
   T inverse_scale;
@@ -62,8 +62,13 @@ FUSED_TRICKS_INLINE double mul(double a, double b) {
 FUSED_TRICKS_INLINE float negate(float a) { return -a; }
 FUSED_TRICKS_INLINE double negate(double a) { return -a; }
 
-// V is one number or a vector of them, with fma, mul and negate; it converts from T by repeating it.
-// Reads the gradient g, updates the weight w and, where there is momentum, the buffer b.
+// V is a number or a vector of numbers with fma, mul and negate, and V(T) repeats one number. The function reads the
+// gradient g, and updates the weight w and, with momentum, the buffer b.
+//
+// A 16-bit parameter is the rounding of w. Each processor rounds by itself: low_precision.h, cpu/kernels_impl.h,
+// cpu/kernels_avx2.cpp, cpu/kernels_avx512.cpp, round_to and packed in cuda/memory.cuh, and in fused_tricks/backends
+// triton/elements.py and reference.py. adopt_foreign_values in fused_tricks/step/plan.py compares a parameter with the
+// rounding of its master to recognise writes of user code. Another rounding must change all of these places.
 template <typename V, typename T>
 FUSED_TRICKS_INLINE void sgd_update(const Rule<T>& rule, V g, V& w, V& b) {
   if (rule.unscales) g = mul(g, V(rule.inverse_scale));

@@ -1,4 +1,4 @@
-// What a step decides for all tensors together: skip or not, the clipping factor, the next loss scale.
+// The decision of a step for all tensors: skip or apply, the clip factor, the next loss scale.
 #pragma once
 
 #include <cmath>
@@ -9,8 +9,8 @@
 
 namespace fused_tricks {
 
-// Lives on the parameters' device, so that no step waits for the host. fused_tricks/step/device_state.py has views of
-// most fields at these offsets, and fused_tricks/backends/triton/decision.py of all.
+// In the memory of the parameters' device, so that no step waits for the host. fused_tricks/step/device_state.py has
+// the same offsets.
 struct StepState {
   float scale;
   int32_t growth_tracker;
@@ -20,10 +20,10 @@ struct StepState {
   int64_t skipped_steps;
   int32_t skip;  // the last decision
   float inverse_scale;
-  double clip;        // the FP32 factor, or an FP64 one where an FP64 gradient takes part
+  double clip;        // an FP32 number; FP64 with an FP64 gradient
   uint32_t arrivals;  // used within a launch on a GPU
   int32_t skipped_in_a_row;
-  double grad_norm;  // an FP32 number, or an FP64 one where an FP64 gradient takes part
+  double grad_norm;  // an FP32 number; FP64 with an FP64 gradient
 };
 
 static_assert(sizeof(StepState) == 64, "fused_tricks/step/device_state.py allocates it");
@@ -38,21 +38,21 @@ struct ScaleRule {
 };
 
 struct StepRequest {
-  bool unscales;     // gradients carry a factor: this state's scale, or the external one
-  bool external;     // the factor and its adjustment belong to a GradScaler
-  float grad_scale;  // the external factor
-  bool found_inf;    // the GradScaler's verdict
+  bool unscales;     // gradients have a factor: this state's scale, or the external scale
+  bool external;     // a GradScaler owns and adjusts the scale
+  float grad_scale;  // the external scale
+  bool found_inf;    // found_inf of the GradScaler
   bool wants_norm;   // measure the norm and clip to max_norm
-  bool in_double;    // an FP64 gradient takes part, so that the norm is one in FP64
+  bool in_double;    // a gradient is FP64, and so is the norm
   double max_norm;
   bool dynamic;  // adjust the scale by `rule`
   ScaleRule rule;
 
-  // Whether the gradients must be read once before any is used. A GradScaler has looked for non-finite ones itself.
+  // True if the step requires a scan. A GradScaler has checked the gradients for non-finite elements already.
   FUSED_TRICKS_INLINE bool scans() const { return (unscales && !external) || wants_norm; }
 };
 
-// GradScaler's rule with Apex's hysteresis, then the floor and the ceiling.
+// The rule of GradScaler with the hysteresis of Apex, then the floor and the ceiling.
 FUSED_TRICKS_INLINE void advance_scale(StepState& state, bool found, const ScaleRule& rule) {
   if (found) {
     state.growth_tracker = 0;
@@ -72,21 +72,21 @@ FUSED_TRICKS_INLINE void advance_scale(StepState& state, bool found, const Scale
   if (state.scale > rule.max_scale) state.scale = rule.max_scale;
 }
 
-// Which factor of a learning rate is due in the update that follows `applied` others.
+// Returns the index of the learning rate's factor for the update after `applied` updates.
 FUSED_TRICKS_INLINE int64_t factor_due(int64_t applied, int64_t origin, int64_t last) {
   const int64_t position = applied - origin;
   if (position < 0) return 0;
   return position < last ? position : last;
 }
 
-// The factor that clips gradients of this norm to `max_norm`.
+// Returns the factor that clips gradients of this norm to `max_norm`.
 template <typename T>
 FUSED_TRICKS_INLINE T clip_factor(T norm, T max_norm) {
   const T ratio = max_norm / (norm + static_cast<T>(1e-6));
   return ratio < T(1) ? ratio : T(1);
 }
 
-// `found`: a gradient element is not finite. `squares`: the sum of all squared elements as they are stored.
+// `found`: a gradient element is not finite. `squares`: the sum of the squares of all stored elements.
 FUSED_TRICKS_INLINE void decide_step(StepState& state, bool found, double squares, const StepRequest& request) {
   found = found || request.found_inf;
   state.inverse_scale = request.unscales ? 1.0f / (request.external ? request.grad_scale : state.scale) : 1.0f;

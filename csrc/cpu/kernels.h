@@ -11,7 +11,7 @@
 
 namespace fused_tricks::cpu {
 
-// A run of elements of one tensor. `weight` is the FP32 master where there is one, else the parameter.
+// A run of elements of one tensor. `weight` is the master, or the parameter without a master.
 struct Span {
   const void* grad;
   void* weight;
@@ -20,12 +20,12 @@ struct Span {
   DType grad_type;
   DType param_type;
   int64_t count;
-  bool streams;  // the parameter is written past the caches, which would first read what it overwrites
+  bool streams;  // write the parameter past the caches, which would read it first
 };
 
 struct Kernels {
   bool (*has_non_finite)(const void* grad, DType type, int64_t count);
-  // Adds nothing up across calls: the sum over this run alone, in a fixed order.
+  // Returns the sum over this run only, in a fixed order.
   double (*sum_of_squares)(const void* grad, DType type, int64_t count);
   void (*update)(const Span& span, const Rule<float>& rule);
   void (*update_double)(const Span& span, const Rule<double>& rule);
@@ -37,9 +37,9 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
 
-// What this processor can run, best first.
+// Returns the instruction sets of this processor, the best first.
 std::vector<std::string> instruction_sets();
-// The one in use; the best until another is selected.
+// The kernels in use: the best, until another instruction set is selected.
 const Kernels& selected_kernels();
 std::string selected_instruction_set();
 void select_instruction_set(const std::string& name);

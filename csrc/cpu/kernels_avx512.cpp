@@ -1,5 +1,5 @@
 // Sixteen elements at a time: AVX-512 F, BW, DQ and VL.
-// GCC 12 takes the undefined registers of its own intrinsics for a mistake of their callers (GCC bug 105593).
+// GCC 12 warns of undefined registers in its own intrinsics (GCC bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -39,7 +39,7 @@ struct Avx512 {
   static __m256i rounded(Half, Float value) {
     return _mm512_cvtps_ph(value.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // Not the processor's own conversion to bfloat16, which flushes subnormal numbers to zero.
+  // The processor's conversion to bfloat16 flushes subnormal numbers to zero.
   static __m256i rounded(BFloat16, Float value) {
     const __m512i bits = _mm512_castps_si512(value.lanes);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -1,6 +1,6 @@
-// The CPU kernels over `Simd`: a vector type `Float` of `kWidth` floats, with load and store for each element
-// type and the operations of sgd_update.h. Included once by each kernels_*.cpp; everything here is local to that
-// file, or the linker could pick a copy that was compiled for another processor.
+// The CPU kernels over `Simd`: a vector type `Float` of `kWidth` floats, with load and store for each element type and
+// the operations of sgd_update.h. Each kernels_*.cpp includes this file. All functions are local to their file, so that
+// the linker cannot choose a copy for another processor.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ struct Scalar {
   static void finish_streams() {}
 };
 
-// An element is not finite when its exponent bits are all ones: adding one to them, with the sign bit cleared,
+// An element is not finite if all its exponent bits are ones. With the sign bit cleared, adding one to the exponent
 // then carries into the sign bit.
 template <typename Bits>
 bool any_exponent_full(const Bits* bits, int64_t count, Bits exponent_one) {
@@ -115,7 +115,7 @@ double sum_of_squares(const void* grad, DType type, int64_t count) {
   return 0;
 }
 
-// `Param` is float where the weight is the parameter itself.
+// `Param` is float if the weight is the parameter itself.
 template <typename Simd, bool kStreams, typename Param, typename Grad>
 void update_vector(const Grad* grad, float* weight, float* buffer, Param* param, const Rule<float>& rule) {
   using V = typename Simd::Float;
@@ -133,10 +133,10 @@ void update_vector(const Grad* grad, float* weight, float* buffer, Param* param,
 
 template <typename Simd, typename Param, typename Grad>
 void update_span(const Span& span, const Rule<float>& shared_rule) {
-  const Rule<float> rule = shared_rule;  // a local copy cannot alias the stores, so it stays in registers
+  const Rule<float> rule = shared_rule;  // a local copy cannot alias the stores and stays in registers
   const auto* grad = static_cast<const Grad*>(span.grad);
   auto* weight = static_cast<float*>(span.weight);
-  // Where there is none the pointer is never followed, but adding to a null pointer is undefined.
+  // Without a buffer the pointer is never followed, but arithmetic on a null pointer is undefined.
   auto* buffer = static_cast<float*>(span.state[kBuffer] != nullptr ? span.state[kBuffer] : span.weight);
   auto* param = static_cast<Param*>(span.param);
   int64_t i = 0;

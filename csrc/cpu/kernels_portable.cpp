@@ -1,4 +1,4 @@
-// One element at a time in standard C++: for processors without a vector version, and to test those against.
+// One element at a time in standard C++: for processors without a vector version, and as the reference of their tests.
 #include "kernels_impl.h"
 
 namespace fused_tricks::cpu {

@@ -12,11 +12,11 @@ namespace fused_tricks::cpu {
 
 namespace {
 
-// Below this many elements waking the other threads costs more than they save.
+// Up to this many elements, the wake-up of other threads costs more than it saves.
 constexpr int64_t kSmall = 1 << 15;
-// Elements of a chunk, which one thread works on.
+// Elements of a chunk, the work of one thread.
 constexpr int64_t kChunk = 1 << 15;
-// From so many on the parameters written first are out of the caches before anybody reads them.
+// From this many elements on, written parameters leave the caches before they are read again.
 constexpr int64_t kLarge = 1 << 22;
 
 bool is_first_update(const Entry& entry, const Group& group) { return group.momentum != 0 && *entry.first_update < 0; }
@@ -49,7 +49,7 @@ Span span_of(const Entry& entry, const Chunk& chunk, bool streams) {
   return span;
 }
 
-// After the update, in which every thread reads the notes.
+// Runs after the update, in which all threads read the notes.
 void note_first_updates(const Plan& plan) {
   for (const Entry& entry : plan.entries) {
     if (entry.grad != nullptr && is_first_update(entry, plan.groups[entry.group])) {
@@ -58,7 +58,7 @@ void note_first_updates(const Plan& plan) {
   }
 }
 
-// Makes the partials those of all processes together.
+// Reduces the partials over all processes.
 void all_reduce(const Reduction& reduction, std::vector<double>& partials) {
   if (reduction.partials == nullptr) return;
   std::copy(partials.begin(), partials.end(), reduction.partials);
@@ -106,7 +106,7 @@ void Step::update(const Plan& plan, const StepRequest& request) const {
   const Kernels& kernels = selected_kernels();
   const bool streams = total_count_ >= kLarge;
   parallel_for(static_cast<int64_t>(chunks_.size()), total_count_ <= kSmall, [&](int64_t begin, int64_t end) {
-    // Backwards, so that the gradients that this thread scanned last are still in its cache.
+    // Backwards: the gradients that this thread scanned last are still in its cache.
     for (size_t i = static_cast<size_t>(end); i-- > static_cast<size_t>(begin);) {
       const Chunk& chunk = chunks_[i];
       const Entry& entry = plan.entries[chunk.entry];

@@ -9,7 +9,7 @@
 
 namespace fused_tricks::cpu {
 
-// A run of elements of one entry, which one thread works on.
+// A run of elements of one entry, the work of one thread.
 struct Chunk {
   size_t entry;
   int64_t begin;
@@ -20,7 +20,7 @@ class Step {
  public:
   explicit Step(const Plan& plan);
 
-  // Scan (where the request needs one), decision, update. Returns whether the update was applied.
+  // Scans if the request requires it, decides and updates. Returns true if the update was applied.
   bool run(const Plan& plan, StepRequest request) const;
 
  private:

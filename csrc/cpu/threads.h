@@ -1,4 +1,4 @@
-// Loops over torch's own threads, by the address of `torch_parallel_for` in libtorch's C interface.
+// Parallel loops on torch's threads, by the address of `torch_parallel_for` in libtorch's C interface.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 
 void set_parallel_for(void* torch_parallel_for);
 
-// Splits [0, count) over the threads; on the calling thread alone where `small` says it is not worth it.
+// Splits [0, count) over the threads. `small`: runs on the calling thread only.
 void parallel_ranges(int64_t count, bool small, RangeFunction function, void* context);
 
 // body(begin, end)

@@ -1,4 +1,4 @@
-// What scan and update have in common: what one block works on, who is last, and the decision.
+// The common part of scan and update: the work of a block, the last block, the decision.
 #pragma once
 
 #include "memory.cuh"
@@ -10,13 +10,13 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 
-// What one block works on, read from the tables by one thread.
+// The work of one block. One thread reads it from the tables.
 struct BlockWork {
   Rule<float> rule;
   Rule<double> double_rule;  // for FP64 parameters
   const char* grad;          // null: nothing to do
   char* weight;
-  char* state[kStateTensors];  // without meaning where the parameter has no such tensor
+  char* state[kStateTensors];  // undefined for a missing tensor
   char* param;
   int count;
   DType type;
@@ -35,16 +35,16 @@ __device__ inline void find_grad(const Args& args, const ChunkRecord& chunk, con
       address == nullptr ? nullptr : static_cast<const char*>(address) + chunk.begin * size_of(tensor.grad_type);
 }
 
-// True in the last block of the launch to get here, which then sees what thread 0 of every other block wrote before.
-// The counter wraps by itself, so that it is right again after two launches of one size that overlapped by mistake; a
-// new plan begins with it at zero.
+// True in the last block that calls it in a launch. This block then reads what thread 0 of every other block wrote
+// before the call. The counter wraps, so it is correct again after two launches of equal size overlapped by mistake. A
+// new plan resets the counter.
 __device__ inline bool arrives_last(StepState* state) {
   bool is_last = false;
   if (threadIdx.x == 0) is_last = arrive(&state->arrivals, gridDim.x - 1) == gridDim.x - 1;
   return __syncthreads_or(is_last) != 0;
 }
 
-// Stores a decision. Leaves `arrivals` to the blocks that count there.
+// Stores a decision without `arrivals`, which the blocks count.
 __device__ inline void store_decision(StepState* to, const StepState& state) {
   constexpr int kArrivals = offsetof(StepState, arrivals) / sizeof(uint32_t);
   uint32_t words[sizeof state / sizeof(uint32_t)];

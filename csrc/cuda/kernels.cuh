@@ -1,4 +1,4 @@
-// All kernels. Also compiled as plain C++ against a shim that stands in for the CUDA language.
+// All kernels. Tests also compile them as plain C++, with a shim for the CUDA language.
 #pragma once
 
 #include "scan.cuh"

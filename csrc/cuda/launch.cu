@@ -13,11 +13,11 @@ namespace {
 
 void check(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // or torch would report it again, for a call of its own
+  cudaGetLastError();  // torch would report the error again, for one of its calls
   throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
 }
 
-// As 12.4 of the 12040 that CUDA's functions speak of.
+// Formats CUDA's version number: 12040 is 12.4.
 std::string release(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
 template <typename Args>
@@ -28,8 +28,8 @@ void add_kernels(std::vector<const void*>& kernels) {
 
 template <typename Args>
 void launch(void (*kernel)(Args), const char* name, const Args& args, int64_t blocks, const Target& target) {
-  // Torch has another instance of the runtime than this module. What is current in that one is restored by the caller,
-  // who can tell whether a device has a context yet: to make a device current creates one.
+  // Torch has its own instance of the runtime. The caller restores torch's current device, because only torch knows
+  // whether a device has a context, and setting a device creates one.
   int current = 0;
   check(cudaGetDevice(&current), "cudaGetDevice");
   if (current != target.device) check(cudaSetDevice(target.device), "cudaSetDevice");

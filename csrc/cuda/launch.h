@@ -1,4 +1,4 @@
-// The kernels as the host calls them.
+// The launches of the kernels, as host functions.
 #pragma once
 
 #include <cstdint>
@@ -8,17 +8,17 @@
 
 namespace fused_tricks::cuda {
 
-// Where a launch goes: the current stream of the tensors' device, which the caller has made current in torch.
+// The target of a launch: the current stream of the tensors' device, which is torch's current device.
 struct Target {
   int device;
   void* stream;
 };
 
-// Returns why the kernels cannot run on a device; empty where they can. Loads every kernel into the device, which a
-// stream that is being captured does not allow everywhere, and makes the device current.
+// Returns the reason why the kernels cannot run on a device; empty if they can. Loads every kernel into the device,
+// because some drivers cannot load a kernel during a capture. Sets the current device.
 std::string unusable_because(int device);
 
-// Each throws std::runtime_error with the name of the call that failed.
+// Each function throws std::runtime_error with the name of the failed call.
 template <typename Args>
 void launch_scan(const Args& args, int64_t blocks, const Target& target);
 template <typename Args>

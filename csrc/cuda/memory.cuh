@@ -1,5 +1,5 @@
-// Every access to device memory, and the element types. One place, so that the emulation can count what they move:
-// elements (of parameters, masters, buffers and gradients) apart from tables and scalars.
+// All accesses to device memory, and the element types. In one file, so that the emulation counts the bytes of elements
+// (parameters, state tensors, gradients) separately from tables and scalars.
 #pragma once
 
 #include "../core/dtype.h"
@@ -43,7 +43,7 @@ __device__ inline void store(T* address, T value) {
   *address = value;
 }
 
-// Of an element by itself, where it cannot be part of a vector.
+// Accesses to single elements outside of vectors.
 template <typename T>
 __device__ inline T load_element(const T* address) {
   return load(address);
@@ -65,8 +65,8 @@ __device__ inline void store_fresh(T* address, T value) {
   *static_cast<volatile T*>(address) = value;
 }
 
-// Counts from 0 to `last` and starts again; returns the count before. Acquires what every earlier arrival released, and
-// releases what this thread wrote.
+// Counts from 0 to `last` and wraps. Returns the count before. Acquires the writes of earlier arrivals and releases
+// this thread's writes.
 __device__ inline uint32_t arrive(uint32_t* counter, uint32_t last) {
   uint32_t old;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
@@ -76,15 +76,15 @@ __device__ inline uint32_t arrive(uint32_t* counter, uint32_t last) {
   return old;
 }
 
-// By intrinsics, because an address out of a table is a generic one to the compiler, and global accesses are cheaper.
+// Intrinsics, because the compiler takes an address from a table as generic, and global accesses are cheaper.
 template <typename T>
 __device__ inline Words4 load_words(const T* address) {
   const uint4 words = __ldca(reinterpret_cast<const uint4*>(address));
   return {words.x, words.y, words.z, words.w};
 }
 
-// Weights, buffers and, in the update, gradients are used once in a step: marked so, they leave the cache to the
-// gradients that the scan has just read.
+// Weights, buffers and, in the update, gradients are used once per step. With these hints they do not evict the
+// gradients that the scan has read.
 template <typename T>
 __device__ inline Words4 load_words_once(const T* address) {
   const uint4 words = __ldcs(reinterpret_cast<const uint4*>(address));
@@ -128,7 +128,7 @@ __device__ inline Pair unpacked<BFloat16>(uint32_t word) {
   return {float_of(word << 16), float_of(word & 0xffff0000u)};
 }
 
-// Both elements rounded in one instruction, where the architecture has one.
+// Rounds both elements in one instruction if the architecture has one.
 template <typename T>
 __device__ inline uint32_t packed(float low, float high);
 template <>

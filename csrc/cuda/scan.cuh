@@ -1,13 +1,13 @@
-// The scan of the gradients, and the decision about the step where processes take it together.
+// The scan of the gradients, and the decision after a reduction over processes.
 #pragma once
 
 #include "block.cuh"
 
 namespace fused_tricks::cuda {
 
-// An element is not finite when its exponent bits are all ones: adding one to them, with the sign cleared, carries
-// into the sign bit. Two 16-bit elements in one word do not disturb each other. Of the sum only the sign bits count,
-// and they are taken after the sums of many words were joined.
+// An element is not finite if all its exponent bits are ones. With the sign cleared, adding one to the exponent then
+// carries into the sign bit. Two 16-bit elements in one word do not affect each other. Only the sign bits of the sums
+// count, and they are read once, after the sums of many words were combined.
 template <typename T>
 struct Exponent;
 template <>
@@ -32,11 +32,11 @@ __device__ inline bool is_finite(BFloat16 value) { return (carries<BFloat16>(val
 __device__ inline bool is_finite(float value) { return (carries<float>(bits_of(value)) & 0x80000000u) == 0; }
 __device__ inline bool is_finite(double value) { return ((bits_of(value) >> 52) & 0x7ffu) != 0x7ffu; }
 
-// A sum of squares as two FP32 numbers, which keep more than 40 bits of it: most GPUs have few units for FP64.
+// A sum of squares as two FP32 numbers with more than 40 bits together, because most GPUs have few FP64 units.
 struct SquareSum {
   float high = 0, low = 0;
 
-  // The square of a 16-bit element is exact in FP32; that of an FP32 element has an error, which fma gives exactly.
+  // The square of a 16-bit element is exact in FP32. The square of an FP32 element has an error, which fma computes.
   template <bool kIsExact>
   __device__ void add(float value) {
     const float square = mul(value, value);
@@ -59,7 +59,7 @@ struct SquareSum {
     }
   }
 
-  // False where FP32 may have lost bits: squares overflow, or so many underflow that the others do not hide it.
+  // False if FP32 may have lost bits: squares overflow, or too many squares underflow.
   __device__ bool is_reliable() const { return high >= 0x1p-100f && high <= 0x1p126f; }
 };
 
@@ -75,7 +75,7 @@ __device__ inline double squares_in(uint32_t word) {
   }
 }
 
-// The squares of this thread's share of 16-byte vectors, in FP64. Rarely needed, so that it is kept small.
+// Returns the squares of this thread's share of 16-byte vectors in FP64. Small rather than fast, because it is rare.
 template <typename T>
 __device__ inline double squares_in_double(const T* grad, int vectors) {
   constexpr int kPerVector = 16 / sizeof(T);
@@ -88,7 +88,7 @@ __device__ inline double squares_in_double(const T* grad, int vectors) {
   return squares;
 }
 
-// Looks for non-finite elements in this thread's share and adds to the squares.
+// Checks this thread's share for non-finite elements and adds to the squares.
 template <typename T>
 __device__ inline bool scan_span(const T* grad, int count, bool wants_norm, double& squares) {
   bool found = false;
@@ -99,7 +99,7 @@ __device__ inline bool scan_span(const T* grad, int count, bool wants_norm, doub
       const int vectors = count / kPerVector;
       uint32_t joined = 0, magnitudes = 0;
       SquareSum sum;
-      // So many loads are issued before the first is waited for.
+      // This many loads are in flight before the first is used.
       constexpr int kRound = 4;
       for (int first = static_cast<int>(threadIdx.x); first < vectors; first += kRound * kThreads) {
         Words4 words[kRound];
@@ -139,7 +139,7 @@ __device__ inline bool scan_span(const T* grad, int count, bool wants_norm, doub
   return found;
 }
 
-// In one order whatever the timing: the lanes of a warp by halves, then the warps one after the other.
+// A fixed order, independent of timing: the lanes of a warp by halves, then the warps one after the other.
 __device__ inline double block_sum(double value, double* per_warp) {
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
@@ -152,7 +152,7 @@ __device__ inline double block_sum(double value, double* per_warp) {
   return sum;
 }
 
-// Writes what this process found, for others to add to.
+// Writes the partials of this process.
 __device__ inline void report(const Tables& tables, bool wants_norm, bool in_double, double* per_warp) {
   for (int shard_class = 0; shard_class < tables.shard_classes; ++shard_class) {
     double total = 0;
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
   }
 }
 
-// After the verdicts of other processes were added.
+// Runs after the reduction of the partials.
 __global__ void __launch_bounds__(kThreads) decide_kernel(const __grid_constant__ DecideArguments args) {
   if (threadIdx.x != 0) return;
   const Tables& tables = args.tables;

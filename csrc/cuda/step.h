@@ -1,5 +1,5 @@
-// One step over a plan on a GPU: the tables, the kernels' arguments, and at most two launches; a third where processes
-// decide together.
+// One step over a plan on a GPU: the device tables, the kernels' arguments, and at most two launches. A reduction over
+// processes adds a third launch.
 #pragma once
 
 #include <vector>
@@ -10,7 +10,7 @@
 
 namespace fused_tricks::cuda {
 
-// Scalars of a GradScaler, read by the kernels; null where there are none.
+// Scalars of a GradScaler on the device; null without a GradScaler.
 struct External {
   const float* scale;
   const float* found_inf;
@@ -20,11 +20,10 @@ class Step {
  public:
   explicit Step(const Plan& plan);
 
-  // Bytes of device memory that the caller lends: for what stays as it is for as long as the plan lives, which is
-  // written at once, ...
+  // The size of the device tables, which the caller allocates and `set_tables` writes once.
   size_t table_size() const;
   void set_tables(void* memory, const Target& target);
-  // ... and for what steps write. It may be exchanged between steps.
+  // The size of the scratch memory of a step. It may be replaced between steps.
   size_t scratch_size() const;
   void set_scratch(void* memory);
 
@@ -38,7 +37,7 @@ class Step {
   std::vector<ChunkRecord> chunk_records_;
   std::vector<const void*> grads_;  // of this step
   std::vector<Group> groups_;
-  std::vector<const void*> written_grads_;  // what the scratch memory has, where the argument has no room
+  std::vector<const void*> written_grads_;  // the content of the scratch memory, if the argument is too small
   std::vector<Group> written_groups_;
   Tables tables_{};
   const void** grad_memory_ = nullptr;

@@ -1,5 +1,5 @@
-// What a launch is told: tables that stay on the device for as long as a plan lives, and one by-value argument with
-// what may change in every step. Pointers to device memory throughout.
+// The data of a launch: device tables, which are constant for a plan, and one by-value argument with the data of the
+// step. All pointers are device pointers.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@
 namespace fused_tricks::cuda {
 
 constexpr int kThreads = 256;
-// Elements of a chunk, which one block works on.
+// Elements of a chunk, the work of one block.
 constexpr int kChunk = 8192;
 
 struct TensorRecord {
@@ -43,27 +43,26 @@ struct Tables {
   int32_t shard_classes;
 };
 
-// kGrads addresses and kGroups groups travel in the argument itself; models with more use the arrays behind the
-// pointers.
+// The argument contains up to kGrads addresses and kGroups groups. Larger models use the arrays behind the pointers.
 template <int kGrads, int kGroups>
 struct Arguments {
   Tables tables;
   StepRequest request;
   const float* external_scale;      // GradScaler's grad_scale; null: request.grad_scale
   const float* external_found_inf;  // GradScaler's found_inf; null: request.found_inf
-  bool scanned;                     // a scan of this step came before and has decided it
+  bool scanned;                     // a scan of this step has run and has decided
   const void** more_grads;          // null: `grads`
   const Group* more_groups;         // null: `groups`
   const void* grads[kGrads];
   Group groups[kGroups];
 };
 
-// Three sizes, because the host copies the whole argument in every launch.
+// Three sizes, because every launch copies the whole argument.
 using SmallArguments = Arguments<256, 4>;
 using MediumArguments = Arguments<1024, 16>;
 using LargeArguments = Arguments<3584, 48>;
 
-// For the decision by itself, after a reduction over processes.
+// The argument of the decide kernel, which runs after a reduction over processes.
 struct DecideArguments {
   Tables tables;
   StepRequest request;
@@ -71,8 +70,8 @@ struct DecideArguments {
   const float* external_found_inf;
 };
 
-// Words for device memory that a kernel writes out of its own argument. So nothing is copied from the host: nothing
-// there has to outlive a launch, and a captured graph writes what its kernels read.
+// Words that a kernel writes from its argument to device memory. A step therefore copies nothing from the host, no host
+// memory has to outlive a launch, and a captured graph writes what its kernels read.
 struct WriteArguments {
   static constexpr size_t kCapacity = 4080;
   uint64_t* to;

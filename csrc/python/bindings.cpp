@@ -15,7 +15,7 @@
 #include "../cpu/threads.h"
 #include "plan_guard.h"
 
-// The emulation of the CUDA kernels is built from the same sources under another name.
+// The tests' emulation of the CUDA kernels compiles the same sources under another name.
 #if !defined(FUSED_TRICKS_MODULE)
 #define FUSED_TRICKS_MODULE _extension
 #endif
@@ -73,7 +73,7 @@ ScaleRule rule_of(const py::object& rule) {
           static_cast<int32_t>(number(rule.attr(names().hysteresis)))};
 }
 
-// Without what a GradScaler handed over: the CPU takes numbers, and the kernels for GPUs read tensors.
+// Without grad_scale and found_inf of a GradScaler, which the CPU reads as numbers and GPU kernels as tensors.
 StepRequest request_of(const py::object& asked) {
   const py::object max_norm = asked.attr(names().max_norm), rule = asked.attr(names().scale_rule);
   StepRequest request{};
@@ -87,7 +87,7 @@ StepRequest request_of(const py::object& asked) {
   return request;
 }
 
-// A step over a plan, which is refused where one runs already.
+// A step over a plan. `began` is false if another step over the same plan runs.
 class Running {
  public:
   explicit Running(PlanGuard& guard) : guard_(guard), began_(!guard.is_running) { guard.is_running = true; }
@@ -106,8 +106,8 @@ class Running {
   bool began_;
 };
 
-// For kernels that Python launches: the addresses of this step's gradients, which live until they are released, 0 where
-// there is none, and whether one is FP64; None where a new plan is needed.
+// For kernels that Python launches: the addresses of this step's gradients (0: no gradient) and whether a gradient is
+// FP64; None if the plan is stale. The gradients stay alive until release_gradients.
 py::object gradient_addresses(PlanGuard& guard, const py::list& groups, const py::dict& state) {
   guard.release_gradients();
   if (!guard.refresh(groups, state)) {

@@ -58,14 +58,14 @@ bool has_one_element(const TensorView& tensor) {
   return count == 1;
 }
 
-// What `key` holds in a parameter's state; null when there is nothing.
+// Returns the value of `key` in a parameter's state; null without a value.
 PyObject* state_item(PyObject* state, PyObject* key) {
   if (state == nullptr || !PyDict_Check(state)) return nullptr;
   return PyDict_GetItemWithError(state, key);
 }
 
-// Whether a parameter's state still has these tensors, null for none. Most dicts have nothing else, under the very
-// strings that are known here, and walking through them is faster than looking both up.
+// True if a parameter's state has exactly these tensors; null stands for a missing tensor. A walk through a dict with
+// the known interned keys is faster than a look-up of each key.
 bool has_state(PyObject* state, PyObject* const* held) {
   if (PyDict_Check(state)) {
     PyObject *key, *value, *found[kStateTensors] = {};
@@ -87,7 +87,7 @@ bool has_state(PyObject* state, PyObject* const* held) {
   return true;
 }
 
-// Whether a tensor of the state, and this process's part of it, are still where the plan works.
+// True if a state tensor and its local part are at the plan's address.
 bool is_in_place(PyObject* held, PyObject* own, const void* address) {
   if (held == nullptr || address == nullptr) return true;
   return is_at(held, address) && (own == held || is_at(own, address));
@@ -95,7 +95,7 @@ bool is_in_place(PyObject* held, PyObject* own, const void* address) {
 
 }  // namespace
 
-// Strides of dimensions of one element mean nothing, and torch sets them as it likes.
+// The stride of a dimension of one element has no meaning, and torch sets it to any value.
 bool Layout::matches(const TensorView& tensor) const {
   if (static_cast<size_t>(tensor.dimensions) != shape.size()) return false;
   for (size_t i = 0; i < shape.size(); ++i) {
@@ -146,7 +146,7 @@ PlanGuard::PlanGuard(const py::list& entries, const py::object& step_state, bool
   find_written_memory();
 }
 
-// A CompiledEntry of fused_tricks/backends/compiled.py, which keeps alive what is borrowed here.
+// Reads a CompiledEntry of fused_tricks/backends/compiled.py, which keeps the borrowed objects alive.
 void PlanGuard::add_entry(const py::handle& item) {
   Entry entry;
   GuardedEntry guarded;
@@ -196,7 +196,7 @@ void PlanGuard::find_written_memory() {
   std::sort(written_.begin(), written_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
 }
 
-// No two ranges have an address in common: fused_tricks/step/shared_memory.py finds those, and no plan is made here.
+// Ranges are disjoint: with shared memory, fused_tricks/step/shared_memory.py chooses the reference.
 Range PlanGuard::unwritten_around(uintptr_t address) const {
   const auto after = std::upper_bound(written_.begin(), written_.end(), address,
                                       [](uintptr_t begin, const Range& range) { return begin < range.begin; });
@@ -255,12 +255,12 @@ bool PlanGuard::refresh_entry(Entry& entry, GuardedEntry& guarded) {
   if (!guarded.layout.matches(param)) return false;
   if (!read_tensor(grad, gradient) || !guarded.layout.matches(gradient)) return false;
   if (gradient.device.type != guarded.device.type || gradient.device.index != guarded.device.index) return false;
-  // A tensor that wraps others has elements and no address.
+  // A wrapper subclass has elements and no address.
   if (gradient.data == nullptr && entry.count > 0) return false;
   if (gradient.type != entry.grad_type) return false;
   if (plan.groups[entry.group].momentum != 0 && !guarded.has_buffer) return false;
   if (guarded.watches_version && version_of(guarded.object) != guarded.version) return false;
-  // An empty tensor may have no address, and there is nothing to update.
+  // An empty tensor may have no address, and has nothing to update.
   entry.grad = entry.count == 0 ? nullptr : gradient.data;
   if (entry.grad == nullptr) return true;
   if (!has_its_memory(grad, gradient.type, entry.count)) return false;
@@ -268,7 +268,7 @@ bool PlanGuard::refresh_entry(Entry& entry, GuardedEntry& guarded) {
     throw py::value_error("an option does not fit FP32, in which a parameter is updated");
   }
   plan.in_double = plan.in_double || entry.type == DType::kFloat64;
-  // A parameter may be its own gradient: each element is read before it is written.
+  // A parameter may be its own gradient, because each element is read before it is written.
   if (entry.grad == entry.param && gradient.type == entry.type) return true;
   const auto begin = reinterpret_cast<uintptr_t>(entry.grad);
   const uintptr_t end = begin + static_cast<uintptr_t>(entry.count * size_of(gradient.type));

@@ -1,4 +1,4 @@
-// The plan guard: reads groups, gradients and state of each step, and notices that the plan no longer holds.
+// The plan guard: reads groups, gradients and state in each step, and detects a stale plan.
 #pragma once
 
 #include <cstdint>
@@ -23,26 +23,26 @@ struct Range {
   uintptr_t end;
 };
 
-// The Python side of an entry, at the same index. Objects are borrowed: fused_tricks/backends/compiled.py holds them
-// for as long as the guard lives, where the garbage collector can see it.
+// The Python objects of an entry, at the same index. Objects are borrowed: fused_tricks/backends/compiled.py holds them
+// as long as the guard exists, in view of the garbage collector.
 struct GuardedEntry {
-  PyObject* object = nullptr;  // the parameter as its group lists it
-  PyObject* source = nullptr;  // whose memory and gradient are used: the parameter, or its dense stand-in
-  PyObject* alias = nullptr;   // shares the parameter's version counter; null: the caller writes the parameter
+  PyObject* object = nullptr;  // the parameter, as listed in the group
+  PyObject* source = nullptr;  // the parameter or its stand-in, whose memory and gradient the kernels use
+  PyObject* alias = nullptr;   // shares the parameter's version counter; null: Python writes the parameter
   Layout layout;
   dlpack::Device device{};
-  bool has_buffer = false;       // also where it has no elements, and so no address
-  bool watches_version = false;  // a master must notice that user code wrote to its parameter
+  bool has_buffer = false;       // also true for a buffer without elements, and so without an address
+  bool watches_version = false;  // a new version makes the plan stale: user code wrote to a parameter with a master
   int64_t version = 0;
-  int64_t version_step = 1;   // views of one tensor share its counter, which then grows by more than one in an update
-  PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and what it must still hold
+  int64_t version_step = 1;   // more than 1 for views of one tensor, which share a counter
+  PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and its tensors at the first step
   PyObject* held[kStateTensors] = {};
-  PyObject* own[kStateTensors] = {};  // what the plan works on: the same, or this process's part of it
-  Range unwritten{0, 0};              // addresses that no step writes, around the last gradient
+  PyObject* own[kStateTensors] = {};  // the local parts of these tensors
+  Range unwritten{0, 0};              // addresses around the last gradient that no step writes
 };
 
-// A learning rate that follows the updates applied: `object`, where a group has it, stands for `base` times the factor
-// that is due. A null object: the group has none.
+// A learning rate that follows the applied updates. A group whose `lr` is `object` has `base` times the factor of the
+// update. Null: the group has another learning rate.
 struct DeviceLR {
   PyObject* object = nullptr;
   double base = 0;
@@ -54,26 +54,25 @@ struct DeviceLR {
 class PlanGuard {
  public:
   // entries: a CompiledEntry of fused_tricks/backends/compiled.py for each parameter of every group in order.
-  // step_state: the uint8 tensor behind StepState. reads_lr: whether the kernels read a learning rate that is a tensor
-  // themselves, so that the host need not wait for it. rates: for each group None or a CompiledLR. reduction: None,
-  // or the StepReduction of fused_tricks/distributed/found_inf_reduction.py.
+  // step_state: the uint8 tensor of StepState. reads_lr: the kernels read a learning-rate tensor, so that the host does
+  // not wait for it. rates: for each group None or a CompiledLR. reduction: None, or a StepReduction of
+  // fused_tricks/distributed/found_inf_reduction.py.
   PlanGuard(const py::list& entries, const py::object& step_state, bool reads_lr, const py::list& rates,
             const py::object& reduction);
   PlanGuard(const PlanGuard&) = delete;
   PlanGuard& operator=(const PlanGuard&) = delete;
   ~PlanGuard() { release_gradients(); }
 
-  // Whether a step over the plan runs. Another one, which Python code within it may begin, needs a plan of its own.
+  // True while a step over the plan runs. A step inside it, from Python code that it calls, requires another plan.
   bool is_running = false;
 
-  // Reads groups and gradients for this step. False: something that the plan holds has changed, Optimizer.state since
-  // the first step included, and nothing was touched; make a new plan.
+  // Reads the groups and gradients of this step. Returns false for a stale plan, before any change.
   bool refresh(const py::list& group_dicts, const py::dict& state);
 
   // Drops the gradients that `refresh` read.
   void release_gradients();
 
-  // After an update: tells autograd that the parameters changed.
+  // Increments the version counters of the updated parameters, for autograd.
   void mark_updated();
 
   Plan plan;
@@ -93,9 +92,9 @@ class PlanGuard {
   std::vector<GuardedEntry> guarded_;
   bool reads_lr_;
   std::vector<DeviceLR> rates_;   // by group
-  py::list updated_;              // aliases of what the last step updated
-  std::vector<PyObject*> grads_;  // owned during a step, which runs without the interpreter lock
-  std::vector<Range> written_;    // the memory of parameters, masters and buffers, by address
+  py::list updated_;              // aliases of the parameters of the last update
+  std::vector<PyObject*> grads_;  // owned during a step, which releases the interpreter lock
+  std::vector<Range> written_;    // the memory of parameters and state tensors, by address
   bool watches_state_ = false;
   std::vector<std::pair<PyObject*, PyObject*>> watched_;  // the items of Optimizer.state
 };

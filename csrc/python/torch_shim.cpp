@@ -97,7 +97,7 @@ bool find_shim(const py::dict& functions) {
   return complete;
 }
 
-// Where a tensor's object has the word that a handle of the tensor points to; 0 where that is not in one place.
+// Returns the offset, in a tensor's Python object, of the word that a handle points to; 0 if the offset is not unique.
 size_t offset_of_handle(const py::handle& tensor) {
   void* handle = nullptr;
   if (torch_api.shim.from_object(tensor.ptr(), &handle) != 0) return 0;
@@ -118,7 +118,7 @@ bool same_sample(const TensorView& a, const TensorView& b) {
          a.type == b.type && a.device.type == b.device.type && a.device.index == b.device.index;
 }
 
-// Keeps torch's own test for the negative bit, if it tells these tensors apart.
+// Stores torch's test for the negative bit, if the test distinguishes these tensors.
 void learn_negative(const py::dict& functions, const py::list& samples, const py::object& negative) {
   bool (*is_negative)(TensorShim::Handle) = nullptr;
   if (!find(functions, "_ZN2at6native6is_negERKNS_6TensorE", is_negative)) return;
@@ -129,7 +129,7 @@ void learn_negative(const py::dict& functions, const py::list& samples, const py
   torch_api.is_negative = is_negative;
 }
 
-// Reads the samples, of one dimension on the CPU, both ways. Where that is not the same DLPack remains.
+// Reads the samples (one dimension, on the CPU) both ways. If the results differ, DLPack stays in use.
 void learn_handles(const py::list& samples) {
   TensorShim& shim = torch_api.shim;
   size_t offset = 0;
@@ -161,7 +161,7 @@ void connect_torch(const py::object& tensor_type, const py::object& parameter_ty
   if (api->version.major != 1 || api->tensor_from_object == nullptr) {
     throw std::runtime_error("torch offers no DLPack 1.x exchange interface that fused_tricks can use");
   }
-  // Torch's types and functions live as long as the process, and so do the references taken here.
+  // These references live as long as the process, as torch's types and functions do.
   torch_api.exchange = api;
   torch_api.increment_version = increment_version.inc_ref().ptr();
   torch_api.tensor = reinterpret_cast<PyTypeObject*>(tensor_type.inc_ref().ptr());

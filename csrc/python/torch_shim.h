@@ -1,5 +1,5 @@
-// What the extension finds in torch, once: functions of its stable C interface, and where a tensor's object has the
-// word that they read.
+// The functions of torch's stable C interface, and the offset of the handle in a tensor's Python object. Both are found
+// once, at import.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,7 +13,7 @@ namespace fused_tricks {
 
 namespace py = pybind11;
 
-// What a tensor is. Shape and strides, in elements, are the tensor's own.
+// A view of a tensor. Shape and strides, in elements, are borrowed from the tensor.
 struct TensorView {
   void* data;
   int64_t dimensions;
@@ -23,8 +23,8 @@ struct TensorView {
   dlpack::Device device;
 };
 
-// Functions of torch's stable C interface. They borrow a tensor: no reference count is touched, which costs a third of
-// what DLPack does. A handle points to the one word that a tensor is to torch's C++.
+// Functions of torch's stable C interface. They borrow the tensor: no reference count changes. A handle points to the
+// single word of a tensor in torch's C++.
 struct TensorShim {
   using Handle = const void*;
   int32_t (*from_object)(void* object, void** handle) = nullptr;
@@ -39,14 +39,14 @@ struct TensorShim {
   int32_t (*device_index)(Handle tensor, int32_t* out) = nullptr;
   int32_t (*storage_size)(Handle tensor, int64_t* bytes) = nullptr;
   int32_t (*storage_offset)(Handle tensor, int64_t* elements) = nullptr;
-  // How torch numbers what DLPack numbers otherwise.
+  // Torch's numbers of dtypes, layouts and device types, which differ from DLPack's.
   int32_t dtypes[kDTypes] = {};  // by DType
   int32_t strided = 0;
   int32_t cpu = 0;
   int32_t cuda = 0;
 };
 
-// Borrowed from torch once, when the package is imported.
+// Filled once, when the package is imported.
 struct TorchApi {
   const dlpack::ExchangeApi* exchange = nullptr;
   PyObject* increment_version = nullptr;
@@ -55,14 +55,14 @@ struct TorchApi {
   getter grad = nullptr;  // Tensor.grad and Tensor._version, as plain functions for those two types
   getter version = nullptr;
   TensorShim shim;
-  // Whether a tensor has the negative bit: at::native::is_neg, which no stable interface has. Null: unknown to this
-  // torch.
+  // True if a tensor has the negative bit: at::native::is_neg, which no stable interface has. Null: this torch has no
+  // such symbol.
   bool (*is_negative)(TensorShim::Handle tensor) = nullptr;
-  size_t handle_offset = 0;  // where objects of those two types have what a handle points to; 0: read through DLPack
+  size_t handle_offset = 0;  // of the handle in objects of these two types; 0: tensors are read through DLPack
 };
 extern TorchApi torch_api;
 
-// True if a tensor's type is one of the two that override nothing.
+// True for the two tensor types that override nothing.
 inline bool is_plain(PyObject* tensor) {
   const PyTypeObject* type = Py_TYPE(tensor);
   return type == torch_api.parameter || type == torch_api.tensor;
@@ -75,14 +75,14 @@ inline TensorShim::Handle handle_of(PyObject* tensor) {
   return reinterpret_cast<const char*>(tensor) + torch_api.handle_offset;
 }
 
-// False for whatever DLPack should say more about.
+// Returns false for a tensor that DLPack must read.
 bool read_with_shim(TensorShim::Handle tensor, TensorView& out);
 bool read_with_dlpack(PyObject* object, TensorView& out);
 
 // Fills torch_api.
 //
 // functions: addresses of torch's functions by name; before torch 2.14 some are missing.
-// samples: a tensor of each DType, in order, to see how torch stores and numbers things.
+// samples: a tensor of each DType, in order, from which offsets and numbers are learned.
 // negative: a tensor with the negative bit.
 void connect_torch(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
                    const py::dict& functions, const py::list& samples, const py::object& negative);
