@@ -123,7 +123,7 @@ class FusedSGD(SavedState):
         import torch
         import fused_tricks as ft
 
-        model = ft.cast_model(torch.nn.Linear(4, 2), torch.bfloat16)
+        model = ft.cast_model(torch.nn.Linear(4, 2), torch.float16)
         optimizer = ft.FusedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, loss_scale="dynamic")
         loss = model(torch.randn(8, 4)).square().mean()
         optimizer.scale(loss).backward()
@@ -316,7 +316,7 @@ class FusedSGD(SavedState):
         if request.unscales or "found_inf" in self.__dict__:
             raise RuntimeError(
                 "a closure cannot be combined with loss scaling, because the closure may or may not scale its loss; "
-                "call optimizer.scale(loss).backward(), and then step() without a closure"
+                "scale the loss, call backward(), and then call step() without a closure"
             )
         with torch.enable_grad():
             return closure()

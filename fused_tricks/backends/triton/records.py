@@ -26,9 +26,7 @@ FIRST_UPDATE = tl.constexpr(3)  # address of the note of the update that first w
 COUNT = tl.constexpr(4)
 KIND = tl.constexpr(5)
 GRAD_KIND = tl.constexpr(6)
-IS_MATRIX = tl.constexpr(
-    7
-)  # 1 if the parameter has more than one dimension, and so decays even without bias_decay
+IS_MATRIX = tl.constexpr(7)  # 1 for more than one dimension: decays even without bias_decay
 GROUP = tl.constexpr(8)
 SHARD_CLASS = tl.constexpr(9)
 RECORD_WORDS = tl.constexpr(10)
