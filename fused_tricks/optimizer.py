@@ -119,7 +119,7 @@ class FusedSGD(PlannedSteps):
         import torch
         import fused_tricks as ft
 
-        model = ft.cast_model(torch.nn.Linear(4, 2), torch.bfloat16)
+        model = ft.cast_model(torch.nn.Linear(4, 2), torch.float16)
         optimizer = ft.FusedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, loss_scale="dynamic")
         loss = model(torch.randn(8, 4)).square().mean()
         optimizer.scale(loss).backward()

@@ -223,7 +223,7 @@ def check_max_grad_norm(max_grad_norm: Any) -> None:
     check_number("max_grad_norm", max_grad_norm)
     if not as_double(max_grad_norm) > 0 or _unfit("max_grad_norm", max_grad_norm):
         raise ValueError(
-            f"Invalid max_grad_norm: {shown(max_grad_norm)}; it must be a positive double, or inf to measure only"
+            f"max_grad_norm must be a positive double, or inf to measure only, got {shown(max_grad_norm)}"
         )
 
 

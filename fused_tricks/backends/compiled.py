@@ -68,7 +68,7 @@ class Gradients(NamedTuple):
 
 
 class CompiledPlanGuard:
-    """The plan guard in C++. It checks whether a plan is stale, and reads the gradients of each step.
+    """The plan guard in C++, which checks whether a plan is stale, and reads the gradients of each step.
 
     Args:
         extension: The extension module.

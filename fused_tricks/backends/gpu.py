@@ -15,7 +15,7 @@ from ..step.plan import Plan
 
 
 def is_capturing(device: torch.device) -> bool:
-    """True if the current stream of `device` is capturing a CUDA graph."""
+    """True if `device` is a GPU and the current stream is capturing a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

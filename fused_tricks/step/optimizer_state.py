@@ -202,7 +202,7 @@ def import_state(
         groups: The optimizer's groups.
 
     Raises:
-        TypeError, ValueError: The state of a parameter is malformed or does not fit; the message names it.
+        TypeError, ValueError: The state of a parameter is malformed or does not fit. The message names the parameter.
     """
     if not isinstance(saved_state, dict):
         raise TypeError(f"loaded state dict has a state of type {type(saved_state).__name__}, not a dict")

@@ -37,7 +37,7 @@ class PlannedSteps(SavedState):
         if request.unscales or "found_inf" in self.__dict__:
             raise RuntimeError(
                 "a closure cannot be combined with loss scaling, because the closure may or may not scale its loss; "
-                "call optimizer.scale(loss).backward(), and then step() without a closure"
+                "scale the loss, call backward(), and then call step() without a closure"
             )
         with torch.enable_grad():
             return closure()

@@ -1,4 +1,4 @@
-"""The Triton backend, for GPUs without compiled CUDA kernels. It requires no CUDA toolkit."""
+"""The Triton backend, for GPUs without compiled CUDA kernels and machines without a CUDA toolkit."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def decide(
         grad_scale: The address of the `grad_scale` of a `GradScaler`, or 0.
         found_inf: The address of the `found_inf` of a `GradScaler`, or 0.
     """
-    found = found | verdict_of(found_inf)
+    found = found | found_inf_of(found_inf)
     inverse_scale = inverse_scale_of(state, unscales, grad_scale)
     clip = float64(1.0)
     if WANTS_NORM:
@@ -154,7 +154,7 @@ def inverse_scale_of(state, unscales, grad_scale):
 
 
 @triton.jit
-def verdict_of(found_inf):
+def found_inf_of(found_inf):
     """Returns 1 if the `found_inf` of a `GradScaler` at this address is nonzero; 0 if the address is 0."""
     found = tl.full((), 0, tl.int32)
     if found_inf != 0:

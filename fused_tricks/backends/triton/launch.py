@@ -154,7 +154,7 @@ def _source(source: Callable[..., ASTSource], constants: tuple[Any, ...]) -> AST
 
 @functools.cache
 def _compiled(index: int, source: Callable[..., ASTSource], constants: tuple[Any, ...]) -> CompiledKernel:
-    """Returns a compiled kernel. It is cached for each device, because it is loaded into the current device."""
+    """Returns a compiled kernel, cached for each device because a kernel is loaded into the current device."""
     return compile_for(_source(source, constants), triton.runtime.driver.active.get_current_target())
 
 

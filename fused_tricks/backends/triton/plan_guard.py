@@ -228,7 +228,7 @@ class PlanGuard:
         if addresses != self._grad_addresses:
             if any(map(self._is_written, addresses, grads, sources)):
                 return None
-            # Resizing a storage changes its address, so equal addresses need no check.
+            # Resizing a storage changes its address, so equal addresses require no check.
             if any(map(missing_bytes, grads)):
                 return None
             self._grad_addresses = list(addresses)

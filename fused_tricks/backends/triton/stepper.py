@@ -71,7 +71,7 @@ class TritonStepper(GpuStepper):
             self._grads.address_of(gradients.addresses),
             tables.chunk_count,
         )
-        asked = (
+        requested = (
             self._step_state.block.data_ptr(),
             int(request.unscales),
             _address(grad_scale),
@@ -96,17 +96,21 @@ class TritonStepper(GpuStepper):
             )
             squares = tables.partial_squares.data_ptr()
             constants = (tables.grad_kinds, wants_norm, shard_classes)
-            launch(self._device, scan_source, constants, programs, *walked, *asked, squares, partials, *rules)
+            launch(
+                self._device, scan_source, constants, programs, *walked, *requested, squares, partials, *rules
+            )
             if reduction is not None:
                 reduction.all_reduce()
-                launch(self._device, decide_source, (wants_norm, shard_classes), 1, *asked, partials, *rules)
+                launch(
+                    self._device, decide_source, (wants_norm, shard_classes), 1, *requested, partials, *rules
+                )
         launch(
             self._device,
             update_source,
             update_constants,
             programs,
             *walked,
-            *asked,
+            *requested,
             int(request.scans),
             group_argument,
         )

@@ -15,9 +15,9 @@ from .decision import (
     arrives_last,
     field,
     float64,
+    found_inf_of,
     inverse_scale_of,
     record_decision,
-    verdict_of,
 )
 from .elements import high_half, low_half, rounded_bits
 from .records import (
@@ -177,7 +177,7 @@ def update_kernel(
         # Without a scan, every program computes the same decision.
         inverse_scale = inverse_scale_of(state, unscales, grad_scale)
         clip = float64(1.0)
-        skips = verdict_of(found_inf)
+        skips = found_inf_of(found_inf)
         number += 1
     index = chunk_count - 1 - tl.program_id(0)
     if (index >= 0) & (skips == 0):
@@ -216,7 +216,7 @@ def update_kernel(
         if arrives_last(state):
             # Computing the value again saves a register during the update.
             inverse_scale = inverse_scale_of(state, unscales, grad_scale)
-            record_decision(state, verdict_of(found_inf), inverse_scale, float64(1.0))
+            record_decision(state, found_inf_of(found_inf), inverse_scale, float64(1.0))
     elif tl.program_id(0) == 0:
         # The scan is over. Two scans of different sizes that overlap by mistake leave a wrong count, which this resets.
         tl.store(field(state, ARRIVALS, tl.int32), 0)
