@@ -1,7 +1,7 @@
 """A few steps for tools that observe kernels: ncu (`profiled`) and compute-sanitizer (`sanitized`).
 
-`python -m benchmarks.gpu_report` runs this module under both. With `PYTORCH_NO_CUDA_MEMORY_CACHING=1` each tensor has an
-allocation of its own, so that a sanitizer detects every access beyond a tensor.
+`python -m benchmarks.gpu_report` runs this module under both. With `PYTORCH_NO_CUDA_MEMORY_CACHING=1` each tensor has
+an allocation of its own, so that a sanitizer detects every access beyond a tensor.
 """
 
 from __future__ import annotations
