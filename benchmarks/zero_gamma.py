@@ -28,8 +28,8 @@ from fused_tricks.zero_gamma.find import find
 TEXT = """\
 # What `zero_gamma_` finds
 
-`zero_gamma_` reads the graph of a forward pass, and has no rule for a class of a library. The tables have its
-result for the networks of two libraries:
+`zero_gamma_` reads the graph of a forward pass, and has no rule for a class of a library. The tables have its result
+for the networks of two libraries:
 
 | column | content |
 | --- | --- |

@@ -7,7 +7,7 @@ are two settings, each with new gradients in every step:
 - One element: 161 FP16 parameters of one element each. The whole step is timed, with warm caches.
 - ResNet-50: its 161 parameters, cast to FP16. The two passes over memory (scan and update) would hide the host's part.
   Every variant, including the variant with all tricks, is therefore compiled without the passes for models of more than
-  32,768 elements. Plan guard, skip decision and version counters remain. Caches are warm; after a backward pass they
+  32,768 elements. Plan guard, skip decision and version counters remain. Caches are warm. After a backward pass they
   are cold, and the host's time is several times longer.
 
 The row "nothing" is a second contestant that has all tricks. Its difference is the error of the measurement.

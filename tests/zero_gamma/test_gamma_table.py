@@ -21,7 +21,7 @@ def test_the_table_tells_what_is_found_and_names_the_other_networks(tmp_path: Pa
     text = path.read_text(encoding="utf-8")
     assert "| resnet18 | 8 of 20 | `layer*.*.bn2` | – | the same |" in text
     assert "| mobilenet_v2 | 10 of 52 | `features.*.conv.3` | – | – |" in text
-    assert "Nothing in alexnet." in text
+    assert "No norms found in: alexnet." in text
     assert "## timm" not in text
 
 
