@@ -1,4 +1,4 @@
-// The options of a parameter group in one step, and the rule of the update of one tensor.
+// The options of a parameter group in one step, and the conversion of the options to a tensor's rule.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 namespace fused_tricks {
 
 struct Group {
-  const void* lr_pointer;  // factors of `lr`, FP32 or FP64; null: no factor
-  int64_t lr_last;         // the index of the last factor
-  int64_t lr_origin;       // updates applied before the update with the first factor
+  const void* lr_pointer;  // array of FP32 or FP64 factors of `lr`; null: `lr` is the rate
+  int64_t lr_last;         // index of the last factor
+  int64_t lr_origin;       // number of updates applied before the first factor is due
   double lr;
   double momentum;
   double dampening;
@@ -21,10 +21,10 @@ struct Group {
   bool maximize;
   bool bias_decay;
   bool decoupled_weight_decay;
-  bool fits_float;  // no option is infinite in FP32
+  bool fits_float;  // no finite option overflows FP32
 };
 
-// An option by its key in a group's dict. `lr` may be a tensor and is read separately.
+// An option and its key in a group's dict. `lr` is not an Option, because `lr` may be a tensor.
 template <typename T>
 struct Option {
   const char* key;
@@ -44,7 +44,8 @@ constexpr Option<bool> kFlags[] = {
     {"decoupled_weight_decay", &Group::decoupled_weight_decay},
 };
 
-// `lr`: the learning rate of this update. `is_matrix`: the parameter has more than one dimension.
+// Returns the rule of one tensor. `lr`: the rate of this update. `is_matrix`: the parameter has more than one
+// dimension.
 template <typename T>
 FUSED_TRICKS_INLINE Rule<T> make_rule(const Group& group, double lr, bool is_matrix, bool is_first_update,
                                       const StepState& state, const StepRequest& request) {
@@ -52,7 +53,7 @@ FUSED_TRICKS_INLINE Rule<T> make_rule(const Group& group, double lr, bool is_mat
   Rule<T> rule{};
   rule.inverse_scale = static_cast<T>(state.inverse_scale);
   rule.clip = static_cast<T>(state.clip);
-  // The product is rounded before it is subtracted, as in Python.
+  // Python rounds the product before the subtraction.
   rule.weight_decay =
       static_cast<T>(group.decoupled_weight_decay ? 1.0 - mul(lr, group.weight_decay) : group.weight_decay);
   rule.momentum = static_cast<T>(group.momentum);

@@ -1,8 +1,8 @@
-// The declaration of functions that run on every processor.
+// The declaration of functions that are compiled for every processor.
 #pragma once
 
-// Always inlined: a function is compiled once for each instruction set, and the linker would keep only one of the
-// copies.
+// Inlining is forced because each function is compiled for several instruction sets. Of a function that is not inlined,
+// the linker keeps one copy, which may use instructions that this processor lacks.
 #if defined(__CUDACC__)
 #define FUSED_TRICKS_INLINE __host__ __device__ __forceinline__
 #else

@@ -1,4 +1,4 @@
-// Conversion of FP16 and BF16 to FP32 and back, rounded to nearest even, in integer operations.
+// Conversions between FP32 and FP16 or BF16 in portable C++, rounded to nearest even.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +23,11 @@ FUSED_TRICKS_INLINE uint32_t float_to_bits(float value) {
 FUSED_TRICKS_INLINE float half_to_float(Half half) {
   const uint32_t sign = static_cast<uint32_t>(half.bits & 0x8000u) << 16;
   const uint32_t magnitude = half.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) {  // infinity, or NaN made quiet as hardware does
+  if (magnitude >= 0x7c00u) {  // infinity or NaN; hardware conversions make a NaN quiet, too
     const uint32_t quiet = magnitude > 0x7c00u ? 0x400000u : 0u;
     return bits_to_float(sign | 0x7f800000u | quiet | (magnitude & 0x3ffu) << 13);
   }
-  if (magnitude < 0x400u) {  // a multiple of 2^-24, zero included
+  if (magnitude < 0x400u) {  // zero or subnormal: a multiple of 2^-24
     return bits_to_float(sign | float_to_bits(static_cast<float>(magnitude) * 0x1p-24f));
   }
   return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));
@@ -44,9 +44,9 @@ FUSED_TRICKS_INLINE Half float_to_half(float value) {
   uint32_t half;
   if (magnitude > 0x7f800000u) {
     half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-  } else if (magnitude >= 0x477ff000u) {  // rounds past 65504
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
     half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 lets the FP32 adder round to multiples of 2^-24
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
     half = float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
   } else {
     half = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;

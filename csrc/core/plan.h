@@ -1,4 +1,4 @@
-// The plan of a step: tensors, groups and the reduction over processes, as kernels take them.
+// The plan of a step in the form that kernels read: tensors, groups and the reduction over processes.
 #pragma once
 
 #include <cstddef>
@@ -16,25 +16,25 @@ namespace fused_tricks {
 // One parameter.
 struct Entry {
   size_t group = 0;
-  bool live = false;  // false: it had no gradient when the plan was made, and the fields below are empty
+  bool live = false;  // true if the plan can update the parameter; if false, the fields below are unset
   int64_t count = 0;
   DType type = DType::kFloat32;
   DType grad_type = DType::kFloat32;
-  bool is_matrix = false;  // more than one dimension: decays whatever bias_decay says
+  bool is_matrix = false;  // more than one dimension: decays even without `bias_decay`
   void* param = nullptr;
   void* state[kStateTensors] = {};  // null: the parameter has no such tensor
-  int64_t* first_update = nullptr;  // number of the update that first wrote the buffer; -1: none yet
-  int32_t shard_class = 0;          // which of the reduction's sums of squares the gradient belongs to
-  const void* grad = nullptr;       // of this step; null: no gradient, no update
+  int64_t* first_update = nullptr;  // number of the update that first wrote the buffer; -1 before
+  int32_t shard_class = 0;          // index of the gradient's sum of squares in the reduction
+  const void* grad = nullptr;       // of this step; null: no update
 };
 
-// The reduction over processes that hold parts of one model.
+// The reduction over the processes that hold parts of one model.
 struct Reduction {
-  // On the parameters' device: found_inf, whether a gradient is FP64, then one sum of squares for each shard class.
+  // On the parameters' device: found_inf and in_double (0 for false), then one sum of squares for each shard class.
   // Null: this process decides alone.
   double* partials = nullptr;
   int32_t shard_classes = 1;
-  // Makes the partials those of all processes together. On a GPU that is only launched.
+  // Reduces `partials` over these processes, in place. On a GPU the call may return before the reduction is done.
   std::function<void()> all_reduce;
 };
 

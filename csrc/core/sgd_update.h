@@ -1,4 +1,5 @@
-// The update of one parameter, written once for every processor. The roundings are those of torch.optim.SGD, whose
+// The update of one parameter, shared by the CPU and CUDA kernels. fused_tricks/backends/triton/sgd_update.py and
+// fused_tricks/backends/reference.py have the same formula. Each operation rounds as in torch.optim.SGD, where
 // add(alpha=) is a fused multiply-add.
 #pragma once
 
@@ -13,15 +14,15 @@ template <typename T>
 struct Rule {
   T inverse_scale;
   T clip;
-  T weight_decay;  // the coefficient, or the factor 1 - lr * weight_decay of a decoupled decay
+  T weight_decay;  // the coefficient; if decoupled, the factor 1 - lr * weight_decay
   T momentum;
   T gradient_weight;  // 1 - dampening
   T minus_lr;
   bool unscales;
   bool clips;
   bool maximizes;
-  bool decays;        // the decay adds to the gradient
-  bool is_decoupled;  // the decay multiplies the weight
+  bool decays;        // weight decay is added to the gradient
+  bool is_decoupled;  // weight decay multiplies the weight
   bool has_momentum;
   bool is_first_update;  // the momentum buffer is uninitialised
   bool nesterov;
@@ -62,13 +63,8 @@ FUSED_TRICKS_INLINE double mul(double a, double b) {
 FUSED_TRICKS_INLINE float negate(float a) { return -a; }
 FUSED_TRICKS_INLINE double negate(double a) { return -a; }
 
-// V is a number or a vector of numbers with fma, mul and negate, and V(T) repeats one number. The function reads the
-// gradient g, and updates the weight w and, with momentum, the buffer b.
-//
-// A 16-bit parameter is the rounding of w. Each processor rounds by itself: low_precision.h, cpu/kernels_impl.h,
-// cpu/kernels_avx2.cpp, cpu/kernels_avx512.cpp, round_to and packed in cuda/memory.cuh, and in fused_tricks/backends
-// triton/elements.py and reference.py. adopt_foreign_values in fused_tricks/step/plan.py compares a parameter with the
-// rounding of its master to recognise writes of user code. Another rounding must change all of these places.
+// Reads the gradient `g`, updates the weight `w` and, with momentum, the buffer `b`.
+// V is a number or a vector of numbers, with fma, mul and negate. V(T) fills a vector with one number.
 template <typename V, typename T>
 FUSED_TRICKS_INLINE void sgd_update(const Rule<T>& rule, V g, V& w, V& b) {
   if (rule.unscales) g = mul(g, V(rule.inverse_scale));
@@ -82,6 +78,14 @@ FUSED_TRICKS_INLINE void sgd_update(const Rule<T>& rule, V g, V& w, V& b) {
     d = rule.nesterov ? fma(V(rule.momentum), b, g) : b;
   }
   w = fma(V(rule.minus_lr), d, w);
+  // The caller rounds `w` to a 16-bit parameter, to nearest even:
+  //   CPU        csrc/core/low_precision.h; with F16C `Scalar::store` in csrc/cpu/kernels_impl.h; `rounded` in
+  //              csrc/cpu/kernels_avx2.cpp and csrc/cpu/kernels_avx512.cpp
+  //   CUDA       `round_to` and `packed` in csrc/cuda/memory.cuh
+  //   Triton     `rounded_bits` in fused_tricks/backends/triton/elements.py, `to_bfloat16` in arithmetic.py beside it
+  //   reference  the copy of the master at the end of `_update` in fused_tricks/backends/reference.py
+  // `adopt_foreign_values` in fused_tricks/step/plan.py recognises user writes: it compares the parameter with the same
+  // rounding of the master. Change both together, or masters are overwritten with rounded values.
 }
 
 }  // namespace fused_tricks

@@ -1,4 +1,4 @@
-// The decision of a step for all tensors: skip or apply, the clip factor, the next loss scale.
+// The decision of a step for all tensors together: skipped or applied, the clipping factor, the next loss scale.
 #pragma once
 
 #include <cmath>
@@ -9,21 +9,21 @@
 
 namespace fused_tricks {
 
-// In the memory of the parameters' device, so that no step waits for the host. fused_tricks/step/device_state.py has
-// the same offsets.
+// step_state, on the parameters' device, so that a step on a GPU does not synchronise with the host.
+// fused_tricks/step/device_state.py and fused_tricks/backends/triton/decision.py use the same offsets.
 struct StepState {
   float scale;
   int32_t growth_tracker;
   int32_t hysteresis_tracker;
-  int32_t found_inf;  // used within a launch on a GPU
+  int32_t found_inf;  // scratch of the GPU kernels
   int64_t applied_steps;
   int64_t skipped_steps;
-  int32_t skip;  // the last decision
+  int32_t skip;  // 1 if the last step was skipped
   float inverse_scale;
-  double clip;        // an FP32 number; FP64 with an FP64 gradient
-  uint32_t arrivals;  // used within a launch on a GPU
+  double clip;        // FP32 precision, or FP64 if a gradient is FP64
+  uint32_t arrivals;  // scratch of the GPU kernels
   int32_t skipped_in_a_row;
-  double grad_norm;  // an FP32 number; FP64 with an FP64 gradient
+  double grad_norm;  // FP32 precision, or FP64 if a gradient is FP64
 };
 
 static_assert(sizeof(StepState) == 64, "fused_tricks/step/device_state.py allocates it");
@@ -38,21 +38,21 @@ struct ScaleRule {
 };
 
 struct StepRequest {
-  bool unscales;     // gradients have a factor: this state's scale, or the external scale
+  bool unscales;     // gradients are scaled, by StepState::scale or `grad_scale`
   bool external;     // a GradScaler owns and adjusts the scale
-  float grad_scale;  // the external scale
+  float grad_scale;  // the scale of the GradScaler
   bool found_inf;    // found_inf of the GradScaler
-  bool wants_norm;   // measure the norm and clip to max_norm
-  bool in_double;    // a gradient is FP64, and so is the norm
+  bool wants_norm;   // measure the gradient norm and clip to `max_norm`
+  bool in_double;    // a gradient is FP64; norm and clip stay in FP64
   double max_norm;
   bool dynamic;  // adjust the scale by `rule`
   ScaleRule rule;
 
-  // True if the step requires a scan. A GradScaler has checked the gradients for non-finite elements already.
+  // True if the step scans the gradients before the update. A GradScaler passes its own found_inf instead.
   FUSED_TRICKS_INLINE bool scans() const { return (unscales && !external) || wants_norm; }
 };
 
-// The rule of GradScaler with the hysteresis of Apex, then the floor and the ceiling.
+// Adjusts the loss scale by GradScaler's rule with Apex's hysteresis, then clamps to [min_scale, max_scale].
 FUSED_TRICKS_INLINE void advance_scale(StepState& state, bool found, const ScaleRule& rule) {
   if (found) {
     state.growth_tracker = 0;
@@ -72,7 +72,7 @@ FUSED_TRICKS_INLINE void advance_scale(StepState& state, bool found, const Scale
   if (state.scale > rule.max_scale) state.scale = rule.max_scale;
 }
 
-// Returns the index of the learning rate's factor for the update after `applied` updates.
+// Returns the index of the learning-rate factor for the update after `applied` updates.
 FUSED_TRICKS_INLINE int64_t factor_due(int64_t applied, int64_t origin, int64_t last) {
   const int64_t position = applied - origin;
   if (position < 0) return 0;
@@ -86,7 +86,8 @@ FUSED_TRICKS_INLINE T clip_factor(T norm, T max_norm) {
   return ratio < T(1) ? ratio : T(1);
 }
 
-// `found`: a gradient element is not finite. `squares`: the sum of the squares of all stored elements.
+// Decides the step and records the decision in `state`. `found`: a gradient element is not finite. `squares`: the sum
+// of the squares of all gradient elements, still scaled.
 FUSED_TRICKS_INLINE void decide_step(StepState& state, bool found, double squares, const StepRequest& request) {
   found = found || request.found_inf;
   state.inverse_scale = request.unscales ? 1.0f / (request.external ? request.grad_scale : state.scale) : 1.0f;

@@ -1,5 +1,5 @@
 // Sixteen elements at a time: AVX-512 F, BW, DQ and VL.
-// GCC 12 warns of undefined registers in its own intrinsics (GCC bug 105593).
+// GCC 12 warns about the undefined registers inside its own intrinsics (GCC bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -39,7 +39,7 @@ struct Avx512 {
   static __m256i rounded(Half, Float value) {
     return _mm512_cvtps_ph(value.lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  // The processor's conversion to bfloat16 flushes subnormal numbers to zero.
+  // Integer operations, because the AVX-512 conversion to bfloat16 flushes subnormal numbers to zero.
   static __m256i rounded(BFloat16, Float value) {
     const __m512i bits = _mm512_castps_si512(value.lanes);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

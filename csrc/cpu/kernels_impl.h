@@ -1,6 +1,6 @@
-// The CPU kernels over `Simd`: a vector type `Float` of `kWidth` floats, with load and store for each element type and
-// the operations of sgd_update.h. Each kernels_*.cpp includes this file. All functions are local to their file, so that
-// the linker cannot choose a copy for another processor.
+// The CPU kernels, templates over `Simd`: a vector type `Float` of `kWidth` floats, with load and store for each
+// element type and the operations of sgd_update.h. Each kernels_*.cpp includes this file once. The anonymous namespace
+// stops the linker from sharing a function that is compiled for another instruction set.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +39,8 @@ struct Scalar {
   static void finish_streams() {}
 };
 
-// An element is not finite if all its exponent bits are ones. With the sign bit cleared, adding one to the exponent
-// then carries into the sign bit.
+// An element is not finite if all exponent bits are ones. The addition of one to the exponent, with the sign bit
+// cleared, then carries into the sign bit.
 template <typename Bits>
 bool any_exponent_full(const Bits* bits, int64_t count, Bits exponent_one) {
   constexpr Bits kSign = static_cast<Bits>(Bits(1) << (8 * sizeof(Bits) - 1));
@@ -65,8 +65,8 @@ bool has_non_finite(const void* grad, DType type, int64_t count) {
   return false;
 }
 
-// Element i goes to lane i % 16 whatever the vector width, so that every instruction set gives the same bits.
-// FP64 holds a squared FP32 exactly and cannot overflow from it.
+// Element i is added to lane i % 16 for every vector width, so that all instruction sets return the same bits. The
+// square of an FP32 number is exact in FP64 and does not overflow.
 constexpr int64_t kLanes = 16;
 
 double sum_of_lanes(const double* lanes) {
@@ -133,10 +133,10 @@ void update_vector(const Grad* grad, float* weight, float* buffer, Param* param,
 
 template <typename Simd, typename Param, typename Grad>
 void update_span(const Span& span, const Rule<float>& shared_rule) {
-  const Rule<float> rule = shared_rule;  // a local copy cannot alias the stores and stays in registers
+  const Rule<float> rule = shared_rule;  // a local copy stays in registers, because no store can alias the copy
   const auto* grad = static_cast<const Grad*>(span.grad);
   auto* weight = static_cast<float*>(span.weight);
-  // Without a buffer the pointer is never followed, but arithmetic on a null pointer is undefined.
+  // Without a buffer the pointer is never dereferenced, but arithmetic on a null pointer is undefined.
   auto* buffer = static_cast<float*>(span.state[kBuffer] != nullptr ? span.state[kBuffer] : span.weight);
   auto* param = static_cast<Param*>(span.param);
   int64_t i = 0;

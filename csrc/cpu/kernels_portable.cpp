@@ -1,4 +1,4 @@
-// One element at a time in standard C++: for processors without a vector version, and as the reference of their tests.
+// One element at a time in standard C++: for other processors, and as the reference for tests of the vector versions.
 #include "kernels_impl.h"
 
 namespace fused_tricks::cpu {

@@ -12,11 +12,11 @@ namespace fused_tricks::cpu {
 
 namespace {
 
-// Up to this many elements, the wake-up of other threads costs more than it saves.
+// Up to this number of elements, waking other threads costs more than the threads save.
 constexpr int64_t kSmall = 1 << 15;
-// Elements of a chunk, the work of one thread.
+// Elements of a chunk, the work unit of a thread.
 constexpr int64_t kChunk = 1 << 15;
-// From this many elements on, written parameters leave the caches before they are read again.
+// From this number of elements on, the caches evict updated parameters before the next forward pass reads them.
 constexpr int64_t kLarge = 1 << 22;
 
 bool is_first_update(const Entry& entry, const Group& group) { return group.momentum != 0 && *entry.first_update < 0; }
@@ -49,7 +49,7 @@ Span span_of(const Entry& entry, const Chunk& chunk, bool streams) {
   return span;
 }
 
-// Runs after the update, in which all threads read the notes.
+// Runs after the update, because every thread reads `first_update` during the update.
 void note_first_updates(const Plan& plan) {
   for (const Entry& entry : plan.entries) {
     if (entry.grad != nullptr && is_first_update(entry, plan.groups[entry.group])) {
@@ -58,7 +58,7 @@ void note_first_updates(const Plan& plan) {
   }
 }
 
-// Reduces the partials over all processes.
+// Reduces `partials` over the processes, in place.
 void all_reduce(const Reduction& reduction, std::vector<double>& partials) {
   if (reduction.partials == nullptr) return;
   std::copy(partials.begin(), partials.end(), reduction.partials);
@@ -77,7 +77,7 @@ Step::Step(const Plan& plan) {
   }
 }
 
-// Returns this process's partials: found_inf, whether a gradient is FP64, then the squares of each shard class.
+// Returns this process's partials: found_inf, in_double, then the sum of squares of each shard class.
 std::vector<double> Step::scan(const Plan& plan, const StepRequest& request) const {
   const Kernels& kernels = selected_kernels();
   const int64_t chunk_count = static_cast<int64_t>(chunks_.size());
@@ -106,7 +106,7 @@ void Step::update(const Plan& plan, const StepRequest& request) const {
   const Kernels& kernels = selected_kernels();
   const bool streams = total_count_ >= kLarge;
   parallel_for(static_cast<int64_t>(chunks_.size()), total_count_ <= kSmall, [&](int64_t begin, int64_t end) {
-    // Backwards: the gradients that this thread scanned last are still in its cache.
+    // Backwards, because the gradients that this thread scanned last are still in the cache.
     for (size_t i = static_cast<size_t>(end); i-- > static_cast<size_t>(begin);) {
       const Chunk& chunk = chunks_[i];
       const Entry& entry = plan.entries[chunk.entry];

@@ -9,7 +9,7 @@
 
 namespace fused_tricks::cpu {
 
-// A run of elements of one entry, the work of one thread.
+// A run of elements of one entry, the work unit of a thread.
 struct Chunk {
   size_t entry;
   int64_t begin;
@@ -20,7 +20,7 @@ class Step {
  public:
   explicit Step(const Plan& plan);
 
-  // Scans if the request requires it, decides and updates. Returns true if the update was applied.
+  // Scans (if the request requires a scan), decides and updates. Returns true if the update was applied.
   bool run(const Plan& plan, StepRequest request) const;
 
  private:

@@ -1,4 +1,4 @@
-// The common part of scan and update: the work of a block, the last block, the decision.
+// The common part of scan and update: the work of one block, the test for the last block, and the decision.
 #pragma once
 
 #include "memory.cuh"
@@ -10,13 +10,13 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 
-// The work of one block. One thread reads it from the tables.
+// The work of one block, which thread 0 reads from the device tables.
 struct BlockWork {
   Rule<float> rule;
   Rule<double> double_rule;  // for FP64 parameters
-  const char* grad;          // null: nothing to do
+  const char* grad;          // null: no work
   char* weight;
-  char* state[kStateTensors];  // undefined for a missing tensor
+  char* state[kStateTensors];  // undefined if the parameter has no such tensor
   char* param;
   int count;
   DType type;
@@ -35,16 +35,16 @@ __device__ inline void find_grad(const Args& args, const ChunkRecord& chunk, con
       address == nullptr ? nullptr : static_cast<const char*>(address) + chunk.begin * size_of(tensor.grad_type);
 }
 
-// True in the last block that calls it in a launch. This block then reads what thread 0 of every other block wrote
-// before the call. The counter wraps, so it is correct again after two launches of equal size overlapped by mistake. A
-// new plan resets the counter.
+// True in the last block of the launch that calls this function. All earlier writes by thread 0 of the other blocks are
+// then visible in the last block. The counter wraps to zero, so that the count is right again after two
+// launches of one size have overlapped by mistake. A new plan sets the counter to zero.
 __device__ inline bool arrives_last(StepState* state) {
   bool is_last = false;
   if (threadIdx.x == 0) is_last = arrive(&state->arrivals, gridDim.x - 1) == gridDim.x - 1;
   return __syncthreads_or(is_last) != 0;
 }
 
-// Stores a decision without `arrivals`, which the blocks count.
+// Stores a decision, except `arrivals`, which other blocks may be counting.
 __device__ inline void store_decision(StepState* to, const StepState& state) {
   constexpr int kArrivals = offsetof(StepState, arrivals) / sizeof(uint32_t);
   uint32_t words[sizeof state / sizeof(uint32_t)];

@@ -1,4 +1,4 @@
-// All kernels. Tests also compile them as plain C++, with a shim for the CUDA language.
+// All kernels. The tests also compile this file as plain C++, with a shim in place of the CUDA language.
 #pragma once
 
 #include "scan.cuh"

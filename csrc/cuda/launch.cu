@@ -13,11 +13,11 @@ namespace {
 
 void check(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // torch would report the error again, for one of its calls
+  cudaGetLastError();  // the runtime keeps the error until this read
   throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
 }
 
-// Formats CUDA's version number: 12040 is 12.4.
+// Returns "12.4" for the version number 12040.
 std::string release(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
 
 template <typename Args>
@@ -28,8 +28,8 @@ void add_kernels(std::vector<const void*>& kernels) {
 
 template <typename Args>
 void launch(void (*kernel)(Args), const char* name, const Args& args, int64_t blocks, const Target& target) {
-  // Torch has its own instance of the runtime. The caller restores torch's current device, because only torch knows
-  // whether a device has a context, and setting a device creates one.
+  // This module links its own CUDA runtime. The caller restores torch's current device, because cudaSetDevice creates a
+  // context, and torch skips the call for a device without a context.
   int current = 0;
   check(cudaGetDevice(&current), "cudaGetDevice");
   if (current != target.device) check(cudaSetDevice(target.device), "cudaSetDevice");

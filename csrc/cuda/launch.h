@@ -1,4 +1,4 @@
-// The launches of the kernels, as host functions.
+// The host functions that launch the kernels.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,15 @@
 
 namespace fused_tricks::cuda {
 
-// The target of a launch: the current stream of the tensors' device, which is torch's current device.
+// The target of a launch: torch's current stream of the tensors' device. The caller has made the device current in
+// torch.
 struct Target {
   int device;
   void* stream;
 };
 
-// Returns the reason why the kernels cannot run on a device; empty if they can. Loads every kernel into the device,
-// because some drivers cannot load a kernel during a capture. Sets the current device.
+// Returns the reason why the kernels cannot run on a device; empty if the kernels can run. Makes the device current and
+// loads every kernel into the device, which may fail while a stream is captured.
 std::string unusable_because(int device);
 
 // Each function throws std::runtime_error with the name of the failed call.

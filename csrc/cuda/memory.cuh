@@ -1,5 +1,5 @@
-// All accesses to device memory, and the element types. In one file, so that the emulation counts the bytes of elements
-// (parameters, state tensors, gradients) separately from tables and scalars.
+// All loads and stores of device memory, and the conversions of element types. The emulation replaces this file's
+// functions and counts the bytes of elements (parameters, masters, buffers, gradients) apart from tables and scalars.
 #pragma once
 
 #include "../core/dtype.h"
@@ -43,7 +43,7 @@ __device__ inline void store(T* address, T value) {
   *address = value;
 }
 
-// Accesses to single elements outside of vectors.
+// Access to a single element that is not part of a vector.
 template <typename T>
 __device__ inline T load_element(const T* address) {
   return load(address);
@@ -54,7 +54,7 @@ __device__ inline void store_element(T* address, T value) {
   store(address, value);
 }
 
-// Memory that several blocks of one launch read and write.
+// Access to memory that several blocks of one launch read and write.
 template <typename T>
 __device__ inline T load_fresh(const T* address) {
   return *static_cast<const volatile T*>(address);
@@ -65,8 +65,8 @@ __device__ inline void store_fresh(T* address, T value) {
   *static_cast<volatile T*>(address) = value;
 }
 
-// Counts from 0 to `last` and wraps. Returns the count before. Acquires the writes of earlier arrivals and releases
-// this thread's writes.
+// Increments the counter, from `last` to 0, and returns the old count. Releases the writes of this thread, and acquires
+// the writes of all earlier arrivals.
 __device__ inline uint32_t arrive(uint32_t* counter, uint32_t last) {
   uint32_t old;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
@@ -76,15 +76,15 @@ __device__ inline uint32_t arrive(uint32_t* counter, uint32_t last) {
   return old;
 }
 
-// Intrinsics, because the compiler takes an address from a table as generic, and global accesses are cheaper.
+// Intrinsics, because the compiler treats an address from a table as generic, and global accesses are cheaper.
 template <typename T>
 __device__ inline Words4 load_words(const T* address) {
   const uint4 words = __ldca(reinterpret_cast<const uint4*>(address));
   return {words.x, words.y, words.z, words.w};
 }
 
-// Weights, buffers and, in the update, gradients are used once per step. With these hints they do not evict the
-// gradients that the scan has read.
+// For memory that the step does not read again: weights, buffers and, in the update, gradients. Evict-first accesses
+// keep the gradients of the scan in the cache.
 template <typename T>
 __device__ inline Words4 load_words_once(const T* address) {
   const uint4 words = __ldcs(reinterpret_cast<const uint4*>(address));
@@ -128,7 +128,7 @@ __device__ inline Pair unpacked<BFloat16>(uint32_t word) {
   return {float_of(word << 16), float_of(word & 0xffff0000u)};
 }
 
-// Rounds both elements in one instruction if the architecture has one.
+// Rounds both elements, in one instruction if the architecture has such an instruction. Must round like `round_to`.
 template <typename T>
 __device__ inline uint32_t packed(float low, float high);
 template <>

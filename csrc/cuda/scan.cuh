@@ -1,13 +1,13 @@
-// The scan of the gradients, and the decision after a reduction over processes.
+// The scan of the gradients, and the decision of the step after a reduction over processes.
 #pragma once
 
 #include "block.cuh"
 
 namespace fused_tricks::cuda {
 
-// An element is not finite if all its exponent bits are ones. With the sign cleared, adding one to the exponent then
-// carries into the sign bit. Two 16-bit elements in one word do not affect each other. Only the sign bits of the sums
-// count, and they are read once, after the sums of many words were combined.
+// An element is not finite if all exponent bits are ones. The addition of one to the exponent, with the sign bit
+// cleared, then carries into the sign bit. The carry stays inside each of the two 16-bit elements of a word. Only the
+// sign bits of the sums matter, so that the sums of many words are joined by OR before the sign bits are read.
 template <typename T>
 struct Exponent;
 template <>
@@ -32,11 +32,12 @@ __device__ inline bool is_finite(BFloat16 value) { return (carries<BFloat16>(val
 __device__ inline bool is_finite(float value) { return (carries<float>(bits_of(value)) & 0x80000000u) == 0; }
 __device__ inline bool is_finite(double value) { return ((bits_of(value) >> 52) & 0x7ffu) != 0x7ffu; }
 
-// A sum of squares as two FP32 numbers with more than 40 bits together, because most GPUs have few FP64 units.
+// A sum of squares as two FP32 numbers, precise to more than 40 bits. Most GPUs have few FP64 units.
 struct SquareSum {
   float high = 0, low = 0;
 
-  // The square of a 16-bit element is exact in FP32. The square of an FP32 element has an error, which fma computes.
+  // The square of a 16-bit element is exact in FP32. The square of an FP32 element is rounded, and fma returns the
+  // error.
   template <bool kIsExact>
   __device__ void add(float value) {
     const float square = mul(value, value);
@@ -59,7 +60,7 @@ struct SquareSum {
     }
   }
 
-  // False if FP32 may have lost bits: squares overflow, or too many squares underflow.
+  // False if squares may have overflowed FP32, or if the sum is so small that squares that underflowed may matter.
   __device__ bool is_reliable() const { return high >= 0x1p-100f && high <= 0x1p126f; }
 };
 
@@ -75,7 +76,7 @@ __device__ inline double squares_in(uint32_t word) {
   }
 }
 
-// Returns the squares of this thread's share of 16-byte vectors in FP64. Small rather than fast, because it is rare.
+// Returns the sum of squares of this thread's 16-byte vectors in FP64. Not unrolled, because the function rarely runs.
 template <typename T>
 __device__ inline double squares_in_double(const T* grad, int vectors) {
   constexpr int kPerVector = 16 / sizeof(T);
@@ -88,7 +89,7 @@ __device__ inline double squares_in_double(const T* grad, int vectors) {
   return squares;
 }
 
-// Checks this thread's share for non-finite elements and adds to the squares.
+// Returns true if an element of this thread's share is not finite. Adds the share's squares to `squares`.
 template <typename T>
 __device__ inline bool scan_span(const T* grad, int count, bool wants_norm, double& squares) {
   bool found = false;
@@ -99,7 +100,7 @@ __device__ inline bool scan_span(const T* grad, int count, bool wants_norm, doub
       const int vectors = count / kPerVector;
       uint32_t joined = 0, magnitudes = 0;
       SquareSum sum;
-      // This many loads are in flight before the first is used.
+      // Number of 16-byte loads that a thread issues before the first use.
       constexpr int kRound = 4;
       for (int first = static_cast<int>(threadIdx.x); first < vectors; first += kRound * kThreads) {
         Words4 words[kRound];
@@ -139,7 +140,7 @@ __device__ inline bool scan_span(const T* grad, int count, bool wants_norm, doub
   return found;
 }
 
-// A fixed order, independent of timing: the lanes of a warp by halves, then the warps one after the other.
+// Returns the sum over the block, in a fixed order: the lanes of each warp by halves, then the warps in turn.
 __device__ inline double block_sum(double value, double* per_warp) {
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
@@ -152,7 +153,7 @@ __device__ inline double block_sum(double value, double* per_warp) {
   return sum;
 }
 
-// Writes the partials of this process.
+// Writes this process's partials, for the reduction over processes.
 __device__ inline void report(const Tables& tables, bool wants_norm, bool in_double, double* per_warp) {
   for (int shard_class = 0; shard_class < tables.shard_classes; ++shard_class) {
     double total = 0;
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(const __grid_constant__ 
   }
 }
 
-// Runs after the reduction of the partials.
+// Decides the step from the reduced partials.
 __global__ void __launch_bounds__(kThreads) decide_kernel(const __grid_constant__ DecideArguments args) {
   if (threadIdx.x != 0) return;
   const Tables& tables = args.tables;

@@ -10,7 +10,7 @@ namespace fused_tricks::cuda {
 
 namespace {
 
-// Kernels read whole records, so every byte must be defined.
+// Kernels read whole records, padding included, so that every byte must be defined.
 template <typename Record>
 Record zeroed() {
   Record record;
@@ -23,7 +23,7 @@ constexpr size_t kGradCapacity = sizeof(Args::grads) / sizeof(const void*);
 template <typename Args>
 constexpr size_t kGroupCapacity = sizeof(Args::groups) / sizeof(Group);
 
-// Writes records to the device, as words.
+// Writes records to device memory as 64-bit words, by `write_kernel`.
 template <typename Record>
 void write(Record* to, const std::vector<Record>& records, const Target& target) {
   static_assert(sizeof(Record) % sizeof(uint64_t) == 0);
@@ -38,7 +38,7 @@ void write(Record* to, const std::vector<Record>& records, const Target& target)
   }
 }
 
-// Writes records if they differ from `written`, the records on the device.
+// Writes the records only if they differ from `written`, the records on the device.
 template <typename Record>
 void update(Record* to, const std::vector<Record>& records, std::vector<Record>& written, const Target& target) {
   const size_t size = records.size() * sizeof(Record);
@@ -110,7 +110,7 @@ void Step::set_scratch(void* memory) {
 template <typename Args>
 void Step::launch(const Reduction& reduction, const StepRequest& request, const External& external,
                   const Target& target) {
-  // Kept between steps, because it is large and mostly constant.
+  // Allocated once for each thread, because the argument has up to 32 KiB.
   static thread_local const std::unique_ptr<Args> args = std::make_unique<Args>(zeroed<Args>());
   args->tables = tables_;
   args->request = request;
@@ -131,7 +131,7 @@ void Step::launch(const Reduction& reduction, const StepRequest& request, const 
     update(group_memory_, groups_, written_groups_, target);
     args->more_groups = group_memory_;
   }
-  // Without chunks, one block decides and counts the step.
+  // A plan without chunks still launches one block, which decides and counts the step.
   const int64_t blocks = tables_.chunk_count > 0 ? tables_.chunk_count : 1;
   if (args->scanned) {
     launch_scan(*args, blocks, target);

@@ -1,5 +1,6 @@
-// One step over a plan on a GPU: the device tables, the kernels' arguments, and at most two launches. A reduction over
-// processes adds a third launch.
+// One step over a plan on a GPU: device tables, kernel arguments, and the launches. A step launches the scan (if the
+// request requires a scan) and the update. A reduction over processes adds `decide_kernel`. Gradient addresses or
+// groups that exceed the kernel's argument add launches of `write_kernel`, after a change.
 #pragma once
 
 #include <vector>
@@ -10,7 +11,7 @@
 
 namespace fused_tricks::cuda {
 
-// Scalars of a GradScaler on the device; null without a GradScaler.
+// Device scalars of a GradScaler, which the kernels read; null without a GradScaler.
 struct External {
   const float* scale;
   const float* found_inf;
@@ -20,10 +21,11 @@ class Step {
  public:
   explicit Step(const Plan& plan);
 
-  // The size of the device tables, which the caller allocates and `set_tables` writes once.
+  // Size in bytes of the device tables, which stay the same while the plan lives. The caller allocates the memory, and
+  // `set_tables` writes the tables.
   size_t table_size() const;
   void set_tables(void* memory, const Target& target);
-  // The size of the scratch memory of a step. It may be replaced between steps.
+  // Size in bytes of the memory that steps write. The caller allocates the memory, and may replace it between steps.
   size_t scratch_size() const;
   void set_scratch(void* memory);
 
@@ -37,7 +39,7 @@ class Step {
   std::vector<ChunkRecord> chunk_records_;
   std::vector<const void*> grads_;  // of this step
   std::vector<Group> groups_;
-  std::vector<const void*> written_grads_;  // the content of the scratch memory, if the argument is too small
+  std::vector<const void*> written_grads_;  // addresses in the scratch memory, if they exceed the argument
   std::vector<Group> written_groups_;
   Tables tables_{};
   const void** grad_memory_ = nullptr;

@@ -1,5 +1,5 @@
-// The data of a launch: device tables, which are constant for a plan, and one by-value argument with the data of the
-// step. All pointers are device pointers.
+// The input of a launch: device tables, which stay the same while a plan lives, and one by-value argument with the
+// values that may change in every step. All pointers are device pointers.
 #pragma once
 
 #include <cstddef>
@@ -13,24 +13,24 @@
 namespace fused_tricks::cuda {
 
 constexpr int kThreads = 256;
-// Elements of a chunk, the work of one block.
+// Elements of a chunk, the work unit of a block.
 constexpr int kChunk = 8192;
 
 struct TensorRecord {
   void* param;
   void* state[kStateTensors];  // null: the parameter has no such tensor
-  int64_t* first_update;       // number of the update that first wrote the buffer; -1: none yet
+  int64_t* first_update;       // number of the update that first wrote the buffer; -1 before
   int64_t count;
   int32_t group;
   DType type;
   DType grad_type;
-  bool is_matrix;  // more than one dimension: decays whatever bias_decay says
+  bool is_matrix;  // more than one dimension: decays even without `bias_decay`
 };
 
 struct ChunkRecord {
   int64_t begin;
   int32_t tensor;
-  int32_t shard_class;  // which of the partials' sums of squares its gradient belongs to
+  int32_t shard_class;  // index of the gradient's sum of squares in the partials
 };
 
 struct Tables {
@@ -39,18 +39,19 @@ struct Tables {
   int64_t chunk_count;
   StepState* state;
   double* partial_squares;  // one for each chunk
-  double* partials;         // StepReduction's; null: this process decides alone
+  double* partials;         // of StepReduction; null: this process decides alone
   int32_t shard_classes;
 };
 
-// The argument contains up to kGrads addresses and kGroups groups. Larger models use the arrays behind the pointers.
+// The argument itself has room for kGrads gradient addresses and kGroups groups. Larger models use the arrays at
+// `more_grads` and `more_groups`.
 template <int kGrads, int kGroups>
 struct Arguments {
   Tables tables;
   StepRequest request;
   const float* external_scale;      // GradScaler's grad_scale; null: request.grad_scale
   const float* external_found_inf;  // GradScaler's found_inf; null: request.found_inf
-  bool scanned;                     // a scan of this step has run and has decided
+  bool scanned;                     // true: the step is decided before the update; false: the update decides
   const void** more_grads;          // null: `grads`
   const Group* more_groups;         // null: `groups`
   const void* grads[kGrads];
@@ -62,7 +63,7 @@ using SmallArguments = Arguments<256, 4>;
 using MediumArguments = Arguments<1024, 16>;
 using LargeArguments = Arguments<3584, 48>;
 
-// The argument of the decide kernel, which runs after a reduction over processes.
+// The argument of `decide_kernel`, which runs after a reduction over processes.
 struct DecideArguments {
   Tables tables;
   StepRequest request;
@@ -70,8 +71,8 @@ struct DecideArguments {
   const float* external_found_inf;
 };
 
-// Words that a kernel writes from its argument to device memory. A step therefore copies nothing from the host, no host
-// memory has to outlive a launch, and a captured graph writes what its kernels read.
+// Words that a kernel writes from its argument to device memory. Unlike a copy from host memory, the launch requires no
+// host memory that stays alive, and a captured CUDA graph contains the words.
 struct WriteArguments {
   static constexpr size_t kCapacity = 4080;
   uint64_t* to;

@@ -13,8 +13,8 @@ __device__ inline double learning_rate(const Group& group, int64_t applied) {
   return mul(group.lr, static_cast<double>(load(static_cast<const float*>(group.lr_pointer) + due)));
 }
 
-// True if update `number` is the first to write the tensor's buffer. The block of the first chunk notes the number. The
-// other blocks read -1 or this number, and both mean "first".
+// True if update `number` is the first to write the tensor's buffer. In that update, the block of the first chunk
+// stores `number`, and the blocks of the other chunks read -1 or `number`. Both mean "first".
 __device__ inline bool is_first(const TensorRecord& tensor, const ChunkRecord& chunk, int64_t number) {
   const int64_t first_update = load_fresh(tensor.first_update);
   if (first_update < 0 && chunk.begin == 0) store_fresh(tensor.first_update, number);
@@ -43,7 +43,7 @@ __device__ inline void prepare_update(const Args& args, const StepState& state, 
   }
 }
 
-// The elements that one thread updates together, with one evaluation of the rule's branches.
+// Elements that one thread updates together, so that the thread evaluates the rule's branches once for all elements.
 template <int kCount>
 struct Elements {
   Elements() = default;
@@ -79,7 +79,7 @@ __device__ inline Elements<kCount> negate(const Elements<kCount>& a) {
   return result;
 }
 
-// Element 4q + i is at address[kStride * q + i].
+// Returns elements from memory: element 4q + i is at address[kStride * q + i].
 template <int kCount, int kStride = 4>
 __device__ inline Elements<kCount> load_quads(const float* address) {
   Elements<kCount> elements;
@@ -138,9 +138,9 @@ __device__ inline Words4 packed_words(const Elements<8>& elements) {
   return {packed<T>(at[0], at[1]), packed<T>(at[2], at[3]), packed<T>(at[4], at[5]), packed<T>(at[6], at[7])};
 }
 
-// Two neighbouring lanes share 16 elements. As 16-bit elements, the 16 bytes of a lane are quads 0 and 1 (even lane) or
-// quads 2 and 3 (odd lane). As FP32, both lanes load quads 0 and 1 together, then quads 2 and 3, so that each
-// instruction accesses whole 32-byte sectors. The lanes therefore swap quads.
+// Two neighbouring lanes share 16 elements, in four quads. Of 16-bit elements, the even lane loads quads 0 and 1, and
+// the odd lane quads 2 and 3: 16 bytes each. Of FP32 elements, the two lanes load quads 0 and 1 with one instruction,
+// then quads 2 and 3, so that each instruction reads whole 32-byte sectors. The lanes therefore swap one quad.
 __device__ inline void swap_quads(bool odd, Words4& words) {
   const uint32_t got_low = __shfl_xor_sync(kAllLanes, odd ? words.x : words.z, 1);
   const uint32_t got_high = __shfl_xor_sync(kAllLanes, odd ? words.y : words.w, 1);
@@ -153,14 +153,14 @@ __device__ inline int update_pairs(const Rule<float>& rule, const Grad* grad, fl
                                    Param* param, int count) {
   const int pairs = count / 16;
   const bool odd = threadIdx.x % 2 != 0;
-  for (int first = 0; first < pairs; first += kThreads / 2) {  // equally often in all lanes, for the shuffles
+  for (int first = 0; first < pairs; first += kThreads / 2) {  // the same count in every lane, because of the shuffles
     const int pair = first + static_cast<int>(threadIdx.x) / 2;
     const bool inside = pair < pairs;
     const int own = 16 * pair + (odd ? 8 : 0);
     const int quad = 16 * pair + (odd ? 4 : 0);
     Words4 words = {0, 0, 0, 0};
     Elements<8> grads, weights, buffers(0.0f);
-    // All loads before the first use: a shuffle waits for the gradient.
+    // All loads come first, because the shuffle waits for the gradient.
     if (inside) {
       if constexpr (sizeof(Grad) == 2)
         words = load_words_once(grad + own);
@@ -191,7 +191,7 @@ __device__ inline int update_quads(const Rule<float>& rule, const float* grad, f
   return 4 * quads;
 }
 
-// Param is the type of a 16-bit parameter; float if the weight is the parameter itself.
+// `Param` is the element type of a 16-bit parameter; float if the weight is the parameter itself.
 template <typename Param, typename Grad>
 __device__ inline void update_span(const BlockWork& work) {
   const Rule<float> rule = work.rule;
@@ -235,7 +235,7 @@ __device__ inline void update_double_span(const BlockWork& work) {
   }
 }
 
-// Four blocks per multiprocessor, so at most 64 registers per thread.
+// Four blocks on each multiprocessor limit a thread to 64 registers.
 template <typename Args>
 __global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_constant__ Args args) {
   __shared__ BlockWork work;
@@ -243,9 +243,9 @@ __global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_consta
   if (threadIdx.x == 0) {
     work.grad = nullptr;
     StepState state = load(tables.state);
-    // Without a scan every block computes the same decision.
+    // Without a scan, every block computes the same decision.
     if (!args.scanned) state = decided(args, state, false, false, 0.0);
-    // Backwards: the gradients that the scan read last are still in the cache.
+    // Backwards, because the gradients that the scan read last are still in the cache.
     if (blockIdx.x < tables.chunk_count) prepare_update(args, state, tables.chunk_count - 1 - blockIdx.x, work);
   }
   __syncthreads();
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_consta
     }
   }
   if (args.scanned) {
-    // Resets the counter, which two overlapping scans of different sizes leave wrong.
+    // Two scans of different sizes that overlapped by mistake leave a wrong count.
     if (blockIdx.x == 0 && threadIdx.x == 0) store(&tables.state->arrivals, 0u);
     return;
   }

@@ -15,7 +15,7 @@
 #include "../cpu/threads.h"
 #include "plan_guard.h"
 
-// The tests' emulation of the CUDA kernels compiles the same sources under another name.
+// The emulation of the CUDA kernels is built from the same sources as a module of another name.
 #if !defined(FUSED_TRICKS_MODULE)
 #define FUSED_TRICKS_MODULE _extension
 #endif
@@ -23,7 +23,7 @@
 namespace fused_tricks {
 namespace {
 
-// The numbers of fused_tricks/step/request.py.
+// Same numbers as Outcome in fused_tricks/step/request.py.
 enum Outcome : int { kStale = 0, kSkipped = 1, kApplied = 2 };
 
 void connect(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
@@ -44,7 +44,7 @@ double number(const py::handle& object) {
 
 py::handle interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-// The attributes of fused_tricks/step/request.py's StepRequest and fused_tricks/loss_scale.py's ScaleRule.
+// The attributes of StepRequest (fused_tricks/step/request.py) and ScaleRule (fused_tricks/loss_scale.py).
 struct Names {
   py::handle unscales = interned("unscales");
   py::handle grad_scale = interned("grad_scale");
@@ -73,7 +73,8 @@ ScaleRule rule_of(const py::object& rule) {
           static_cast<int32_t>(number(rule.attr(names().hysteresis)))};
 }
 
-// Without grad_scale and found_inf of a GradScaler, which the CPU reads as numbers and GPU kernels as tensors.
+// Converts a StepRequest, except a GradScaler's grad_scale and found_inf: the CPU step reads both as numbers, and the
+// CUDA kernels read both as tensors.
 StepRequest request_of(const py::object& asked) {
   const py::object max_norm = asked.attr(names().max_norm), rule = asked.attr(names().scale_rule);
   StepRequest request{};
@@ -87,7 +88,7 @@ StepRequest request_of(const py::object& asked) {
   return request;
 }
 
-// A step over a plan. `began` is false if another step over the same plan runs.
+// Marks a plan guard as running during a step. `began` returns false if another step over the plan is running.
 class Running {
  public:
   explicit Running(PlanGuard& guard) : guard_(guard), began_(!guard.is_running) { guard.is_running = true; }
@@ -106,8 +107,8 @@ class Running {
   bool began_;
 };
 
-// For kernels that Python launches: the addresses of this step's gradients (0: no gradient) and whether a gradient is
-// FP64; None if the plan is stale. The gradients stay alive until release_gradients.
+// Returns (addresses, in_double) for kernels that Python launches; None if the plan is stale. An address is 0 without a
+// gradient. The gradients live until `release_gradients`.
 py::object gradient_addresses(PlanGuard& guard, const py::list& groups, const py::dict& state) {
   guard.release_gradients();
   if (!guard.refresh(groups, state)) {
@@ -141,7 +142,7 @@ int cpu_step(const cpu::Step& step, PlanGuard& guard, const py::list& groups, co
   return kApplied;
 }
 
-// The offset of each field of StepState by name.
+// Returns the byte offset of each field of StepState by name.
 py::dict step_state_offsets() {
   py::dict offsets;
 #define FUSED_TRICKS_FIELD(name) offsets[#name] = offsetof(StepState, name)

@@ -1,5 +1,5 @@
-// The part of the DLPack 1.x C exchange interface that reads a tensor without owning it.
-// Field order and sizes are the protocol's; see https://dmlc.github.io/dlpack/latest/c_api.html.
+// The part of the DLPack 1.x C exchange interface that reads a borrowed tensor.
+// The protocol fixes the order and size of the fields; see https://dmlc.github.io/dlpack/latest/c_api.html.
 #pragma once
 
 #include <cstdint>

@@ -58,14 +58,14 @@ bool has_one_element(const TensorView& tensor) {
   return count == 1;
 }
 
-// Returns the value of `key` in a parameter's state; null without a value.
+// Returns the value of `key` in a parameter's state (borrowed); null without such an item.
 PyObject* state_item(PyObject* state, PyObject* key) {
   if (state == nullptr || !PyDict_Check(state)) return nullptr;
   return PyDict_GetItemWithError(state, key);
 }
 
-// True if a parameter's state has exactly these tensors; null stands for a missing tensor. A walk through a dict with
-// the known interned keys is faster than a look-up of each key.
+// True if the values of the state keys in a parameter's state are `held`, null for a missing item. Most dicts contain
+// only these keys, as the same interned strings, and iteration is faster than two look-ups.
 bool has_state(PyObject* state, PyObject* const* held) {
   if (PyDict_Check(state)) {
     PyObject *key, *value, *found[kStateTensors] = {};
@@ -87,7 +87,7 @@ bool has_state(PyObject* state, PyObject* const* held) {
   return true;
 }
 
-// True if a state tensor and its local part are at the plan's address.
+// True if a tensor of the state, and the local part of the tensor, are still at the plan's address.
 bool is_in_place(PyObject* held, PyObject* own, const void* address) {
   if (held == nullptr || address == nullptr) return true;
   return is_at(held, address) && (own == held || is_at(own, address));
@@ -95,7 +95,7 @@ bool is_in_place(PyObject* held, PyObject* own, const void* address) {
 
 }  // namespace
 
-// The stride of a dimension of one element has no meaning, and torch sets it to any value.
+// The stride of a dimension of size 1 is arbitrary in torch.
 bool Layout::matches(const TensorView& tensor) const {
   if (static_cast<size_t>(tensor.dimensions) != shape.size()) return false;
   for (size_t i = 0; i < shape.size(); ++i) {
@@ -146,7 +146,7 @@ PlanGuard::PlanGuard(const py::list& entries, const py::object& step_state, bool
   find_written_memory();
 }
 
-// Reads a CompiledEntry of fused_tricks/backends/compiled.py, which keeps the borrowed objects alive.
+// Adds a CompiledEntry. CompiledPlanGuard in fused_tricks/backends/compiled.py owns the objects that are borrowed here.
 void PlanGuard::add_entry(const py::handle& item) {
   Entry entry;
   GuardedEntry guarded;
@@ -196,7 +196,8 @@ void PlanGuard::find_written_memory() {
   std::sort(written_.begin(), written_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
 }
 
-// Ranges are disjoint: with shared memory, fused_tricks/step/shared_memory.py chooses the reference.
+// The ranges are disjoint, because a plan whose tensors share memory (fused_tricks/step/shared_memory.py) runs on the
+// reference backend.
 Range PlanGuard::unwritten_around(uintptr_t address) const {
   const auto after = std::upper_bound(written_.begin(), written_.end(), address,
                                       [](uintptr_t begin, const Range& range) { return begin < range.begin; });
@@ -255,12 +256,12 @@ bool PlanGuard::refresh_entry(Entry& entry, GuardedEntry& guarded) {
   if (!guarded.layout.matches(param)) return false;
   if (!read_tensor(grad, gradient) || !guarded.layout.matches(gradient)) return false;
   if (gradient.device.type != guarded.device.type || gradient.device.index != guarded.device.index) return false;
-  // A wrapper subclass has elements and no address.
+  // A wrapper subclass has elements but no address.
   if (gradient.data == nullptr && entry.count > 0) return false;
   if (gradient.type != entry.grad_type) return false;
   if (plan.groups[entry.group].momentum != 0 && !guarded.has_buffer) return false;
   if (guarded.watches_version && version_of(guarded.object) != guarded.version) return false;
-  // An empty tensor may have no address, and has nothing to update.
+  // An empty tensor may have no address, and has no elements to update.
   entry.grad = entry.count == 0 ? nullptr : gradient.data;
   if (entry.grad == nullptr) return true;
   if (!has_its_memory(grad, gradient.type, entry.count)) return false;

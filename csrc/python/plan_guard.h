@@ -1,4 +1,4 @@
-// The plan guard: reads groups, gradients and state in each step, and detects a stale plan.
+// The plan guard: reads groups, gradients and state of each step, and detects a stale plan.
 #pragma once
 
 #include <cstdint>
@@ -10,39 +10,39 @@
 
 namespace fused_tricks {
 
-// Size and order of a tensor's elements in memory.
+// Shape and strides of a tensor, in elements.
 struct Layout {
   std::vector<int64_t> shape;
   std::vector<int64_t> strides;
   bool matches(const TensorView& tensor) const;
 };
 
-// Addresses from `begin` up to `end`.
+// The addresses in [begin, end).
 struct Range {
   uintptr_t begin;
   uintptr_t end;
 };
 
-// The Python objects of an entry, at the same index. Objects are borrowed: fused_tricks/backends/compiled.py holds them
-// as long as the guard exists, in view of the garbage collector.
+// The Python side of the entry at the same index. All objects are borrowed. fused_tricks/backends/compiled.py owns the
+// objects of the entries while the guard lives, so that the garbage collector sees the references.
 struct GuardedEntry {
-  PyObject* object = nullptr;  // the parameter, as listed in the group
-  PyObject* source = nullptr;  // the parameter or its stand-in, whose memory and gradient the kernels use
-  PyObject* alias = nullptr;   // shares the parameter's version counter; null: Python writes the parameter
+  PyObject* object = nullptr;  // the parameter as its group lists it
+  PyObject* source = nullptr;  // the tensor whose memory and gradient the kernels use: the parameter, or a stand-in
+  PyObject* alias = nullptr;   // shares the parameter's version counter; null for a stand-in
   Layout layout;
   dlpack::Device device{};
-  bool has_buffer = false;       // also true for a buffer without elements, and so without an address
-  bool watches_version = false;  // a new version makes the plan stale: user code wrote to a parameter with a master
+  bool has_buffer = false;       // true for an empty buffer, too, whose address is null
+  bool watches_version = false;  // a new version means that user code wrote to the parameter
   int64_t version = 0;
-  int64_t version_step = 1;   // more than 1 for views of one tensor, which share a counter
-  PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and its tensors at the first step
+  int64_t version_step = 1;   // growth in one update; more than 1 if parameters are views that share the counter
+  PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and the tensors in the dict
   PyObject* held[kStateTensors] = {};
-  PyObject* own[kStateTensors] = {};  // the local parts of these tensors
+  PyObject* own[kStateTensors] = {};  // the tensors of the plan: `held`, or the local parts of `held`
   Range unwritten{0, 0};              // addresses around the last gradient that no step writes
 };
 
-// A learning rate that follows the applied updates. A group whose `lr` is `object` has `base` times the factor of the
-// update. Null: the group has another learning rate.
+// A learning rate that follows the number of applied updates. If `object` is a group's `lr`, the rate is `base` times
+// the factor that is due. Null `object`: the group has a plain `lr`.
 struct DeviceLR {
   PyObject* object = nullptr;
   double base = 0;
@@ -53,26 +53,28 @@ struct DeviceLR {
 
 class PlanGuard {
  public:
-  // entries: a CompiledEntry of fused_tricks/backends/compiled.py for each parameter of every group in order.
-  // step_state: the uint8 tensor of StepState. reads_lr: the kernels read a learning-rate tensor, so that the host does
-  // not wait for it. rates: for each group None or a CompiledLR. reduction: None, or a StepReduction of
-  // fused_tricks/distributed/found_inf_reduction.py.
+  // entries: a CompiledEntry (fused_tricks/backends/compiled.py) for each parameter of every group, in order.
+  // step_state: the uint8 tensor of StepState.
+  // reads_lr: true if the kernels read a tensor `lr` on the device, which avoids a synchronisation.
+  // rates: a CompiledLR or None for each group.
+  // reduction: a StepReduction (fused_tricks/distributed/found_inf_reduction.py) or None.
   PlanGuard(const py::list& entries, const py::object& step_state, bool reads_lr, const py::list& rates,
             const py::object& reduction);
   PlanGuard(const PlanGuard&) = delete;
   PlanGuard& operator=(const PlanGuard&) = delete;
   ~PlanGuard() { release_gradients(); }
 
-  // True while a step over the plan runs. A step inside it, from Python code that it calls, requires another plan.
+  // True while a step over the plan runs. A nested step, begun by Python code inside the step, gets its own plan.
   bool is_running = false;
 
-  // Reads the groups and gradients of this step. Returns false for a stale plan, before any change.
+  // Reads groups and gradients for this step. Returns false, and writes no tensor, if the plan is stale.
+  // Optimizer.state is compared with Optimizer.state at the first call.
   bool refresh(const py::list& group_dicts, const py::dict& state);
 
   // Drops the gradients that `refresh` read.
   void release_gradients();
 
-  // Increments the version counters of the updated parameters, for autograd.
+  // Increments the version counters of the updated parameters, by which autograd detects the change.
   void mark_updated();
 
   Plan plan;
@@ -92,9 +94,9 @@ class PlanGuard {
   std::vector<GuardedEntry> guarded_;
   bool reads_lr_;
   std::vector<DeviceLR> rates_;   // by group
-  py::list updated_;              // aliases of the parameters of the last update
+  py::list updated_;              // aliases of the parameters that the last step updated
   std::vector<PyObject*> grads_;  // owned during a step, which releases the interpreter lock
-  std::vector<Range> written_;    // the memory of parameters and state tensors, by address
+  std::vector<Range> written_;    // the memory of parameters, masters and buffers, by address
   bool watches_state_ = false;
   std::vector<std::pair<PyObject*, PyObject*>> watched_;  // the items of Optimizer.state
 };

@@ -11,7 +11,7 @@ dlpack::Tensor require_dlpack(PyObject* object) {
   return tensor;
 }
 
-// DLPack does not represent the negative bit.
+// DLPack does not report the negative bit.
 bool is_negative(PyObject* tensor) {
   if (torch_api.is_negative != nullptr && has_handle(tensor)) return torch_api.is_negative(handle_of(tensor));
   static PyObject* const name = PyUnicode_InternFromString("is_neg");

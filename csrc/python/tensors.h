@@ -1,4 +1,4 @@
-// Access to tensors of Python: address, type, shape, strides, device, gradient and version.
+// Access to torch's Python tensors: address, dtype, shape, strides, device, gradient and version.
 #pragma once
 
 #include <cstdint>
@@ -8,24 +8,25 @@
 
 namespace fused_tricks {
 
-// Returns false, without a Python error, for a tensor of another dtype, of another layout (sparse, quantised, …), or
-// with torch's negative bit, whose memory has the negated elements.
+// Reads a tensor into `out`. Returns false, with no Python error set, for a tensor of another dtype, of another layout
+// than strided, or with torch's negative bit (whose memory holds the negated elements).
 bool read_tensor(PyObject* tensor, TensorView& out);
 
-// Returns the address of the first element, for a tensor of any dtype; null for None and for empty tensors.
+// Returns the address of a tensor's first element, for any dtype; null for None and empty tensors.
 void* data_of(const py::handle& tensor);
 dlpack::Device device_of(const py::handle& tensor);
-// True if a tensor's first element is at `address`, or if the tensor has no address, as a DTensor.
+// True if a tensor's first element is at `address`, without the negative bit. True for a wrapper subclass such as
+// DTensor, whose address is unknown.
 bool is_at(PyObject* tensor, const void* address);
 
-// False if a tensor's storage is too small for `count` dense elements, as after a resize.
+// False if a tensor's storage is too small for `count` dense elements, as after `resize_`. True if the size is unknown.
 bool has_its_memory(PyObject* tensor, DType type, int64_t count);
 
 // Returns a new reference to `tensor.grad`.
 PyObject* grad_of(PyObject* tensor);
 int64_t version_of(PyObject* tensor);
 
-// Returns torch's current stream of a device.
+// Returns torch's current stream of a device; null for the CPU.
 void* current_stream(const dlpack::Device& device);
 
 }  // namespace fused_tricks

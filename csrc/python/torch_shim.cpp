@@ -97,7 +97,8 @@ bool find_shim(const py::dict& functions) {
   return complete;
 }
 
-// Returns the offset, in a tensor's Python object, of the word that a handle points to; 0 if the offset is not unique.
+// Returns the byte offset, in a tensor's Python object, of the word that a handle points to; 0 unless exactly one word
+// matches.
 size_t offset_of_handle(const py::handle& tensor) {
   void* handle = nullptr;
   if (torch_api.shim.from_object(tensor.ptr(), &handle) != 0) return 0;
@@ -118,7 +119,7 @@ bool same_sample(const TensorView& a, const TensorView& b) {
          a.type == b.type && a.device.type == b.device.type && a.device.index == b.device.index;
 }
 
-// Stores torch's test for the negative bit, if the test distinguishes these tensors.
+// Stores torch's own test for the negative bit, if the test is right for `negative` and for all samples.
 void learn_negative(const py::dict& functions, const py::list& samples, const py::object& negative) {
   bool (*is_negative)(TensorShim::Handle) = nullptr;
   if (!find(functions, "_ZN2at6native6is_negERKNS_6TensorE", is_negative)) return;
@@ -129,7 +130,8 @@ void learn_negative(const py::dict& functions, const py::list& samples, const py
   torch_api.is_negative = is_negative;
 }
 
-// Reads the samples (one dimension, on the CPU) both ways. If the results differ, DLPack stays in use.
+// Reads the samples (one dimension, on the CPU) by handle and by DLPack. Stores the handle's offset if both results are
+// equal; otherwise DLPack remains in use.
 void learn_handles(const py::list& samples) {
   TensorShim& shim = torch_api.shim;
   size_t offset = 0;
@@ -161,7 +163,7 @@ void connect_torch(const py::object& tensor_type, const py::object& parameter_ty
   if (api->version.major != 1 || api->tensor_from_object == nullptr) {
     throw std::runtime_error("torch offers no DLPack 1.x exchange interface that fused_tricks can use");
   }
-  // These references live as long as the process, as torch's types and functions do.
+  // These references are never dropped, because torch's types and functions live as long as the process.
   torch_api.exchange = api;
   torch_api.increment_version = increment_version.inc_ref().ptr();
   torch_api.tensor = reinterpret_cast<PyTypeObject*>(tensor_type.inc_ref().ptr());

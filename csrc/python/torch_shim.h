@@ -1,5 +1,5 @@
-// The functions of torch's stable C interface, and the offset of the handle in a tensor's Python object. Both are found
-// once, at import.
+// The parts of torch that the extension looks up once: functions of the stable C interface, and the handle inside a
+// tensor's Python object.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,7 +13,7 @@ namespace fused_tricks {
 
 namespace py = pybind11;
 
-// A view of a tensor. Shape and strides, in elements, are borrowed from the tensor.
+// The description of a tensor. `shape` and `strides` (in elements) point into the tensor.
 struct TensorView {
   void* data;
   int64_t dimensions;
@@ -23,8 +23,8 @@ struct TensorView {
   dlpack::Device device;
 };
 
-// Functions of torch's stable C interface. They borrow the tensor: no reference count changes. A handle points to the
-// single word of a tensor in torch's C++.
+// Functions of torch's stable C interface. The functions borrow a tensor without a change of its reference count, and
+// cost a third of DLPack. A handle points to an at::Tensor, which is one word.
 struct TensorShim {
   using Handle = const void*;
   int32_t (*from_object)(void* object, void** handle) = nullptr;
@@ -39,30 +39,30 @@ struct TensorShim {
   int32_t (*device_index)(Handle tensor, int32_t* out) = nullptr;
   int32_t (*storage_size)(Handle tensor, int64_t* bytes) = nullptr;
   int32_t (*storage_offset)(Handle tensor, int64_t* elements) = nullptr;
-  // Torch's numbers of dtypes, layouts and device types, which differ from DLPack's.
+  // Torch's own numbers of dtypes, layouts and device types, which differ from DLPack's.
   int32_t dtypes[kDTypes] = {};  // by DType
   int32_t strided = 0;
   int32_t cpu = 0;
   int32_t cuda = 0;
 };
 
-// Filled once, when the package is imported.
+// Filled by `connect_torch`, when Python loads the extension.
 struct TorchApi {
   const dlpack::ExchangeApi* exchange = nullptr;
   PyObject* increment_version = nullptr;
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
-  getter grad = nullptr;  // Tensor.grad and Tensor._version, as plain functions for those two types
+  getter grad = nullptr;  // Tensor.grad and Tensor._version, as C functions for these two types
   getter version = nullptr;
   TensorShim shim;
-  // True if a tensor has the negative bit: at::native::is_neg, which no stable interface has. Null: this torch has no
-  // such symbol.
+  // at::native::is_neg, which reads the negative bit and is missing in the stable interface. Null: not found in this
+  // torch.
   bool (*is_negative)(TensorShim::Handle tensor) = nullptr;
-  size_t handle_offset = 0;  // of the handle in objects of these two types; 0: tensors are read through DLPack
+  size_t handle_offset = 0;  // byte offset of the handle's word in objects of these two types; 0: use DLPack
 };
 extern TorchApi torch_api;
 
-// True for the two tensor types that override nothing.
+// True if a tensor's type is torch.Tensor or Parameter, and not a subclass, which may override attributes.
 inline bool is_plain(PyObject* tensor) {
   const PyTypeObject* type = Py_TYPE(tensor);
   return type == torch_api.parameter || type == torch_api.tensor;
@@ -75,14 +75,14 @@ inline TensorShim::Handle handle_of(PyObject* tensor) {
   return reinterpret_cast<const char*>(tensor) + torch_api.handle_offset;
 }
 
-// Returns false for a tensor that DLPack must read.
+// Returns false for a tensor that only `read_with_dlpack` can describe or refuse.
 bool read_with_shim(TensorShim::Handle tensor, TensorView& out);
 bool read_with_dlpack(PyObject* object, TensorView& out);
 
 // Fills torch_api.
 //
 // functions: addresses of torch's functions by name; before torch 2.14 some are missing.
-// samples: a tensor of each DType, in order, from which offsets and numbers are learned.
+// samples: a tensor of each DType, in order, from which the handle's offset and torch's own numbers are read.
 // negative: a tensor with the negative bit.
 void connect_torch(const py::object& tensor_type, const py::object& parameter_type, const py::object& increment_version,
                    const py::dict& functions, const py::list& samples, const py::object& negative);

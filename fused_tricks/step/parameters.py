@@ -14,7 +14,7 @@ from .shared_memory import GRADIENT, PARAMETER, has_memory, missing_bytes, overl
 MASTER_PARAM = "master_param"
 MOMENTUM_BUFFER = "momentum_buffer"
 STATE_TENSORS = (MASTER_PARAM, MOMENTUM_BUFFER)
-"""The keys of a parameter's tensors in the optimizer's state, in the order of `StateTensor` in csrc/core/plan.h."""
+"""The keys of a parameter's tensors in the optimizer's state, in the order of csrc/core/state_tensors.h."""
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 SUPPORTED = (*LOW_PRECISION, torch.float32, torch.float64)
 
