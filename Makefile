@@ -1,9 +1,9 @@
-# Everything happens in .venv, which is made when it is missing. A stamp in it says what was installed there, so that
-# nothing is installed or compiled again before a file that it came from changes.
+# All targets use .venv, which is created if it is missing. Stamps in .venv record the installations, so that a target
+# installs and compiles again only after a source has changed.
 
 PYTHON ?= python3
 ifeq ($(CUDA),pip)
-# NVIDIA's compiler from PyPI, in an environment of its own, and no toolkit of the machine.
+# NVIDIA's compiler from PyPI, in a separate environment, without a CUDA toolkit of the machine.
 VENV := .venv-cuda-pip
 export FUSED_TRICKS_CUDA := 1
 export CUDA_HOME = $(shell $(IN_VENV) -c "import sysconfig; print(sysconfig.get_path('platlib'))" 2>/dev/null)/nvidia/cu13
@@ -17,17 +17,17 @@ STAMPS := $(VENV)/stamps
 NATIVE := $(shell find csrc -type f)
 NATIVE_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-# A build without its extension would pass with the slow backends only.
+# Without the extension the tests would pass on the slow backends only, so a failed build is an error.
 export FUSED_TRICKS_REQUIRE_EXTENSION ?= 1
 
-# Processes of one thread each suit small tests best; a test about threads asks for more of them itself.
+# Small tests run fastest in processes of one thread. A test of threads sets its own number.
 TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-# Seconds that the report on a GPU may take.
+# The time limit of the GPU report in seconds.
 LIMIT ?= 530
 GPU_REPORT_ARGS ?=
-# Releases of torch that one wheel is tried with: the oldest, one that many have, and the newest.
+# The releases of torch for test-torches: the oldest supported one, a common one, and the newest.
 TORCHES ?= 2.10.0 2.11.0 2.14.1
 
 .DEFAULT_GOAL := help
@@ -36,23 +36,23 @@ TORCHES ?= 2.10.0 2.11.0 2.14.1
 
 help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
-	@echo "make test     run the tests; PYTEST_ARGS='-k overflow' chooses some"
-	@echo "make test-fast  the tests of the inner loop: no training, no other processes, no interpreted kernels"
-	@echo "make test-gpu   the tests that run on a GPU, which are skipped where there is none"
-	@echo "make fuzz     random histories of optimizers, every backend against the reference: SECONDS=60"
-	@echo "make sanitize the extension and the emulated kernels under AddressSanitizer, UndefinedBehaviorSanitizer"
-	@echo "              and ThreadSanitizer"
-	@echo "make test-torches  all tests, with one wheel and several torches: TORCHES='$(TORCHES)'"
-	@echo "make bench    measure training and the step against torch.amp, into build/benchmarks;"
+	@echo "make test     run the tests; PYTEST_ARGS='-k overflow' selects some"
+	@echo "make test-fast  run the quick tests: no training, no other processes, no interpreted kernels"
+	@echo "make test-gpu   run the tests that require a GPU; without a GPU they are skipped"
+	@echo "make fuzz     compare every backend with the reference on random histories, for SECONDS=60"
+	@echo "make sanitize run tests of the extension and the emulated kernels under AddressSanitizer,"
+	@echo "              UndefinedBehaviorSanitizer and ThreadSanitizer"
+	@echo "make test-torches  run all tests with one wheel and several releases of torch: TORCHES='$(TORCHES)'"
+	@echo "make bench    measure training and the step against torch.amp; results go to build/benchmarks."
 	@echo "              BENCH_ARGS goes to the training, and BENCH_ARGS=--help lists its options"
 	@echo "make gpu-report  build, test, time and profile on this machine's GPU within LIMIT=$(LIMIT) seconds, with"
-	@echo "              $(PYTHON) as it is: nothing is installed; GPU_REPORT_ARGS=--help lists options"
-	@echo "make lint     ruff, mypy, clang-format and what csrc/core includes; needs no build"
-	@echo "make format   let ruff and clang-format rewrite the files"
-	@echo "make clean    remove what was built; $(VENV) stays"
+	@echo "              $(PYTHON) and without any installation; GPU_REPORT_ARGS=--help lists options"
+	@echo "make lint     check with ruff, mypy and clang-format, and check the includes of csrc/core; no build required"
+	@echo "make format   format the files with ruff and clang-format"
+	@echo "make clean    remove build products; $(VENV) stays"
 	@echo
-	@echo "CUDA=pip does it in .venv-cuda-pip, with NVIDIA's compiler from PyPI and no CUDA of the machine's."
-	@echo "PYTHON=python3.12 chooses the Python of a new $(VENV). setup.py lists what influences the build."
+	@echo "CUDA=pip uses .venv-cuda-pip, with NVIDIA's compiler from PyPI and without a CUDA toolkit of the machine."
+	@echo "PYTHON=python3.12 selects the Python of a new $(VENV). setup.py lists the variables of the build."
 
 build: $(STAMPS)/build
 	$(IN_VENV) -m fused_tricks
@@ -61,7 +61,7 @@ test: $(STAMPS)/build $(STAMPS)/test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(IN_VENV) -m pytest -n $(TEST_PROCESSES) -rs $(PYTEST_ARGS)
 
 SECONDS ?= 60
-# Without what takes long: for the inner loop.
+# For the inner loop: excludes slow tests.
 test-fast: PYTEST_ARGS += -m "not (slow or integration or gpu)"
 test-fast: test
 
@@ -77,7 +77,7 @@ sanitize: $(STAMPS)/build $(STAMPS)/test
 
 test-torches: $(TORCHES:%=test-torch-%)
 
-# In a clone, with the changes that git knows of and the wheel in the place of the package.
+# Tests run in a clone with the uncommitted changes of tracked files, and with the wheel in place of the package.
 test-torch-%: build/wheel
 	test -x .venv-torch-$*/bin/python || $(PYTHON) -m venv .venv-torch-$*
 	.venv-torch-$*/bin/python -m pip install --quiet "torch==$*" "setuptools>=77,<82" "$$(echo build/wheel/*.whl)[test]"
@@ -90,7 +90,7 @@ test-torch-%: build/wheel
 	cd build/torch-$* && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		../../.venv-torch-$*/bin/python -m pytest -n $(TEST_PROCESSES) -rs $(PYTEST_ARGS)
 
-# What Triton's interpreter before 3.7 works with.
+# Triton's interpreter before 3.7 requires NumPy below 2.4.
 define NUMPY
 import importlib.metadata as m; print("numpy<2.4" if [*map(int, m.version("triton").split(".")[:2])] < [3, 7] else "numpy")
 endef
@@ -113,7 +113,7 @@ lint: $(STAMPS)/lint
 	$(IN_VENV) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_FORMATTED)
 	@! grep -rnE 'Python\.h|pybind11|py::|include +"[^"]*/' csrc/core || \
-		{ echo "csrc/core includes only files of its own folder, and knows nothing of Python" >&2; exit 1; }
+		{ echo "csrc/core may include only files of its own folder, without Python and pybind11" >&2; exit 1; }
 
 format: $(STAMPS)/lint
 	$(IN_VENV) -m ruff check --fix-only
@@ -126,11 +126,11 @@ clean:
 	rm -f $(STAMPS)/build
 	find fused_tricks tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# What setup.py reads of the environment: another value is a reason to build again, as another source is.
+# The environment variables that setup.py reads. A changed value triggers a new build, as a changed source does.
 SETTINGS := $(foreach name,FUSED_TRICKS_EXTENSION FUSED_TRICKS_REQUIRE_EXTENSION FUSED_TRICKS_CUDA \
 	TORCH_CUDA_ARCH_LIST CUDA_HOME CUDA_PATH CXX CXXFLAGS LDFLAGS,$(name)=$($(name)))
 
-# --group needs pip 25.1. An environment that cannot even be given pip is broken, and made anew.
+# --group requires pip 25.1. An environment in which even ensurepip fails is broken, and created again.
 $(STAMPS)/venv: pyproject.toml
 	$(IN_VENV) -m pip --version >/dev/null 2>&1 || $(IN_VENV) -m ensurepip >/dev/null 2>&1 \
 		|| $(PYTHON) -m venv --clear $(VENV)
@@ -141,7 +141,7 @@ $(STAMPS)/venv: pyproject.toml
 $(STAMPS)/settings: $(STAMPS)/venv FORCE
 	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
 
-# Without build isolation the headers of pybind11 stay where they are, and ninja sees that nothing changed.
+# Without build isolation the paths of pybind11's headers stay the same, so that ninja skips unchanged files.
 $(STAMPS)/build: $(STAMPS)/venv $(STAMPS)/settings pyproject.toml setup.py fused_tricks/cuda_toolkit.py $(NATIVE)
 	$(IN_VENV) -m pip install --no-build-isolation --editable .
 	touch $@

