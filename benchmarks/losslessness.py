@@ -28,8 +28,8 @@ from benchmarks.lib.command_line import positive, several
 from benchmarks.lib.harness import mean_and_deviation
 from benchmarks.lib.names import FOR_LOOP, FUSED, OURS
 from benchmarks.train import contestants as train_contestants
-from benchmarks.train.__main__ import accuracy, batches
 from benchmarks.train.contestants import Recipe, Trainer
+from benchmarks.train.images import accuracy, batches
 
 BASELINE = FOR_LOOP
 ROUNDED = f"{OURS}, begun from rounded weights"

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import fused_tricks
 from benchmarks.ablation.network import small_resnet
 from benchmarks.lib import data
-from benchmarks.train.__main__ import batches
+from benchmarks.train.images import batches
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4

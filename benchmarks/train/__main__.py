@@ -13,14 +13,12 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 import fused_tricks
 from benchmarks.lib import backend_choice, command_line, data, gpu, machine, memory, progress, report
@@ -30,7 +28,8 @@ from benchmarks.lib.names import FUSED
 from benchmarks.step.check import Check
 from benchmarks.train import check as train_check
 from benchmarks.train import contestants, page
-from benchmarks.train.contestants import Recipe, Trainer
+from benchmarks.train.contestants import Recipe
+from benchmarks.train.images import accuracy, batches
 
 WARMUP_STEPS = 5
 MEMORY_STEPS = 2
@@ -149,30 +148,6 @@ def seconds_a_step(
 
     seconds(1)
     return max(seconds(3) - seconds(1), 1e-3) / 2 * len(contestants.names(recipe))
-
-
-def batches(images: data.Images, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields `steps` shuffled batches, repeating the training set if necessary."""
-    generator = torch.Generator().manual_seed(seed)
-    loader = DataLoader(images.train, batch_size, shuffle=True, drop_last=True, generator=generator)
-    while steps > 0:
-        for batch in loader:
-            yield batch
-            steps -= 1
-            if steps == 0:
-                return
-
-
-def accuracy(trainer: Trainer, images: data.Images, device: torch.device) -> float:
-    """Returns the share of test images that the model classifies correctly."""
-    trainer.model.eval()
-    right = total = 0
-    with torch.no_grad():
-        for pixels, labels in DataLoader(images.test, batch_size=250):
-            pixels = pixels.to(device, memory_format=torch.channels_last)
-            right += int((trainer.predict(pixels).argmax(1).cpu() == labels).sum())
-            total += len(labels)
-    return right / total
 
 
 def train(
