@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Turing to Blackwell, as in PyTorch's wheels for CUDA 13. Later GPUs run the PTX of the last architecture, and GPUs
-# between two of them, such as 11.0, the PTX of the first.
+# Turing to Blackwell, as in PyTorch's wheels for CUDA 13. Later GPUs run the PTX of the last architecture. GPUs of a
+# major version without code, such as 11.0, run the PTX of the first.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 _TARGETS = {"x86_64": ("x86_64-linux",), "aarch64": ("sbsa-linux", "aarch64-linux")}

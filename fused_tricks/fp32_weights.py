@@ -69,8 +69,8 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
 
     An FP16 or BF16 parameter of the optimizer gets the values as its FP32 master, bit for bit, and their rounding to
     nearest even as its own values. The master is in the optimizer's state from then on, also before the first step.
-    All other tensors are copied in their own dtype, so a frozen FP16 parameter keeps only the rounding. Momentum,
-    options and loss scale do not change.
+    All other tensors are copied in their own dtype, so an FP16 parameter outside the optimizer keeps only the rounding.
+    Momentum, options and loss scale do not change.
 
     Keys and shapes are checked as by `model.load_state_dict(state)`. Hooks and extra states work as there.
 

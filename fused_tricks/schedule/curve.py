@@ -133,7 +133,8 @@ class _Run:
     """Consecutive cycles whose cosines have the same length.
 
     Attributes:
-        start: The start of the first of these cosines, in updates after the start of cycle 0's cosine.
+        start: The start of the first of these cycles, its warm-up included, in updates after the start of cycle 0's
+            cosine.
         cycle: The number of the first cycle.
         length: The length of each cosine.
         cycles: The number of cycles.

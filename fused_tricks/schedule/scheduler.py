@@ -88,7 +88,8 @@ class WarmupCosineLR(LRScheduler):
         count: The unit of `t`: `"calls"` of `step`, or updates `"applied"` by a `FusedSGD`, which requires
             `total_steps`.
         last_epoch: The number of the last update, as in torch's schedulers; the next update is `last_epoch + 1`. -1
-            starts with update 0. Groups without `"initial_lr"` use their present rate, where torch's schedulers raise.
+            starts with update 0. Groups without `"initial_lr"` use their present rate; torch's schedulers raise if
+            `last_epoch` is not -1.
 
     Attributes:
         curve: The `WarmupCosine`, whose `factor(t)` is the schedule.

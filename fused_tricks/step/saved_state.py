@@ -34,7 +34,7 @@ from .optimizer_state import (
     progress_of,
     restore_progress,
 )
-from .options import FLAGS
+from .options import FLAGS, NUMBERS
 from .ordinary_tensors import outside_all_modes, outside_inference_mode
 from .plan import Plan
 from .shared_memory import has_memory
@@ -186,10 +186,10 @@ class SavedState(Optimizer):
         # The base class updates __dict__ directly and would bypass the property `state`.
         super().__setstate__({"_state" if key == "state" else key: value for key, value in state.items()})
         self._prepared = None
-        # The pickle may be older than a flag.
+        # The pickle may be older than an option.
         for options in (self.defaults, *self.param_groups):
-            for flag in FLAGS:
-                options.setdefault(flag, False)
+            for name in (*NUMBERS, *FLAGS):
+                options.setdefault(name, False if name in FLAGS else 0.0)
         if "_step_state" in state:
             # A shallow copy shares parameters and state with the original, but counts its own steps.
             self._step_state = copy(self._step_state)
