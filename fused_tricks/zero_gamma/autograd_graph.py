@@ -1,4 +1,4 @@
-"""The graph that autograd builds in a forward pass, read as a flow of data through layers."""
+"""The autograd graph of a forward pass, read as the flow of data through layers."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -11,49 +11,50 @@ _EMBEDDINGS = {"Embedding", "EmbeddingBag"}
 
 
 def kind(node: Node) -> str:
-    """The operation, as `Relu` of `ReluBackward0`; empty for leaves and for autograd functions in Python."""
+    """Returns the operation, as `Relu` for `ReluBackward0`; empty for leaves and for autograd functions in Python."""
     match = re.fullmatch(r"(\w+?)Backward\d+", node.name())
     return match[1] if match else ""
 
 
 def is_layer(node: Node) -> bool:
-    """Whether the node is a convolution or a matrix product, such as a linear layer's."""
+    """True if the node is a convolution or a matrix product, such as that of a linear layer."""
     return "Conv" in kind(node) or kind(node) in _MATRIX_PRODUCTS
 
 
 def operands(node: Node) -> list[Node]:
-    """The nodes whose results `node` reads, each once; tensors without history have none."""
+    """Returns the nodes whose results `node` reads, each once. A tensor without history has no node."""
     return list(dict.fromkeys(operand for operand, _ in node.next_functions if operand is not None))
 
 
 def is_leaf(node: Node) -> bool:
-    """Whether the node stands for a tensor that gathers gradients."""
+    """True if the node represents a tensor that accumulates gradients."""
     return hasattr(node, "variable")
 
 
 def leaf_tensor(leaf: Node) -> Tensor:
+    """Returns the tensor that a leaf represents."""
     tensor: Tensor = leaf.variable  # type: ignore[attr-defined]
     return tensor
 
 
 class AutogradGraph:
-    """The nodes that lead to what a model returned.
+    """The nodes that lead to the output of a model.
 
-    *Data* is what depends on the model's input. It enters at the nodes `inputs`, at embeddings, and at layers
-    that read nothing but tensors without history (an image prepared without gradients, say). What is not data
-    is made from parameters alone.
+    *Data* is any result that depends on the input of the model. Data enters at the nodes `inputs`, at embeddings, and
+    at layers whose input has no history, such as an image prepared without gradients. All other results depend on
+    parameters and constants alone. Below, a node leads to itself.
 
     Args:
-        roots: the nodes of what the model returned.
-        inputs: the nodes of what it was given.
-        additions: nodes that are additions though they are not called so.
+        roots: The nodes of the model's output.
+        inputs: The nodes of the model's input.
+        additions: The additions whose nodes have another name.
     """
 
     def __init__(self, roots: Iterable[Node], inputs: Iterable[Node], additions: Iterable[Node]) -> None:
         self.roots = set(roots)
         self.nodes = _operands_first(self.roots)
         self.consumers: dict[Node, list[Node]] = {node: [] for node in self.nodes}
-        # What a node depends on, itself included: a bit for each layer, and a bit for each entry of data.
+        # The layers, and the entries of data, that lead to each node: one bit for each.
         self._layers: dict[Node, int] = {}
         self._entries: dict[Node, int] = {}
         self._additions = set(additions)
@@ -72,31 +73,35 @@ class AutogradGraph:
             self._layers[node], self._entries[node] = layers, entries
 
     def is_data(self, node: Node) -> bool:
+        """True if the result of `node` depends on the input of the model."""
         return self._entries[node] != 0
 
     def is_addition(self, node: Node) -> bool:
+        """True if `node` is an addition, by its name or as one of `additions`."""
         return kind(node) == "Add" or node in self._additions
 
     def data_operands(self, node: Node) -> list[Node]:
+        """Returns the operands of `node` that are data."""
         return [operand for operand in operands(node) if self.is_data(operand)]
 
     def have_common_ancestor(self, a: Node, b: Node) -> bool:
-        """Whether some data flows into both."""
+        """True if one entry of data leads to both nodes."""
         return self._entries[a] & self._entries[b] != 0
 
     def layer_count(self, node: Node) -> int:
-        """How many layers lead to `node`, itself included."""
+        """Returns the number of layers that lead to `node`. A layer without data does not count."""
         return self._layers[node].bit_count()
 
     def adds_layers(self, node: Node, to: Node) -> bool:
-        """Whether a layer leads to `node` that does not lead to `to`."""
+        """True if at least one layer leads to `node` but not to `to`."""
         return self._layers[node] & ~self._layers[to] != 0
 
     def depends_on(self, node: Node, ancestor: Node) -> bool:
+        """True if `ancestor` leads to `node`."""
         return ancestor in _operands_first([node])
 
     def flows_only_into(self, node: Node, target: Node) -> bool:
-        """Whether everything that depends on `node`, the roots included, does so by way of `target`."""
+        """True if every path from `node` to a root goes through `target`."""
         seen = {target}
         stack = [node]
         while stack:
@@ -109,7 +114,7 @@ class AutogradGraph:
         return True
 
     def nodes_with_gradients(self, passing_none: Collection[Node]) -> set[Node]:
-        """The nodes that a backward pass reaches when the nodes `passing_none` pass no gradient on."""
+        """Returns the nodes that a backward pass reaches if the nodes `passing_none` pass no gradient on."""
         found: set[Node] = set()
         stack = list(self.roots)
         while stack:
@@ -121,7 +126,7 @@ class AutogradGraph:
         return found
 
     def uses(self, parameter: Node) -> set[Node]:
-        """The data nodes that read `parameter`, or something made from parameters of which it is one."""
+        """Returns the data nodes that read `parameter`, directly or through nodes without data."""
         found = set()
         stack = [parameter]
         while stack:
@@ -133,12 +138,12 @@ class AutogradGraph:
         return found
 
     def leaves(self, node: Node) -> list[Node]:
-        """The leaves that `node` is made from."""
+        """Returns the leaves that lead to `node`."""
         return [leaf for leaf in _operands_first([node]) if is_leaf(leaf)]
 
 
 def _operands_first(roots: Iterable[Node]) -> list[Node]:
-    """Every node that leads to `roots`, after all of its operands."""
+    """Returns all nodes that lead to `roots`, each after its operands."""
     order: dict[Node, None] = {}
     opened = set()
     stack = list(roots)

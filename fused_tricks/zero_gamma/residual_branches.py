@@ -1,4 +1,4 @@
-"""Residual branches that end in a norm, found in the graph of a forward pass."""
+"""The search for residual branches that end in a norm, in the graph of a forward pass."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch.autograd.graph import Node
 
 from .autograd_graph import AutogradGraph, is_leaf, kind
 
-# All of them have the result of the layer before as their first operand and γ as the second.
+# The first operand of each is the input of the norm. The second is γ.
 _NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeGroupNorm", "NativeLayerNorm"}
 _RESHAPES = {
     "Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Squeeze", "T", "ToCopy", "Transpose", "UnsafeView",
@@ -21,13 +21,13 @@ _SIGMOIDS = {"Sigmoid", "Hardsigmoid"}
 
 @dataclass(frozen=True)
 class LastNorm:
-    """A norm that is the last of a residual branch, or may be.
+    """A norm that ends, or may end, a residual branch.
 
     Attributes:
-        node: the norm.
-        gamma: the leaf of its γ.
-        scales: the leaves of the parameters that scale its output before the addition.
-        problem: why γ must stay as it is; `None` where it may be zero.
+        node: The node of the norm.
+        gamma: The leaf of γ.
+        scales: The leaves of the parameters that scale the output of the norm before the addition.
+        problem: The reason to leave γ unchanged, or None if γ may be zero.
     """
 
     node: Node
@@ -37,11 +37,12 @@ class LastNorm:
 
 
 def last_norms(graph: AutogradGraph) -> Iterator[LastNorm]:
-    """For each addition the norms that its branches end in, with nothing between that would block a gradient.
+    """Yields the last norms of the branches of each addition, if no operation after the norm can block a gradient.
 
-    A sum of sums is one addition. A term of it is a branch if more layers lead to it than to another term that
-    has an ancestor in common with it. If as many do, one of them may be the other's ancestor, which makes it
-    the shortcut; else which is which cannot be told.
+    A sum of sums is one addition. Each pair of terms with a common ancestor is compared. The term with more layers is
+    the branch. If both have equally many layers, the term that depends on the other term is the branch. Without such
+    a dependence, the pair is undecided. A term that is the branch of no pair, and undecided in one, has a `problem`.
+    A norm whose output is also used outside the addition has a `problem` as well.
     """
     for addition in graph.nodes:
         if not graph.is_addition(addition) or _is_inner(graph, addition):
@@ -63,12 +64,12 @@ def last_norms(graph: AutogradGraph) -> Iterator[LastNorm]:
             if True not in relations:
                 problem = "as many convolutions and linear layers lead to the other side of the addition"
             elif not graph.flows_only_into(norm, addition):
-                problem = "its output is used elsewhere, too"
+                problem = "its output is also used elsewhere"
             yield LastNorm(norm, gamma, scales, problem)
 
 
 def _is_longer(graph: AutogradGraph, term: Node, other: Node) -> bool | None:
-    """Whether `term` is a branch and `other` its shortcut; `None` where that cannot be told."""
+    """True if `term` is a branch and `other` is its shortcut, False if reversed, None if undecidable."""
     layers, other_layers = graph.layer_count(term), graph.layer_count(other)
     if layers != other_layers:
         return layers > other_layers
@@ -78,7 +79,7 @@ def _is_longer(graph: AutogradGraph, term: Node, other: Node) -> bool | None:
 
 
 def _is_inner(graph: AutogradGraph, addition: Node) -> bool:
-    """Whether the sum only becomes a term of another sum."""
+    """True if the only use of the sum is as a term of another sum."""
     consumers = graph.consumers[addition]
     return addition not in graph.roots and len(consumers) == 1 and graph.is_addition(consumers[0])
 
@@ -96,7 +97,10 @@ def _terms(graph: AutogradGraph, addition: Node) -> list[Node]:
 
 
 def _walk_back(graph: AutogradGraph, node: Node, scales: list[Node]) -> Node | None:
-    """From a term of a sum to the norm that it comes from; adds the leaves of scales on the way to `scales`."""
+    """Returns the norm at the end of the branch whose term is `node`, or None if another operation is in between.
+
+    Appends the leaves of the scales on the way to `scales`.
+    """
     while kind(node) not in _NORMS:
         data = graph.data_operands(node)
         if kind(node) == "Mul":
@@ -113,7 +117,7 @@ def _walk_back(graph: AutogradGraph, node: Node, scales: list[Node]) -> Node | N
                 return None
         elif kind(node) not in _RESHAPES | _DROPOUTS and not graph.is_addition(node):
             return None
-        # An addition with one operand of data adds a constant or a parameter.
+        # An addition with one data operand adds a constant or a parameter.
         if len(data) != 1:
             return None
         node = data[0]
@@ -121,7 +125,7 @@ def _walk_back(graph: AutogradGraph, node: Node, scales: list[Node]) -> Node | N
 
 
 def _is_masked(product: Node) -> bool:
-    """Whether the factor without history is a truth value for each element, as the mask of a ReLU written by hand."""
+    """True if the factor without history has a bool for each element, as the mask of a handwritten ReLU has."""
     is_first = product.next_functions[0][0] is None
     constant = getattr(product, "_saved_self" if is_first else "_saved_other")
     if not isinstance(constant, Tensor) or constant.dtype != torch.bool:
@@ -131,14 +135,17 @@ def _is_masked(product: Node) -> bool:
 
 
 def _is_gate(graph: AutogradGraph, node: Node, gated: Node) -> bool:
-    """Whether `node` is a sigmoid of a layer's output; that of `gated` itself would be an activation of it."""
+    """True if `node` is a sigmoid of a layer's output.
+
+    A sigmoid of `gated` itself, without a layer in between, is an activation, as in SiLU.
+    """
     while kind(node) in _RESHAPES:
         [node] = graph.data_operands(node)
     return kind(node) in _SIGMOIDS and graph.adds_layers(node, to=gated)
 
 
 def _gamma(norm: Node) -> Node | None:
-    """The leaf of γ; `None` where the norm has none, or computes it."""
+    """Returns the leaf of γ, or None if the norm has no γ or computes γ from other tensors."""
     node = norm.next_functions[1][0]
     while node is not None and not is_leaf(node):
         if kind(node) not in _RESHAPES | {"Repeat"}:

@@ -1,4 +1,4 @@
-"""One forward pass of a copy of a model, for the autograd graph that it leaves behind."""
+"""One forward pass of a copy of a model, which returns the autograd graph."""
 
 import copy
 import random
@@ -18,20 +18,20 @@ from torch.utils import checkpoint
 from .._torch import ConvBase, NormBase, clear_backward_hooks
 from .autograd_graph import leaf_tensor
 
-# By the number of dimensions. The first is the usual one; the others are for networks that take a single size.
+# By the number of dimensions, the usual size first. The other sizes are for networks that accept only one size.
 _SPATIAL_SIZES = {1: ((1024,),), 2: ((224, 224), (256, 256), (384, 384), (32, 32)), 3: ((16, 112, 112),)}
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one forward pass left behind.
+    """The result of one forward pass.
 
     Attributes:
-        roots: the nodes that made the tensors the model returned.
-        inputs: the nodes through which the input's floating-point tensors entered.
-        additions: nodes that are additions, and do not say so.
-        originals: for each parameter of the copy, by id, the model's own.
-        keep_alive: the copy: nodes do not own the parameters that they refer to.
+        roots: The nodes of the tensors in the output.
+        inputs: The nodes of the floating-point and complex tensors in the input.
+        additions: The additions whose nodes have another name.
+        originals: The parameters of the model, by the `id` of their copy.
+        keep_alive: The copy of the model. Nodes do not own the parameters that they refer to.
     """
 
     roots: list[Node]
@@ -41,21 +41,21 @@ class DryRun:
     keep_alive: nn.Module
 
     def original(self, leaf: Node) -> Tensor:
-        """The model's own parameter whose copy `leaf` stands for."""
+        """Returns the parameter whose copy `leaf` represents, or else the tensor of `leaf`."""
         tensor = leaf_tensor(leaf)
         return self.originals.get(id(tensor), tensor)
 
 
 def dry_run(model: nn.Module, example_inputs: Any) -> DryRun:
-    """Runs a copy of `model` once and returns the graph; the model and the random states stay as they were.
+    """Runs a copy of `model` once and returns the graph. The model and the random states stay unchanged.
 
-    The copy is on the `meta` device, where nothing is computed. Where that fails and `example_inputs` were
-    given, a copy on the model's own device runs on them. In the copy every parameter is trainable and every
-    module in eval mode, which has neither randomness nor running statistics to update; what fails in eval mode
-    is tried in training mode.
+    The copy is on the `meta` device, where nothing is computed. If all attempts on `meta` fail and `example_inputs` are
+    given, a copy on the model's device runs on the given values. Every floating-point or complex parameter of the copy
+    is trainable. The copy first runs in eval mode, where modules neither draw random numbers nor update running
+    statistics. If eval mode fails, all modules except batch and instance norms run in training mode.
 
     Raises:
-        RuntimeError: no attempt succeeded, or none returned a tensor that depends on a parameter.
+        RuntimeError: No attempt succeeded, or no attempt returned a tensor that depends on a parameter.
     """
     if example_inputs is None:
         attempts = [(inputs, _to_meta) for inputs in _default_inputs(model)]
@@ -68,20 +68,20 @@ def dry_run(model: nn.Module, example_inputs: Any) -> DryRun:
                 return _run_copy(model, inputs, duplicate, training)
             except Exception as error:
                 failures.append((inputs, error))
-    # In eval mode, on the likeliest of the default inputs, or on the values that were given.
+    # The most useful failure: in eval mode, on the likeliest default input or on the given values.
     inputs, failure = failures[0 if example_inputs is None else -2]
     on = "example_inputs"
-    hint = "they must be what the model takes, on its device"
+    hint = "example_inputs must be arguments that the model accepts, on its device"
     if example_inputs is None:
         on = f"{inputs.dtype} of shape {tuple(inputs.shape)} on the meta device"
-        hint = "pass example_inputs that the model takes, on its device"
+        hint = "pass example_inputs that the model accepts, on its device"
     raise RuntimeError(
         f"a copy of the model could not run on {on}; {hint}. {type(failure).__name__}: {failure}"
     ) from failure
 
 
 def _default_inputs(model: nn.Module) -> list[Tensor]:
-    """Batches of two of what models with this first layer usually take, the likeliest first."""
+    """Returns batches of two inputs that models with this first layer usually accept, the likeliest first."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     conv = next((m for m in model.modules() if isinstance(m, ConvBase)), None)
     linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
@@ -90,7 +90,7 @@ def _default_inputs(model: nn.Module) -> list[Tensor]:
         shapes += [(conv.in_channels, *size) for size in _SPATIAL_SIZES[len(conv.kernel_size)]]
     elif linear is not None:
         shapes += [(linear.in_features,)]
-    # Not every model's first layer is the first that it made.
+    # The module registered first is not the first to run in every model.
     shapes += [(3, *size) for size in _SPATIAL_SIZES[2]]
     return [torch.empty(2, *shape, dtype=dtype, device="meta") for shape in dict.fromkeys(shapes)]
 
@@ -111,7 +111,7 @@ def _run_copy(
     def duplicate_input(tensor: Tensor) -> Tensor:
         twin = duplicate(tensor)
         if _differentiable(twin):
-            twin = twin.requires_grad_().clone()  # a leaf could not be written in place
+            twin = twin.requires_grad_().clone()  # a leaf cannot be written in place
             entries.append(twin)
         return twin
 
@@ -123,9 +123,9 @@ def _run_copy(
         with _Duplicating(duplicate):
             copied = _copy_module(model, {id(param): twin for param, twin in twins.items()})
         for module in copied.modules():
-            # Not by train(), which models override; norms with statistics of a batch refuse a batch of one.
+            # Not train(), which models override. Norms stay in eval mode: batch statistics require more than one value.
             module.training = training and not isinstance(module, NormBase)
-            # These would put nodes of their own into the graph.
+            # Backward hooks would add nodes to the graph.
             clear_backward_hooks(module)
         with _Duplicating(duplicate_input):
             arguments = copy.deepcopy(example_inputs)
@@ -149,12 +149,12 @@ def _differentiable(tensor: Tensor) -> bool:
 
 
 def _nodes(tensors: Iterable[Tensor]) -> list[Node]:
-    """The nodes that made `tensors`, where one did."""
+    """Returns the nodes of the `tensors` that have one."""
     return [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor that `value` holds in containers and attributes, each once."""
+    """Yields every tensor in the containers and attributes of `value`, each once."""
     seen: dict[int, Any] = {}
     stack = [value]
     while stack:
@@ -173,7 +173,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class _Duplicating(TorchFunctionMode):
-    """Lets `copy.deepcopy` make of each tensor what `duplicate` makes of it; parameters are not asked for."""
+    """A mode in which `copy.deepcopy` copies tensors by `duplicate`, except parameters."""
 
     def __init__(self, duplicate: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class _Duplicating(TorchFunctionMode):
 
 
 def _copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy without the wrappers that would communicate, or ask for their devices."""
+    """Returns a deep copy without data-parallel wrappers, which would communicate or require certain devices."""
     for module in reversed(list(model.modules())):  # inner ones first
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             memo[id(module)] = copy.deepcopy(module.module, memo)
@@ -200,7 +200,7 @@ def _copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 class _ViewAdditions(TorchFunctionMode):
-    """Notes the nodes of additions in place to a view of a whole tensor, which autograd calls `CopySlices`."""
+    """A mode that records in-place additions to a view of a whole tensor, whose nodes are named `CopySlices`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class _ViewAdditions(TorchFunctionMode):
 
 @contextmanager
 def _isolated(model: nn.Module) -> Iterator[None]:
-    """Gradients recorded, everything run eagerly, and the random states restored afterwards."""
+    """Records gradients and runs everything eagerly. Restores the random states on exit."""
     gpus = {param.device.index for param in model.parameters() if param.is_cuda}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # turns gradients on, too
@@ -236,10 +236,10 @@ def _isolated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _checkpoints_recorded() -> Iterator[None]:
-    """Reentrant checkpoints, which run without gradients, call their function directly."""
+    """Makes reentrant checkpoints, which run without gradients, call their function directly."""
     function = checkpoint.CheckpointFunction
     function.apply = staticmethod(lambda run, preserve_rng_state, *args: run(*args))
     try:
         yield
     finally:
-        del function.apply  # back to the one inherited from torch.autograd.Function
+        del function.apply  # restores the method inherited from torch.autograd.Function

@@ -193,37 +193,37 @@ LEFT_ALONE: dict[str, tuple[Forward, list[str], str]] = {
     "output used elsewhere": (
         lambda block, x: (x + (y := block.long(x)), block.short(y)),
         ["long.3"],
-        "its output is used elsewhere, too",
+        "its output is also used elsewhere",
     ),
     "output returned": (
         lambda block, x: (x + (y := block.long(x)), y),
         ["long.3"],
-        "its output is used elsewhere, too",
+        "its output is also used elsewhere",
     ),
     "γ used outside of a branch": (
         lambda block, x: (y := block.long(x)) + block.long(y),
         ["long.3"],
-        "its γ is used elsewhere, too",
+        "its γ is also used elsewhere",
     ),
     "γ used as a number": (
         lambda block, x: (x + block.long(x)) * block.long[3].weight.sum(),
         ["long.3"],
-        "its γ is used elsewhere, too",
+        "its γ is also used elsewhere",
     ),
     "scale with a zero": (
         lambda block, x: x + block.zeros * block.long(x),
         ["long.3"],
-        "it is scaled by a parameter that has zeros, and both might stay zero",
+        "a parameter that has zeros scales its output, and both might stay zero",
     ),
     "gate by a parameter of zero": (
         lambda block, x: x + block.zeros.tanh() * block.long(x),
         ["long.3"],
-        "it is scaled by a parameter that has zeros, and both might stay zero",
+        "a parameter that has zeros scales its output, and both might stay zero",
     ),
     "branch inside a branch": (
         lambda block, x: x + block.short(F.relu(x + block.long(x))),
         ["long.3"],
-        "it is inside of a branch that begins as zero and would pass no gradient to it",
+        "it is inside a branch whose last γ is zero, and its own γ would get no gradient",
     ),
 }
 
@@ -308,7 +308,7 @@ def test_a_gamma_shared_by_two_norms_is_set_when_both_end_a_branch() -> None:
 def test_a_gamma_shared_with_a_norm_elsewhere_is_left_alone() -> None:
     model = Block(lambda block, x: x + block.short(F.relu(block.other(x))))
     model.other[1].weight = model.short[1].weight
-    with pytest.warns(UserWarning, match=r"short\.1, other\.1 \(its γ is used elsewhere"):
+    with pytest.warns(UserWarning, match=r"short\.1, other\.1 \(its γ is also used elsewhere"):
         assert zero_gamma_names(model) == []
 
 
@@ -402,10 +402,13 @@ def test_a_model_in_which_nothing_is_found_is_warned_of_at_the_callers_line(mode
 @pytest.mark.parametrize(
     "model, message",
     [
-        (Block(NOTHING["norm before a ReLU"]), "^Block has no norm .* ends a residual branch$"),
+        (
+            Block(NOTHING["norm before a ReLU"]),
+            "^Block has no norm .* at the end of a residual branch; remove the call",
+        ),
         (
             Block(LEFT_ALONE["output returned"][0]),
-            r"ends a residual branch; left alone: long\.3 \(its output",
+            r"the end of a residual branch; left alone: long\.3 \(its output",
         ),
         (nn.BatchNorm2d(3, affine=False), "BatchNorm2d has no norm"),
     ],
