@@ -1,4 +1,4 @@
-"""The position in a schedule by updates that a FusedSGD has applied, counted on the device."""
+"""The counter of `count="applied"`: updates applied by a `FusedSGD`, counted on its device."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .curve import WarmupCosine
 
 
 class AppliedCount:
-    """The count of applied updates, and the learning rates that follow the count on the device.
+    """The position of a `FusedSGD` in a schedule, counted in applied updates.
 
     Args:
-        optimizer: The optimizer; update 0 is the next that it applies.
+        optimizer: The optimizer. Its next applied update is update 0 of the schedule.
         curve: The schedule.
 
     Attributes:
-        origin: The number of updates that the optimizer had applied before update 0.
+        origin: The number of updates that the optimizer applied before update 0 of the schedule.
 
     Raises:
-        TypeError: The optimizer is not a `FusedSGD`.
-        ValueError: The schedule has no end.
+        TypeError: `optimizer` is not a `FusedSGD`.
+        ValueError: The `total_steps` of the schedule is None.
     """
 
     name = "applied"
@@ -34,12 +34,11 @@ class AppliedCount:
     def __init__(self, optimizer: Optimizer, curve: WarmupCosine) -> None:
         if not isinstance(optimizer, FusedSGD):
             raise TypeError(
-                "count='applied' requires a FusedSGD, which counts its applied updates, got "
-                f"{type(optimizer).__name__}; use count='calls'"
+                f"optimizer must be a FusedSGD for count='applied', got {type(optimizer).__name__}; use count='calls'"
             )
         if curve.total_steps is None:
             raise ValueError(
-                "count='applied' requires total_steps, because a table has the factors of all updates"
+                "total_steps must be an integer for count='applied', got None; pass total_steps or use count='calls'"
             )
         self._optimizer = optimizer
         self._factors = FactorTable(curve.factors(curve.total_steps + 1))
@@ -48,40 +47,43 @@ class AppliedCount:
 
     @property
     def t(self) -> int:
-        """The number of the next update. Synchronises."""
+        """Returns the number of the next update, at least 0. Synchronises."""
         return max(0, self._optimizer._step_state.read().applied_steps - self.origin)
 
     @property
     def known_t(self) -> int:
-        """`t` if it can be read without a synchronisation, otherwise 0."""
+        """Returns `t` if the count is in the host's memory, else 0. Never synchronises."""
         return self.t if self._optimizer._step_state.block.device.type == "cpu" else 0
 
     def assign(self, t: int) -> None:
-        """Raises RuntimeError, because the device counts."""
+        """Raises RuntimeError, because the device counts the updates."""
         raise RuntimeError(
             "last_epoch cannot be set with count='applied', and such a schedule cannot be used in SequentialLR; use "
             "step(t), or count='calls'"
         )
 
     def go_to(self, t: int) -> None:
-        """Makes the next update number `t`. Synchronises."""
+        """Makes `t` the number of the next update. Synchronises."""
         self._resumes_at = None
         self.origin = self._optimizer._step_state.read().applied_steps - t
 
     def advance(self) -> None:
-        """Records that training continues. The device counts."""
+        """Discards the number stored by `expect_load`. The device counts the updates."""
         self._resumes_at = None
 
     def write_rates(self, bases: Sequence[float | Tensor]) -> bool:
-        """Lets every group follow from its base rate, and updates the value of its `lr`. Returns False."""
+        """Calls `enter` for every group with its base rate. Returns False, as `enter` does."""
         for group, base in zip(self._optimizer.param_groups, bases, strict=True):
             self.enter(group, base)
         return False
 
     def enter(self, group: dict[str, Any], base: float | Tensor) -> bool:
-        """Lets one group follow, as `write_rates`."""
+        """Makes the group's `lr` a tensor that follows the schedule, and writes the rate of the next update into it.
+
+        Returns False: the schedule computes its last rates on demand.
+        """
         applied_steps = self._optimizer._step_state.applied_steps
-        # A tensor on a GPU would be read in every step.
+        # A tensor on a GPU would have to be read in every step.
         group["initial_lr"] = float(base)
         rate = DeviceLR(group["initial_lr"], self._factors, self.origin)
         if device_lr_of(group["lr"]) != rate or group["lr"].device != applied_steps.device:
@@ -91,11 +93,11 @@ class AppliedCount:
         return False
 
     def saved(self) -> dict[str, Any]:
-        """Returns the entries of a state dict beside `last_epoch`."""
+        """Returns the items that a state dict has in addition to `last_epoch` and the arguments."""
         return {"origin": self.origin}
 
     def restore(self, t: int, origin: int | None) -> None:
-        """Continues at the position of a state dict; without an `origin` the next update becomes number `t`."""
+        """Restores the position of a state dict: its `origin`, or update `t` if `origin` is None."""
         if origin is None:
             self.go_to(t)
             self.expect_load(t)
@@ -104,11 +106,11 @@ class AppliedCount:
             self.origin = origin
 
     def expect_load(self, t: int) -> None:
-        """Stores the next update's number, because an optimizer that is loaded before it has a count of its own."""
+        """Stores `t` for `after_load`. Loading the optimizer before the next update replaces the applied count."""
         self._resumes_at = t
 
     def after_load(self) -> None:
-        """Continues at the stored number after the optimizer was loaded."""
+        """Goes back to the stored number, if there is one, after the optimizer was loaded."""
         t = self._resumes_at
         if t is not None:
             self.go_to(t)

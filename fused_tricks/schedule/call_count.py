@@ -1,4 +1,4 @@
-"""A schedule by the calls of its `step`."""
+"""The counter of `count="calls"`: calls of `step`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .curve import WarmupCosine
 
 
 class CallCount:
-    """Counts calls, and writes the learning rates of the update that is due.
+    """The position of an optimizer in a schedule, counted in calls of `step`.
 
     Args:
         optimizer: The optimizer, of any class.
         curve: The schedule.
 
     Attributes:
-        t: The number of the next update; -1 until a `SequentialLR` comes to this schedule.
+        t: The number of the next update; -1 until a `SequentialLR` begins this schedule.
     """
 
     name = "calls"
@@ -32,29 +32,29 @@ class CallCount:
 
     @property
     def known_t(self) -> int:
-        """The number of the next update, always known on the host."""
+        """Returns `t`, which is always known on the host."""
         return self.t
 
     def assign(self, t: int) -> None:
-        """Makes the next update number `t`."""
+        """Makes `t` the number of the next update."""
         self.t = t
 
     def go_to(self, t: int) -> None:
-        """Makes the next update number `t`."""
+        """Makes `t` the number of the next update."""
         self.t = t
 
     def advance(self) -> None:
-        """Goes to the next update."""
+        """Increments `t`."""
         self.t += 1
 
     def write_rates(self, bases: Sequence[float | Tensor]) -> bool:
-        """Writes the learning rate of every group. Returns False before the schedule's turn in a `SequentialLR`."""
+        """Writes the learning rate of every group. Returns True if the schedule has begun; else writes nothing."""
         for group, base in zip(self._optimizer.param_groups, bases, strict=True):
             self.enter(group, base)
         return self.t >= 0
 
     def enter(self, group: dict[str, Any], base: float | Tensor) -> bool:
-        """Writes the learning rate of one group. Returns False before the schedule's turn in a `SequentialLR`."""
+        """Writes the learning rate of one group. Returns True if the schedule has begun; else writes nothing."""
         if self.t < 0:
             return False
         rate = base * self._curve.factor(self.t)
@@ -65,15 +65,15 @@ class CallCount:
         return True
 
     def saved(self) -> dict[str, Any]:
-        """Returns the entries of a state dict beside `last_epoch`: none."""
+        """Returns an empty dict: a state dict has only `last_epoch` and the arguments."""
         return {}
 
     def restore(self, t: int, origin: int | None) -> None:
-        """Continues at the position of a state dict."""
+        """Restores the position of a state dict; ignores `origin`."""
         self.t = t
 
     def expect_load(self, t: int) -> None:
-        """Does nothing: an optimizer that is loaded later does not change the count."""
+        """Does nothing: loading the optimizer leaves the count unchanged."""
 
     def after_load(self) -> None:
-        """Does nothing, as `expect_load`."""
+        """Does nothing: loading the optimizer leaves the count unchanged."""

@@ -1,4 +1,4 @@
-"""The curve of a learning rate: a linear warm-up, then a cosine, once or in cycles."""
+"""The curve of the learning rate: a linear warm-up, then one cosine or cycles of cosines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from itertools import repeat
 
 from ..validation import integer, real, shown
 
-# π to 37 digits: an angle computed from integers is then rounded once.
+# π to 37 decimal places, so that an angle computed from integers is rounded once.
 _PI = Fraction(2646693125139304345, 842468587426513207)
 
 
@@ -20,11 +20,11 @@ _PI = Fraction(2646693125139304345, 842468587426513207)
 class WarmupCosine:
     """The factor of the learning rate at each update: a pure function of the update's number.
 
-    The arguments are those of `WarmupCosineLR`.
+    `WarmupCosineLR` documents the arguments.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument is outside its range, or contradicts another argument.
+        ValueError: An argument is outside its range or conflicts with another argument.
     """
 
     total_steps: int | None
@@ -55,25 +55,29 @@ class WarmupCosine:
     def _check_together(self) -> None:
         if self.total_steps is None and self.T_0 is None:
             raise ValueError(
-                "total_steps=None requires T_0, for restarts without end; pass total_steps or T_0"
+                "total_steps must be an integer unless T_0 is given, got None; pass total_steps or T_0"
             )
         if self.total_steps is not None and self.warmup_steps > self.total_steps:
             raise ValueError(
                 f"warmup_steps={shown(self.warmup_steps)} must be at most total_steps={shown(self.total_steps)}, "
-                "which includes the warm-up"
+                "which includes the warm-up; reduce warmup_steps or raise total_steps"
             )
         if self.T_0 is None:
             for name, without_effect in (("T_mult", 1), ("peak_decay", 1), ("warmup_every_cycle", False)):
                 if getattr(self, name) != without_effect:
-                    raise ValueError(f"{name} requires restarts; pass T_0")
+                    raise ValueError(
+                        f"{name} must be {without_effect} without restarts, got {shown(getattr(self, name))}; "
+                        "pass T_0 to turn restarts on"
+                    )
 
     def factor(self, t: int) -> float:
-        """Returns the factor of update `t` (0 for the first), for any `t` in any order.
+        """Returns the factor of update `t`, for any `t` in any order. The first update is 0.
 
-        A cosine is within 5 units in the last place of its exact value, also near its end.
+        A factor on a cosine is within 5 units in the last place of the exact value, up to the end of the cosine.
 
         Raises:
-            TypeError, ValueError: `t` is not an integer, or negative.
+            TypeError: `t` is not an integer.
+            ValueError: `t` is negative.
         """
         t = integer("t", t, least=0)
         if self.total_steps is not None and t >= self.total_steps:
@@ -82,7 +86,7 @@ class WarmupCosine:
         return self._stretch(cycle, place, place + 1, length)[0]
 
     def factors(self, count: int) -> array[float]:
-        """Returns the factors of the updates 0 to `count - 1`, each with the bits of `factor`."""
+        """Returns the factors of updates 0 to `count - 1`, each bit for bit equal to that of `factor`."""
         factors = array("d")
         end = count if self.total_steps is None else min(count, self.total_steps)
         while len(factors) < end:
@@ -93,9 +97,9 @@ class WarmupCosine:
         return factors
 
     def _stretch(self, cycle: int, begin: int, end: int, length: int) -> list[float]:
-        """Returns the factors at the places `begin` to `end - 1` of a cycle. Places in its warm-up are negative."""
+        """Returns the factors at the places `begin` to `end - 1` of a cycle. Places in the warm-up are negative."""
         floor, steps = self.min_ratio, self.warmup_steps
-        # Larger integers have no float, and give the same power.
+        # A larger exponent may overflow a float. The power of 2**1000 is already 0 or 1.
         peak = max(self.peak_decay ** min(cycle, 2**1000), floor)
         start = min(self.warmup_start, peak)
         warmup = [
@@ -119,24 +123,23 @@ class WarmupCosine:
 
 
 def _half_cosines(begin: int, end: int, length: int) -> list[float]:
-    """Returns `(1 + cos(π place / length)) / 2` for the places from `begin` to `end - 1`."""
+    """Returns `(1 + cos(π place / length)) / 2`, which falls from 1 towards 0, for `begin` to `end - 1`."""
     middle = min(max(length // 2 + 1, begin), end)
     pi, divisor = _PI.numerator, _PI.denominator * length
     falling = [(1 + math.cos(pi * place / divisor)) / 2 for place in range(begin, middle)]
-    # Equal to the formula above, without its cancellation near the end.
+    # The same function as sin²: near the end, 1 + cos cancels.
     divisor *= 2
     return falling + [math.sin(pi * (length - place) / divisor) ** 2 for place in range(middle, end)]
 
 
 @dataclass
 class _Run:
-    """Consecutive cycles whose cosines have the same length.
+    """A run of consecutive cycles whose cosines have the same length.
 
     Attributes:
-        start: The start of the first of these cycles, its warm-up included, in updates after the start of cycle 0's
-            cosine.
+        start: The distance from the first cosine of all to the first cosine of the run, in updates.
         cycle: The number of the first cycle.
-        length: The length of each cosine.
+        length: The length of each cosine, in updates.
         cycles: The number of cycles.
     """
 
@@ -147,13 +150,14 @@ class _Run:
 
 
 class _Cycles:
-    """Cycles whose cosines have T_0, T_0·T_mult, T_0·T_mult², … updates, each rounded once, to even in a tie.
+    """The cycles, whose cosines have T_0, T_0·T_mult, T_0·T_mult², … updates, each rounded once, to even in a tie.
 
-    Cycles are added one after the other in integers, because a logarithm would be off by one near the start of a cycle.
-    A logarithm only estimates the number of cycles of equal length, and the estimate is verified.
+    Positions are exact sums of integers. A logarithm would give the cycle of an update directly, but rounding makes
+    the result off by one near the start of a cycle. Here a logarithm only estimates how many cycles have the same
+    length, and bounds of the exact length verify the estimate.
     """
 
-    # The fraction bits of the bounds. Fewer bits would only cost time.
+    # The fraction bits of the bounds below. Fewer bits would cost time, not accuracy.
     bits = 128
 
     def __init__(self, T_0: int, T_mult: Fraction, warmup_steps: int) -> None:
@@ -167,9 +171,10 @@ class _Cycles:
     def find(self, t: int) -> tuple[int, int, int]:
         """Returns the cycle, the place in its cosine and the cosine's length.
 
+        The place is negative in the warm-up of a later cycle.
+
         Args:
-            t: Updates after the start of the first cosine, at least 0. The place is negative in the warm-up of a later
-                cycle.
+            t: The number of updates after the start of the first cosine, at least 0.
         """
         if self._T_mult == 1:
             run = self._runs[0]
@@ -181,7 +186,7 @@ class _Cycles:
         return run.cycle + cycles, place - self._warmup_steps, run.length
 
     def _end_of(self, run: _Run) -> int:
-        """Returns the start of the first cosine after a run."""
+        """Returns the `start` of a run that follows this run."""
         return run.start + run.cycles * (run.length + self._warmup_steps)
 
     def _append(self) -> None:
@@ -192,7 +197,7 @@ class _Cycles:
         cycle = last.cycle + last.cycles
         length = self._rounded(self._lower)
         if length != self._rounded(self._upper):
-            # Exact, in numbers with as many digits as cycles, and slow.
+            # Exact but slow: the number of digits grows with the number of the cycle.
             length = round(self._T_0 * self._T_mult**cycle)
         if length == last.length:
             last.cycles += 1
@@ -200,7 +205,10 @@ class _Cycles:
             self._runs.append(_Run(self._end_of(last), cycle, length))
 
     def _extend(self, run: _Run) -> bool:
-        """Adds cycles that certainly have the length of the last run. Returns False if they are few."""
+        """Extends the last run by cycles that are proven to have its length.
+
+        Returns False, and changes nothing, if there are too few or the proof fails.
+        """
         growth = float(self._T_mult - 1)
         if growth * run.length > 0.01:
             return False
@@ -209,7 +217,7 @@ class _Cycles:
         if cycles < 16:
             return False
         lower, upper = self._bounds_after(cycles)
-        # Lengths never decrease, so equal bounds prove equal lengths in between.
+        # Lengths never decrease: if the last cycle has this length, the cycles before it have it too.
         if not self._rounded(lower) == self._rounded(upper) == run.length:
             return False
         self._lower, self._upper = lower, upper
@@ -217,10 +225,10 @@ class _Cycles:
         return True
 
     def _bounds_after(self, cycles: int) -> tuple[int, int]:
-        """Returns the bounds of the length that many cycles after the last."""
+        """Returns the bounds of the length `cycles` cycles after the last one."""
         bits, factor = self.bits, self._T_mult
         lower, upper = self._lower, self._upper
-        # The bounds of T_mult**(2**i).
+        # Bounds of T_mult**(2**i).
         lower_power = (factor.numerator << bits) // factor.denominator
         upper_power = -((-factor.numerator << bits) // factor.denominator)
         while cycles:

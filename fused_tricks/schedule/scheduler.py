@@ -1,4 +1,4 @@
-"""The learning-rate scheduler: warm-up and cosine annealing, with or without restarts, for any torch optimizer."""
+"""The scheduler class: warm-up and cosine annealing, with or without restarts, for any torch optimizer."""
 
 from __future__ import annotations
 
@@ -23,84 +23,105 @@ from .call_count import CallCount
 from .curve import WarmupCosine
 
 _COUNTERS = {counter.name: counter for counter in (CallCount, AppliedCount)}
-# The difference of two counts up to here fits INT64.
+# Less than 2**63, so that the difference from any applied count fits in an INT64.
 LAST_UPDATE = 2**62
 
 
 class WarmupCosineLR(LRScheduler):
-    """A learning-rate schedule: linear warm-up, then a cosine down to a floor, once or with restarts.
+    """A learning rate schedule for any torch optimizer: linear warm-up, then a cosine, once or with restarts.
 
-    The schedule works with any torch optimizer. The learning rate of update `t` (0 for the first) is the group's
-    initial rate times `factor(t)`:
+    The learning rate of update `t` is the initial rate of the group times `factor(t)`. The first update is 0.
 
         t < warmup_steps    warmup_start + (1 - warmup_start) * (t + 1) / warmup_steps
         then                min_ratio + (1 - min_ratio) * (1 + cos(π u)) / 2
                             u = (t - warmup_steps) / (total_steps - warmup_steps)
-        t >= total_steps    min_ratio, from then on
+        t >= total_steps    min_ratio
 
-    With `T_0`, cycles of `T_0`, `T_0 * T_mult`, `T_0 * T_mult**2`, … updates follow the warm-up. Each length is the
-    exact value rounded once, to the nearest integer, ties to even. Cycle `c` (0 for the first) falls from
-    `peak_decay**c` to `min_ratio` as the cosine above, with `u` from 0 to 1 over the cycle. A peak below `min_ratio`
-    becomes `min_ratio`.
+    With `T_0`, cycles of `T_0`, `T_0 * T_mult`, `T_0 * T_mult**2`, … updates follow the warm-up. Each length is
+    rounded once from the exact value, to the nearest integer, and to even in a tie. Cycle `c` falls from
+    `peak_decay**c` to `min_ratio` along the cosine above, while `u` goes from 0 to 1. Cycle 0 is the first. No peak
+    is below `min_ratio`.
 
-    Call `step` after each `optimizer.step()`. The schedule is a closed form of `t` and of the initial rates, which the
-    groups contain as `"initial_lr"`, as with all torch schedulers:
+    The constructor sets the rates of the first update. Call `step` after each `optimizer.step()`.
 
-    - Groups keep the ratio of their rates. A tensor `lr` is written in place.
-    - A group from `optimizer.add_param_group` is scheduled at once, from its own rate. A group that enters
-      `param_groups` in another way is scheduled from the next `step`.
-    - Optimizer and schedule of a resumed run may be built and loaded in any order. Each load sets the rates of the
-      schedule's update. An optimizer that was loaded before, or that had another schedule, has initial rates already;
-      set `group["initial_lr"]` or `base_lrs` to replace them.
-    - `step` does not warn if `optimizer.step()` was not called before. torch's schedulers warn without reason under a
-      `GradScaler`, which leaves out steps with an overflow.
-    - In torch's `SequentialLR` the schedule can only be the last one, because it sets the rates from its first step on.
-    - In torch's `ChainedScheduler` it overwrites the rates of schedulers before it, and schedulers after it multiply
-      rates that it writes in each step. Multiply `base_lrs` instead.
+    The initial rate of a group is `group["initial_lr"]`, as in torch's schedulers. A rate depends only on `t` and on
+    the initial rate:
 
-    With `count="applied"`, `t` is the number of updates that a `FusedSGD` has applied since the schedule was built, so
-    skipped steps do not move the schedule. The device of the parameters counts the updates and has the factors in a
-    table, which the update kernel reads. No step synchronises, and a captured CUDA graph follows its schedule in
-    replays. In this mode:
+    - The ratio between the rates of two groups stays constant. A tensor `lr` is written in place.
+    - A group added by `optimizer.add_param_group` is scheduled at once, from the rate of the new group. A group that
+      user code puts into `param_groups` directly is scheduled from the next `step`.
+    - A resumed run may build and load the optimizer and the schedule in any order: each load sets the rates for the
+      position of the schedule. Initial rates that an optimizer has from a checkpoint or from an earlier schedule stay.
+      Set `group["initial_lr"]` or `base_lrs` to start from other rates.
+    - `step` does not warn if `optimizer.step()` was not called before. torch's schedulers do, although a `GradScaler`
+      rightly omits the call if gradients overflow.
+    - In torch's `SequentialLR`, the schedule must be the last one. Once begun, the schedule sets the rates whenever the
+      optimizer is loaded or a group is added.
+    - In torch's `ChainedScheduler`, the schedule overwrites the rates of the schedulers listed before it. A scheduler
+      listed after it multiplies a rate that each `step` writes anew. Multiply `base_lrs` instead.
 
-    - `group["lr"]` is a 0-dim FP64 tensor to read: the rate of the next update, as of the last `step`. A checkpoint of
-      the optimizer contains the number.
-    - The count is in the optimizer's state. A resumed run loads both, in any order.
-    - To set a rate by hand until the next `step`, assign a number to `group["lr"]`. A write into the tensor, as by
-      torch's other schedulers, does not change the rate of the update.
-    - `last_epoch`, `get_lr`, `get_last_lr` and `state_dict` synchronise.
+    With `count="applied"`, `t` is the number of updates that a `FusedSGD` has applied since the schedule was built.
+    Skipped steps leave `t` unchanged. The count and a table of the factors are on the optimizer's device, and the
+    update reads its factor there. So neither `optimizer.step()` nor `step()` synchronises, and replays of a captured
+    CUDA graph follow the schedule. Differences from `count="calls"`:
+
+    - `group["lr"]` is a zero-dimensional FP64 tensor for user code to read. Each `step` refreshes it with the rate of
+      the next update. The optimizer's state dict has this rate as a number.
+    - The applied count is in the optimizer's state dict. A resumed run loads the optimizer and the schedule, in any
+      order.
+    - Assign a number to `group["lr"]` to set a rate by hand until the next `step`. A write into the tensor, as from
+      torch's other schedulers, changes only the value that user code reads.
+    - `last_epoch`, `get_lr`, `get_last_lr`, `state_dict`, `step(epoch)` and the constructor synchronise.
     - The schedule cannot be used in `SequentialLR`.
 
     Args:
-        optimizer: The optimizer whose learning rates are set, starting with the rate of update 0.
-        total_steps: The number of updates, warm-up included. None, only with `T_0`, restarts without end. A cycle that
-            `total_steps` cuts short keeps its shape.
-        warmup_steps: The number of updates of the warm-up. Update `warmup_steps - 1` has the full rate, and so has the
-            first update of the cosine.
-        warmup_start: The factor below the first update, in [0, 1]. The first update is `1 / warmup_steps` of the way
-            to the full rate.
-        min_ratio: The floor, as a factor in [0, 1].
-        T_0: The number of updates in the first cosine. None is one cosine without restarts.
-        T_mult: The ratio of each cosine's length to the length before, a real number of at least 1.
-        peak_decay: The ratio of each peak to the peak before, in [0, 1].
-        warmup_every_cycle: True for a warm-up before each later cosine as well: `warmup_steps` more updates from
-            `warmup_start` (or from the peak, if the peak is lower) to the peak.
-        count: The unit of `t`: `"calls"` of `step`, or updates `"applied"` by a `FusedSGD`, which requires
-            `total_steps`.
-        last_epoch: The number of the last update, as in torch's schedulers; the next update is `last_epoch + 1`. -1
-            starts with update 0. Groups without `"initial_lr"` use their present rate; torch's schedulers raise if
-            `last_epoch` is not -1.
+        optimizer: The optimizer whose learning rates are set; a `FusedSGD` for `count="applied"`.
+        total_steps: The number of updates, including the warm-up, at least 1. None means restarts without end, and
+            requires `T_0`. If `total_steps` cuts the last cycle short, the cosine of the cycle keeps its full length.
+        warmup_steps: The number of updates in the warm-up. Update `warmup_steps - 1` and the first update of the
+            cosine both have the full rate.
+        warmup_start: The factor at which the warm-up starts, in [0, 1]. Update 0 is already `1 / warmup_steps` of the
+            way from `warmup_start` to 1.
+        min_ratio: The floor, as a factor, in [0, 1].
+        T_0: The number of updates in the first cosine. None means one cosine without restarts.
+        T_mult: The ratio of the length of each cosine to that of the previous one: a real number, at least 1.
+        peak_decay: The ratio of each peak to the previous one, in [0, 1].
+        warmup_every_cycle: True if each later cycle also begins with a warm-up of `warmup_steps` updates, in addition
+            to its cosine. The warm-up rises from `warmup_start`, or from the peak if the peak is lower, to the peak.
+        count: The events that `t` counts: `"calls"` of `step`, or updates `"applied"` by a `FusedSGD`. `"applied"`
+            requires `total_steps`.
+        last_epoch: The number of the last update made, as in torch's schedulers. The next update is `last_epoch + 1`;
+            -1 begins with update 0. Unlike in torch's schedulers, the initial rate of a group without `"initial_lr"` is
+            its present rate.
 
     Attributes:
-        curve: The `WarmupCosine`, whose `factor(t)` is the schedule.
+        curve: The `WarmupCosine`. `curve.factor(t)` is the factor of update `t`.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument is outside its range, or contradicts another argument.
+        ValueError: An argument is outside its range or conflicts with another argument, or an `initial_lr`
+            is not finite.
+        RuntimeError: The storage of a group's tensor `lr` was resized.
 
     Warns:
-        UserWarning: `warmup_steps` equals `total_steps`, so that no cosine follows the warm-up; or, once, `step` goes
-            beyond update `total_steps`. With `count="applied"` the second warning requires a count on the CPU.
+        UserWarning: `warmup_steps` equals `total_steps`, so no cosine follows the warm-up. Or, once, `step`
+            moves `t` above `total_steps`; one call after each of `total_steps` updates does not. With
+            `count="applied"`, the second warning requires a count in the host's memory.
+
+    Example:
+        ```python
+        import torch
+        from fused_tricks import FusedSGD, WarmupCosineLR
+
+        model = torch.nn.Linear(4, 2)
+        optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9)
+        schedule = WarmupCosineLR(optimizer, total_steps=100, warmup_steps=5)
+        for _ in range(100):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+        ```
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), sections 3.1 (warm-up) and 5.1
     (cosine); restarts from "SGDR" (arXiv 1608.03983).
@@ -152,7 +173,7 @@ class WarmupCosineLR(LRScheduler):
         if self.curve.warmup_steps == self.curve.total_steps:
             warn_user(
                 f"warmup_steps equals total_steps={self.curve.total_steps}, so no cosine follows the warm-up; "
-                "total_steps includes the warm-up"
+                "total_steps must include the updates of the warm-up and of the cosine"
             )
         _separate_default_rate(optimizer)
         super().__init__(optimizer)
@@ -168,18 +189,18 @@ class WarmupCosineLR(LRScheduler):
 
     @property
     def last_epoch(self) -> int:
-        """The number of the next update. The name is torch's."""
+        """The number of the next update, `t`. The name is torch's."""
         return self._counter.t
 
     @last_epoch.setter
     def last_epoch(self, t: int) -> None:
-        # The base class assigns -1 before it counts steps.
+        # The assignment in the base class's constructor comes before `_step_count` exists, and has no effect here.
         if hasattr(self, "_step_count"):
             self._counter.assign(t)
 
     @property
     def base_lrs(self) -> list[float | Tensor]:
-        """The initial rate of each group. Assigned rates apply from the next `step`."""
+        """The initial rate of each group. Assigned rates take effect at the next `step`."""
         return [_initial_rate(group) for group in self.optimizer.param_groups]
 
     @base_lrs.setter
@@ -192,19 +213,21 @@ class WarmupCosineLR(LRScheduler):
         factor = self.curve.factor(self.last_epoch)
         return [rate * factor for rate in self.base_lrs]
 
-    # torch.compile would guard the number of calls, and compile anew in each step.
+    # torch.compile would guard on the number of calls, and recompile at each call.
     @disable_dynamo
     def step(self, epoch: int | None = None) -> None:
         """Sets the learning rates of the next update.
 
         Args:
-            epoch: The number of the next update; None goes on by one.
+            epoch: The number of the update to go to. None means the update after the present one.
 
         Raises:
-            TypeError, ValueError: `epoch` is not an integer, or is outside [0, 2**62].
+            TypeError: `epoch` is not an integer.
+            ValueError: `epoch` is negative or above `2**62`.
+            RuntimeError: The storage of a group's tensor `lr` was resized. The schedule stays unchanged.
 
         Warns:
-            UserWarning: The next update is beyond `total_steps`; once.
+            UserWarning: The number of the next update is above `total_steps`; warned once.
         """
         self._update_lr(epoch)
         self._step_count += 1
@@ -212,15 +235,15 @@ class WarmupCosineLR(LRScheduler):
         if total is not None and not self._is_beyond_end and self._counter.known_t > total:
             self._is_beyond_end = True
             warn_user(
-                f"the schedule was stepped beyond total_steps={total}: later updates have the factor "
-                f"min_ratio={self.curve.min_ratio}; total_steps must include all updates, also those of the warm-up"
+                f"the schedule was stepped beyond total_steps={total}: further updates use the floor, "
+                f"min_ratio={self.curve.min_ratio}; pass the number of all updates, with the warm-up, as total_steps"
             )
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """Returns the learning rates of the last `step`; with `count="applied"`, the rates of the next update."""
+        """Returns the learning rates set by the last `step`, or those of the next update with `count="applied"`."""
         return super().get_last_lr() if self._counter.sets_last_rates else self.get_lr()
 
-    # torch's SequentialLR calls this method.
+    # torch's SequentialLR calls this method to begin a schedule.
     def _update_lr(self, epoch: int | None = None) -> None:
         _check_rates_have_memory(self.optimizer.param_groups)
         if epoch is None:
@@ -237,9 +260,9 @@ class WarmupCosineLR(LRScheduler):
         return [_copy(group["lr"]) for group in self.optimizer.param_groups]
 
     def _watch_groups(self) -> None:
-        """Sets the rates of groups that are added or loaded between two calls of `step`, which torch does not."""
+        """Makes the optimizer set the rates whenever a group is added or a state dict is loaded."""
         optimizer = self.optimizer
-        # The optimizer holds these functions; strong references would be a cycle that keeps tensors alive.
+        # Weak references: the optimizer holds these functions, and a cycle would delay the release of tensors.
         optimizer_ref, schedule_ref = ref(optimizer), ref(self)
         add = type(optimizer).add_param_group
         wrapped = vars(optimizer).get("add_param_group")
@@ -261,7 +284,7 @@ class WarmupCosineLR(LRScheduler):
                 schedule._counter.after_load()
                 schedule._write_rates()
 
-        # torch has no hook for new groups. The base class replaces `step` in the same way.
+        # torch has no hook for `add_param_group`. The base class replaces `step` in the same way.
         optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
         optimizer.register_load_state_dict_post_hook(after_load)
 
@@ -272,10 +295,10 @@ class WarmupCosineLR(LRScheduler):
             self._last_lr = self._current_rates()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns `last_epoch` and the arguments, as JSON can represent them.
+        """Returns `last_epoch` and the arguments, in types that JSON can hold.
 
-        The initial rates are in the optimizer's state. With `count="applied"` the state has `origin` as well: the
-        number of updates that the optimizer had applied before update 0.
+        With `count="applied"`, the dict also has `origin`: the number of updates that the optimizer applied before
+        update 0. The initial rates are in the optimizer's state dict.
         """
         return {"last_epoch": self.last_epoch, **self._arguments(), **self._counter.saved()}
 
@@ -283,20 +306,24 @@ class WarmupCosineLR(LRScheduler):
         return {**asdict(self.curve), "count": self._counter.name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues at the update of a saved state, and sets its learning rates. The arguments do not change.
+        """Restores the position of a schedule and sets the learning rates. Keeps the arguments of this schedule.
 
         Args:
             state_dict: The result of `state_dict`.
 
-        Warns:
-            UserWarning: The state is from a schedule with other arguments.
-
         Raises:
-            KeyError, TypeError, ValueError: `last_epoch` is missing, or `last_epoch` or `origin` is not an integer in
-                its range. Nothing is changed then.
+            KeyError: `state_dict` has no `last_epoch`.
+            TypeError: `last_epoch` or `origin` is not an integer.
+            ValueError: `last_epoch` is outside `[-1, 2**62]`, or `origin` is outside `[-2**62, 2**62]`.
+            RuntimeError: The storage of a group's tensor `lr` was resized. After any error, the schedule is unchanged.
+
+        Warns:
+            UserWarning: `state_dict` comes from a schedule with other arguments.
         """
         if "last_epoch" not in state_dict:
-            raise KeyError("state_dict has no 'last_epoch'; pass the result of a schedule's state_dict()")
+            raise KeyError(
+                "state_dict has no 'last_epoch'; pass a dict that the state_dict() of a schedule returned"
+            )
         last_epoch = integer("last_epoch", state_dict["last_epoch"], least=-1, most=LAST_UPDATE)
         origin = None
         if "origin" in state_dict:
@@ -309,9 +336,9 @@ class WarmupCosineLR(LRScheduler):
         ]
         if different:
             warnings.warn(
-                "the loaded state is from a schedule with other arguments: "
+                "state_dict comes from a schedule with other arguments: "
                 + ", ".join(different)
-                + "; this schedule keeps its own",
+                + "; this schedule keeps its own arguments",
                 UserWarning,
                 stacklevel=2,
             )
@@ -321,7 +348,11 @@ class WarmupCosineLR(LRScheduler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        # The optimizer of a copy has lost the functions that watch its groups.
+        if "_counter" not in state:
+            # The pickle is from a version without counter classes.
+            self._counter = state["_applied"] or CallCount(self.optimizer, self.curve)
+            self._counter.restore(state["_calls"], getattr(state["_applied"], "origin", None))
+        # A copy or a pickle of the optimizer has neither the wrapper nor the hook.
         self._watch_groups()
 
 
@@ -329,7 +360,7 @@ def _check_rates_have_memory(groups: list[dict[str, Any]]) -> None:
     for index, group in enumerate(groups):
         if isinstance(group["lr"], Tensor) and missing_bytes(group["lr"]):
             raise RuntimeError(
-                f"the lr of group {index} has no memory, because its storage was resized; set another lr"
+                f"the lr of group {index} has no memory: its storage was resized; assign another lr"
             )
 
 
@@ -337,7 +368,9 @@ def _check_initial_rates(groups: list[dict[str, Any]]) -> None:
     for index, group in enumerate(groups):
         rate = group.get("initial_lr", 0.0)
         if isinstance(rate, Real) and not math.isfinite(as_double(rate)):
-            raise ValueError(f"group {index} has initial_lr={shown(rate)}, which is not a finite double")
+            raise ValueError(
+                f"initial_lr of group {index} must be a finite double, got {shown(rate)}; assign another initial_lr"
+            )
 
 
 def _initial_rate(group: dict[str, Any]) -> float | Tensor:
@@ -348,13 +381,13 @@ def _initial_rate(group: dict[str, Any]) -> float | Tensor:
 
 
 def _separate_default_rate(optimizer: Optimizer) -> None:
-    """Copies a default `lr` tensor, which torch passes to all groups, so that writes to groups do not change it."""
+    """Clones a tensor default `lr`, which torch shares with every group: writes to groups must not change it."""
     if isinstance(optimizer.defaults.get("lr"), Tensor):
         optimizer.defaults["lr"] = optimizer.defaults["lr"].clone()
 
 
 def _separate_late_rate(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Copies the `lr` of a late group that shares the tensor with a group already scheduled."""
+    """Clones the tensor `lr` of an added group if a scheduled group shares it, and copies the initial rate."""
     for other in groups:
         if other is not group and isinstance(group["lr"], Tensor) and other["lr"] is group["lr"]:
             group["lr"] = group["lr"].clone()

@@ -1,4 +1,4 @@
-"""The autograd graph of a forward pass, read as a flow of data through layers."""
+"""The autograd graph of a forward pass, read as the flow of data through layers."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -11,18 +11,18 @@ _EMBEDDINGS = {"Embedding", "EmbeddingBag"}
 
 
 def kind(node: Node) -> str:
-    """Returns the name of the operation, such as `Relu`; empty for leaves and for autograd functions in Python."""
+    """Returns the operation, as `Relu` for `ReluBackward0`; empty for leaves and for autograd functions in Python."""
     match = re.fullmatch(r"(\w+?)Backward\d+", node.name())
     return match[1] if match else ""
 
 
 def is_layer(node: Node) -> bool:
-    """True if the node is a convolution or a matrix product; linear layers are matrix products."""
+    """True if the node is a convolution or a matrix product, such as that of a linear layer."""
     return "Conv" in kind(node) or kind(node) in _MATRIX_PRODUCTS
 
 
 def operands(node: Node) -> list[Node]:
-    """Returns the nodes whose results `node` reads, each once; a tensor without history has no node."""
+    """Returns the nodes whose results `node` reads, each once. A tensor without history has no node."""
     return list(dict.fromkeys(operand for operand, _ in node.next_functions if operand is not None))
 
 
@@ -32,29 +32,29 @@ def is_leaf(node: Node) -> bool:
 
 
 def leaf_tensor(leaf: Node) -> Tensor:
-    """Returns the tensor of a leaf."""
+    """Returns the tensor that a leaf represents."""
     tensor: Tensor = leaf.variable  # type: ignore[attr-defined]
     return tensor
 
 
 class AutogradGraph:
-    """The nodes that lead to a model's outputs.
+    """The nodes that lead to the output of a model.
 
-    *Data* depends on the model's inputs. Data enters at the nodes `inputs`, at embeddings, and at layers whose only
-    data is a tensor without history, such as an image prepared without gradients. All other nodes depend on parameters
-    only.
+    *Data* is any result that depends on the input of the model. Data enters at the nodes `inputs`, at embeddings, and
+    at layers whose input has no history, such as an image prepared without gradients. All other results depend on
+    parameters and constants alone. Below, a node leads to itself.
 
     Args:
-        roots: The nodes of the model's outputs.
-        inputs: The nodes of the model's inputs.
-        additions: Nodes that are additions under another name.
+        roots: The nodes of the model's output.
+        inputs: The nodes of the model's input.
+        additions: The additions whose nodes have another name.
     """
 
     def __init__(self, roots: Iterable[Node], inputs: Iterable[Node], additions: Iterable[Node]) -> None:
         self.roots = set(roots)
         self.nodes = _operands_first(self.roots)
         self.consumers: dict[Node, list[Node]] = {node: [] for node in self.nodes}
-        # The layers and the entries of data that a node depends on, the node itself included: one bit for each.
+        # The layers, and the entries of data, that lead to each node: one bit for each.
         self._layers: dict[Node, int] = {}
         self._entries: dict[Node, int] = {}
         self._additions = set(additions)
@@ -73,35 +73,35 @@ class AutogradGraph:
             self._layers[node], self._entries[node] = layers, entries
 
     def is_data(self, node: Node) -> bool:
-        """True if the node depends on the model's inputs."""
+        """True if the result of `node` depends on the input of the model."""
         return self._entries[node] != 0
 
     def is_addition(self, node: Node) -> bool:
-        """True if the node adds tensors."""
+        """True if `node` is an addition, by its name or as one of `additions`."""
         return kind(node) == "Add" or node in self._additions
 
     def data_operands(self, node: Node) -> list[Node]:
-        """Returns the operands of the node that are data."""
+        """Returns the operands of `node` that are data."""
         return [operand for operand in operands(node) if self.is_data(operand)]
 
     def have_common_ancestor(self, a: Node, b: Node) -> bool:
-        """True if the same data flows into both nodes."""
+        """True if one entry of data leads to both nodes."""
         return self._entries[a] & self._entries[b] != 0
 
     def layer_count(self, node: Node) -> int:
-        """Returns the number of layers that lead to `node`, itself included."""
+        """Returns the number of layers that lead to `node`. A layer without data does not count."""
         return self._layers[node].bit_count()
 
     def adds_layers(self, node: Node, to: Node) -> bool:
-        """True if a layer leads to `node` and not to `to`."""
+        """True if at least one layer leads to `node` but not to `to`."""
         return self._layers[node] & ~self._layers[to] != 0
 
     def depends_on(self, node: Node, ancestor: Node) -> bool:
-        """True if `ancestor` leads to `node`, or is `node`."""
+        """True if `ancestor` leads to `node`."""
         return ancestor in _operands_first([node])
 
     def flows_only_into(self, node: Node, target: Node) -> bool:
-        """True if every path from `node` to a root passes through `target`."""
+        """True if every path from `node` to a root goes through `target`."""
         seen = {target}
         stack = [node]
         while stack:
@@ -114,7 +114,7 @@ class AutogradGraph:
         return True
 
     def nodes_with_gradients(self, passing_none: Collection[Node]) -> set[Node]:
-        """Returns the nodes that a backward pass reaches if the nodes in `passing_none` pass no gradient on."""
+        """Returns the nodes that a backward pass reaches if the nodes `passing_none` pass no gradient on."""
         found: set[Node] = set()
         stack = list(self.roots)
         while stack:
@@ -126,7 +126,7 @@ class AutogradGraph:
         return found
 
     def uses(self, parameter: Node) -> set[Node]:
-        """Returns the data nodes that read `parameter`, or a tensor computed from parameters that include it."""
+        """Returns the data nodes that read `parameter`, directly or through nodes without data."""
         found = set()
         stack = [parameter]
         while stack:
@@ -138,12 +138,12 @@ class AutogradGraph:
         return found
 
     def leaves(self, node: Node) -> list[Node]:
-        """Returns the leaves that `node` is computed from."""
+        """Returns the leaves that lead to `node`."""
         return [leaf for leaf in _operands_first([node]) if is_leaf(leaf)]
 
 
 def _operands_first(roots: Iterable[Node]) -> list[Node]:
-    """Returns the roots and every node that leads to them, each after all of its operands."""
+    """Returns all nodes that lead to `roots`, each after its operands."""
     order: dict[Node, None] = {}
     opened = set()
     stack = list(roots)

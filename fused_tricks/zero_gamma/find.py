@@ -1,4 +1,4 @@
-"""Zero γ: sets the last norms of residual branches to zero, so that blocks begin training as their shortcuts."""
+"""Zero γ: residual blocks that start training as their shortcut."""
 
 import warnings
 from dataclasses import dataclass
@@ -21,41 +21,65 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def zero_gamma_(model: ModelT, example_inputs: Any = None, *, strict: bool = False) -> ModelT:
     """Sets γ = 0 in the last norm of every residual branch of `model`, in place, and returns the model.
 
-    Every residual block then begins as its shortcut, and the network at first trains like a network with fewer layers.
+    With β = 0, every residual block then starts as its shortcut, and the network first trains like a shallower network.
 
-    The branches are found in the autograd graph of one forward pass of a copy of the model; the model's class is not
-    used. In an addition, the terms with more convolutions and linear layers before them are the branches, and the term
-    with fewer is the shortcut. A branch ends in a norm if only the following operations are between the norm and the
-    addition: reshapes, casts, dropout, stochastic depth, gates by a sigmoid (squeeze and excitation) and scales (layer
-    scale). Norms are BatchNorm, SyncBatchNorm, InstanceNorm, GroupNorm and LayerNorm, with γ in the layer's `weight`. A
-    norm before an activation is never set: before a ReLU, γ = 0 and β = 0 would never receive a gradient.
+    The branches are found in the autograd graph of one forward pass of a copy of the model, whatever the class of the
+    model. The terms of an addition are compared by the number of convolutions and linear layers that lead to each. A
+    term with more layers is a branch, and a term with fewer layers is the shortcut. With equal numbers, a
+    term that depends on the other term is a branch.
 
-    The model itself is not moved, cast or run. It may be on any device, in any precision and in any mode. The copy is
-    on the `meta` device. Call `zero_gamma_` after the model's weights are loaded, and before `torch.jit.script` or
-    sharding. `DataParallel`, `DistributedDataParallel` and `torch.compile` may come before or after the call.
+    γ is set if the branch ends in a BatchNorm, SyncBatchNorm, InstanceNorm, GroupNorm or LayerNorm, whose γ is the
+    `weight` of the layer. Between this norm and the addition there may only be reshapes, casts, dropout, stochastic
+    depth, gates by a sigmoid (squeeze and excitation), scales (layer scale), and additions of constants or parameters.
+    A norm before an activation is never set: before a ReLU, a γ of zero would never get a gradient.
+
+    The model itself is not moved, cast or run. The model may be on any device, in any precision and in any mode. The
+    copy is on the `meta` device. Call this function after loading the weights of the model, and before
+    `torch.jit.script` or sharding. `DataParallel`, `DistributedDataParallel` and `torch.compile` may come before or
+    after this call.
 
     Args:
-        model: The model, or a single norm layer, whose own γ is then set.
-        example_inputs: The model's inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-            By default a batch of two in the shape that the model's first layer takes; for images 224×224 pixels, then
-            other usual sizes. If the forward pass on `meta` fails, for example because the model branches on values, a
-            copy of the model runs on `example_inputs` themselves, which must then be on the model's device.
-        strict: Raises if no norm is found.
+        model: The model. If `model` itself is a norm layer, its γ is set.
+        example_inputs: The arguments of the model: a tensor, a tuple of positional arguments, or a dict of keyword
+            arguments. If a forward pass on `meta` fails, for example because control flow depends on data, a copy of
+            the model runs on the given values, which must then be on the model's device. None means batches of two
+            inputs for the first convolution or, without one, for the first linear layer. Images of 224×224 pixels are
+            tried first, then other usual sizes, then images with 3 channels.
+        strict: True to raise an error if no γ can be set.
 
     Returns:
-        `model` itself.
+        `model`.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `strict` is set and no norm is found; or the model has TorchScript modules, or lazy modules that
-            have not run yet.
-        RuntimeError: The model cannot be copied, or the copy cannot run. A refused call changes nothing.
+        ValueError: No γ can be set, with `strict`. Or the model has TorchScript modules, or lazy modules that have not
+            run yet.
+        RuntimeError: The copy could not be made or run. After any error, the model is unchanged.
 
     Warns:
-        UserWarning: No norm was found (only `zero_gamma_` warns of this); or a norm that ends a branch, or may end one,
-            was left alone. Reasons: the other side of the addition has as many layers; the norm's output or its γ is
-            also used elsewhere; γ is frozen (`requires_grad=False`); a parameter that scales the norm has zeros, and a
-            product of two zeros has no gradient; the norm is inside a branch whose last norm is set.
+        UserWarning: No γ can be set. Or the γ of a norm that ends, or may end, a branch is unchanged, for one of these
+            reasons: as many layers lead to the other side of the addition; the output or γ is also used elsewhere; γ
+            is frozen (`requires_grad=False`); a parameter that has zeros scales the output, and a product of two zeros
+            has no gradient; the norm is deeper inside a branch whose last norm is set.
+
+    Example:
+        ```python
+        from torch import nn
+        from fused_tricks import zero_gamma_
+
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.branch = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+
+            def forward(self, x):
+                return x + self.branch(x)
+
+
+        model = zero_gamma_(nn.Sequential(Block(), Block()))
+        assert model[0].branch[1].weight.count_nonzero() == 0
+        ```
 
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1, zero γ; the idea
     is from "Accurate, Large Minibatch SGD" (arXiv 1706.02677), section 5.1.
@@ -83,11 +107,11 @@ def zero_gamma_(model: ModelT, example_inputs: Any = None, *, strict: bool = Fal
         found.warn()
     else:
         left_alone = f"; left alone: {found.describe_left_alone()}" if found.left_alone else ""
-        nothing = f"{type(model).__name__} has no norm with a γ that ends a residual branch{left_alone}"
+        nothing = f"{type(model).__name__} has no norm whose γ may be zero at the end of a residual branch{left_alone}"
         if strict:
-            raise ValueError(nothing)
+            raise ValueError(f"{nothing}; remove the call, or pass strict=False")
         warnings.warn(
-            f"zero_gamma_ changes nothing: {nothing}; remove the call, or pass strict=True to get an error",
+            f"zero_gamma_ changes nothing: {nothing}; remove the call, or pass strict=True for an error in its place",
             stacklevel=2,
         )
     with torch.no_grad():
@@ -99,33 +123,36 @@ def zero_gamma_(model: ModelT, example_inputs: Any = None, *, strict: bool = Fal
 def zero_gamma_names(model: nn.Module, example_inputs: Any = None) -> list[str]:
     """Returns the names of the norm layers that `zero_gamma_` would set, in the order of `model.named_modules()`.
 
-    `model.get_submodule(name)` returns the layer. The name is `""` if `model` itself is the norm layer.
+    `model.get_submodule(name)` returns the layer. If `model` itself is a norm layer, the name is `""`.
 
     Args:
-        model: The model, or a single norm layer.
-        example_inputs: The model's inputs, as in `zero_gamma_`.
-
-    Returns:
-        The names; empty if no norm is found.
+        model: The model, as for `zero_gamma_`. The model is unchanged.
+        example_inputs: The arguments of the model, as for `zero_gamma_`.
 
     Raises:
         TypeError: `model` is not a module.
         ValueError: The model has TorchScript modules, or lazy modules that have not run yet.
-        RuntimeError: The model cannot be copied, or the copy cannot run.
+        RuntimeError: A copy of the model could not be made or run.
 
     Warns:
-        UserWarning: A norm that ends a branch, or may end one, would be left alone.
-
-    Source: as `zero_gamma_`.
+        UserWarning: `zero_gamma_` would leave the γ of a norm that ends, or may end, a branch unchanged.
 
     Example:
         ```python
-        import torch
         from torch import nn
         from fused_tricks import zero_gamma_names
 
-        assert zero_gamma_names(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))) == []
-        assert zero_gamma_names(nn.BatchNorm2d(3)) == [""]
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.branch = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+
+            def forward(self, x):
+                return x + self.branch(x)
+
+
+        assert zero_gamma_names(Block()) == ["branch.1"]
         ```
     """
     found = find(model, example_inputs)
@@ -135,35 +162,35 @@ def zero_gamma_names(model: nn.Module, example_inputs: Any = None) -> list[str]:
 
 @dataclass(frozen=True)
 class Found:
-    """The last norms of a model's residual branches.
+    """The result of the search for last norms in a model.
 
     Attributes:
         gammas: The γ to set to zero, by the name of the norm layer.
-        left_alone: The reason why γ stays unchanged, by the name of the norm layer.
+        left_alone: The reason to leave γ unchanged, by the name of a norm layer that ends, or may end, a branch.
     """
 
     gammas: dict[str, nn.Parameter]
     left_alone: dict[str, str]
 
     def describe_left_alone(self) -> str:
-        """Returns the norms left alone, grouped by reason, for a message."""
+        """Returns the names of the norm layers in `left_alone`, grouped by reason."""
         names: dict[str, list[str]] = {}
         for name, reason in self.left_alone.items():
             names.setdefault(reason, []).append(name)
         return "; ".join(f"{', '.join(which)} ({reason})" for reason, which in names.items())
 
     def warn(self) -> None:
-        """Warns the caller of the public function of norms left alone."""
+        """Warns of `left_alone` at the line that calls the public function."""
         if self.left_alone:
             warnings.warn(f"zero γ left alone: {self.describe_left_alone()}", stacklevel=3)
 
 
 def find(model: nn.Module, example_inputs: Any) -> Found:
-    """Returns the last norms of the residual branches; arguments and errors are those of `zero_gamma_`."""
+    """Finds the last norms of the residual branches of `model`. Raises the errors of `zero_gamma_names`."""
     check_module(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ValueError(
-            "model has TorchScript modules, which are not supported; call this before torch.jit.script"
+            "model has TorchScript modules, whose graph cannot be read; call this before torch.jit.script"
         )
     for name, param in model.named_parameters():
         if is_lazy(param):
@@ -178,7 +205,7 @@ def find(model: nn.Module, example_inputs: Any) -> Found:
     for norm in last_norms(graph):
         reason = norm.problem
         if reason is None and any(_has_zeros(run.original(leaf)) for leaf in norm.scales):
-            reason = "a parameter that scales it has zeros, and both might stay zero"
+            reason = "a parameter that has zeros scales its output, and both might stay zero"
         if reason is None:
             accepted.setdefault(norm.gamma, set()).add(norm.node)
         else:
@@ -192,7 +219,7 @@ def find(model: nn.Module, example_inputs: Any) -> Found:
     reached = graph.nodes_with_gradients(passing_none=set().union(*to_zero.values()))
     for leaf, norms in to_zero.items():
         if reached.isdisjoint(norms):
-            refused[leaf] = "it is inside a branch that begins as zero and would not receive a gradient"
+            refused[leaf] = "it is inside a branch whose last γ is zero, and its own γ would get no gradient"
     reasons = {id(run.original(leaf)): refused.get(leaf) for leaf in [*accepted, *refused]}
     found = Found({}, {})
     for name, module in model.named_modules():
@@ -207,5 +234,5 @@ def find(model: nn.Module, example_inputs: Any) -> Found:
 
 
 def _has_zeros(scale: Tensor) -> bool:
-    """True if a scale has zeros; False on `meta`, where values are unknown."""
+    """True if `scale` has a zero. A tensor on `meta` has no values and counts as a tensor without zeros."""
     return not scale.is_meta and bool((scale == 0).any())

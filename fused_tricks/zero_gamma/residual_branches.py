@@ -9,7 +9,7 @@ from torch.autograd.graph import Node
 
 from .autograd_graph import AutogradGraph, is_leaf, kind
 
-# Each of these nodes has the previous layer's output as its first operand and γ as the second.
+# The first operand of each is the input of the norm. The second is γ.
 _NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "NativeGroupNorm", "NativeLayerNorm"}
 _RESHAPES = {
     "Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Squeeze", "T", "ToCopy", "Transpose", "UnsafeView",
@@ -21,13 +21,13 @@ _SIGMOIDS = {"Sigmoid", "Hardsigmoid"}
 
 @dataclass(frozen=True)
 class LastNorm:
-    """A norm at the end of a term that is, or may be, a residual branch.
+    """A norm that ends, or may end, a residual branch.
 
     Attributes:
-        node: The norm.
-        gamma: The leaf of the norm's γ.
-        scales: The leaves of the parameters that scale the norm's output before the addition.
-        problem: The reason why γ must stay unchanged; `None` if γ may be zero.
+        node: The node of the norm.
+        gamma: The leaf of γ.
+        scales: The leaves of the parameters that scale the output of the norm before the addition.
+        problem: The reason to leave γ unchanged, or None if γ may be zero.
     """
 
     node: Node
@@ -37,11 +37,12 @@ class LastNorm:
 
 
 def last_norms(graph: AutogradGraph) -> Iterator[LastNorm]:
-    """Yields the norms at the ends of the branches of each addition, if no operation in between blocks a gradient.
+    """Yields the last norms of the branches of each addition, if no operation after the norm can block a gradient.
 
-    A sum of sums is one addition. A term is a branch if more layers lead to the term than to another term with a
-    common ancestor. Of two terms with equally many layers, the one that depends on the other is the branch. If neither
-    depends on the other, branch and shortcut cannot be distinguished.
+    A sum of sums is one addition. Each pair of terms with a common ancestor is compared. The term with more layers is
+    the branch. If both have equally many layers, the term that depends on the other term is the branch. Without such
+    a dependence, the pair is undecided. A term that is the branch of no pair, and undecided in one, has a `problem`.
+    A norm whose output is also used outside the addition has a `problem` as well.
     """
     for addition in graph.nodes:
         if not graph.is_addition(addition) or _is_inner(graph, addition):
@@ -68,7 +69,7 @@ def last_norms(graph: AutogradGraph) -> Iterator[LastNorm]:
 
 
 def _is_longer(graph: AutogradGraph, term: Node, other: Node) -> bool | None:
-    """True if `term` is the branch and `other` its shortcut; `None` if they cannot be distinguished."""
+    """True if `term` is a branch and `other` is its shortcut, False if reversed, None if undecidable."""
     layers, other_layers = graph.layer_count(term), graph.layer_count(other)
     if layers != other_layers:
         return layers > other_layers
@@ -78,7 +79,7 @@ def _is_longer(graph: AutogradGraph, term: Node, other: Node) -> bool | None:
 
 
 def _is_inner(graph: AutogradGraph, addition: Node) -> bool:
-    """True if the sum is only used as a term of another sum."""
+    """True if the only use of the sum is as a term of another sum."""
     consumers = graph.consumers[addition]
     return addition not in graph.roots and len(consumers) == 1 and graph.is_addition(consumers[0])
 
@@ -96,12 +97,9 @@ def _terms(graph: AutogradGraph, addition: Node) -> list[Node]:
 
 
 def _walk_back(graph: AutogradGraph, node: Node, scales: list[Node]) -> Node | None:
-    """Returns the norm whose output reaches the term `node` unblocked, or `None`.
+    """Returns the norm at the end of the branch whose term is `node`, or None if another operation is in between.
 
-    Args:
-        graph: The graph.
-        node: A term of an addition.
-        scales: Gets the leaves of the factors between norm and addition.
+    Appends the leaves of the scales on the way to `scales`.
     """
     while kind(node) not in _NORMS:
         data = graph.data_operands(node)
@@ -119,7 +117,7 @@ def _walk_back(graph: AutogradGraph, node: Node, scales: list[Node]) -> Node | N
                 return None
         elif kind(node) not in _RESHAPES | _DROPOUTS and not graph.is_addition(node):
             return None
-        # An addition with a single data operand adds a constant or a parameter.
+        # An addition with one data operand adds a constant or a parameter.
         if len(data) != 1:
             return None
         node = data[0]
@@ -127,7 +125,7 @@ def _walk_back(graph: AutogradGraph, node: Node, scales: list[Node]) -> Node | N
 
 
 def _is_masked(product: Node) -> bool:
-    """True if the factor without history is a bool for each element, like the mask of a hand-written ReLU."""
+    """True if the factor without history has a bool for each element, as the mask of a handwritten ReLU has."""
     is_first = product.next_functions[0][0] is None
     constant = getattr(product, "_saved_self" if is_first else "_saved_other")
     if not isinstance(constant, Tensor) or constant.dtype != torch.bool:
@@ -137,14 +135,17 @@ def _is_masked(product: Node) -> bool:
 
 
 def _is_gate(graph: AutogradGraph, node: Node, gated: Node) -> bool:
-    """True if `node` is a sigmoid of another layer's output; a sigmoid of `gated` itself would be an activation."""
+    """True if `node` is a sigmoid of a layer's output.
+
+    A sigmoid of `gated` itself, without a layer in between, is an activation, as in SiLU.
+    """
     while kind(node) in _RESHAPES:
         [node] = graph.data_operands(node)
     return kind(node) in _SIGMOIDS and graph.adds_layers(node, to=gated)
 
 
 def _gamma(norm: Node) -> Node | None:
-    """Returns the leaf of γ; `None` if the norm has no γ, or a computed one."""
+    """Returns the leaf of γ, or None if the norm has no γ or computes γ from other tensors."""
     node = norm.next_functions[1][0]
     while node is not None and not is_leaf(node):
         if kind(node) not in _RESHAPES | {"Repeat"}:

@@ -1,4 +1,4 @@
-"""The dry run: one forward pass of a copy of a model, which records its autograd graph."""
+"""One forward pass of a copy of a model, which returns the autograd graph."""
 
 import copy
 import random
@@ -18,20 +18,20 @@ from torch.utils import checkpoint
 from .._torch import ConvBase, NormBase, clear_backward_hooks
 from .autograd_graph import leaf_tensor
 
-# By the number of dimensions. The first size is the usual one; the rest is for networks that take a single size.
+# By the number of dimensions, the usual size first. The other sizes are for networks that accept only one size.
 _SPATIAL_SIZES = {1: ((1024,),), 2: ((224, 224), (256, 256), (384, 384), (32, 32)), 3: ((16, 112, 112),)}
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """The autograd graph of one forward pass.
+    """The result of one forward pass.
 
     Attributes:
-        roots: The nodes of the model's outputs.
-        inputs: The nodes of the differentiable input tensors.
-        additions: Nodes that are additions under another name.
-        originals: The model's own parameter for each parameter of the copy, by the copy's id.
-        keep_alive: The copy, held because nodes do not own their parameters.
+        roots: The nodes of the tensors in the output.
+        inputs: The nodes of the floating-point and complex tensors in the input.
+        additions: The additions whose nodes have another name.
+        originals: The parameters of the model, by the `id` of their copy.
+        keep_alive: The copy of the model. Nodes do not own the parameters that they refer to.
     """
 
     roots: list[Node]
@@ -41,25 +41,21 @@ class DryRun:
     keep_alive: nn.Module
 
     def original(self, leaf: Node) -> Tensor:
-        """Returns the model's own parameter for a leaf of the graph."""
+        """Returns the parameter whose copy `leaf` represents, or else the tensor of `leaf`."""
         tensor = leaf_tensor(leaf)
         return self.originals.get(id(tensor), tensor)
 
 
 def dry_run(model: nn.Module, example_inputs: Any) -> DryRun:
-    """Runs a copy of `model` once and returns the graph; the model and the random states do not change.
+    """Runs a copy of `model` once and returns the graph. The model and the random states stay unchanged.
 
-    The copy is on the `meta` device, which computes no values. If this run fails and the caller passed
-    `example_inputs`, a copy on the model's own device runs on them. In the copy, every parameter is trainable and every
-    module is in eval mode, where nothing is random and running statistics are not updated. If eval mode fails, training
-    mode follows.
-
-    Args:
-        model: The model.
-        example_inputs: As in `zero_gamma_`; `None` for default inputs.
+    The copy is on the `meta` device, where nothing is computed. If all attempts on `meta` fail and `example_inputs` are
+    given, a copy on the model's device runs on the given values. Every floating-point or complex parameter of the copy
+    is trainable. The copy first runs in eval mode, where modules neither draw random numbers nor update running
+    statistics. If eval mode fails, all modules except batch and instance norms run in training mode.
 
     Raises:
-        RuntimeError: Every attempt failed, or returned no tensor that depends on a parameter.
+        RuntimeError: No attempt succeeded, or no attempt returned a tensor that depends on a parameter.
     """
     if example_inputs is None:
         attempts = [(inputs, _to_meta) for inputs in _default_inputs(model)]
@@ -72,20 +68,20 @@ def dry_run(model: nn.Module, example_inputs: Any) -> DryRun:
                 return _run_copy(model, inputs, duplicate, training)
             except Exception as error:
                 failures.append((inputs, error))
-    # Report the attempt in eval mode, on the likeliest default input or on the caller's values.
+    # The most useful failure: in eval mode, on the likeliest default input or on the given values.
     inputs, failure = failures[0 if example_inputs is None else -2]
     on = "example_inputs"
-    hint = "they must be inputs of the model, on its device"
+    hint = "example_inputs must be arguments that the model accepts, on its device"
     if example_inputs is None:
         on = f"{inputs.dtype} of shape {tuple(inputs.shape)} on the meta device"
-        hint = "pass example_inputs: inputs of the model, on its device"
+        hint = "pass example_inputs that the model accepts, on its device"
     raise RuntimeError(
         f"a copy of the model could not run on {on}; {hint}. {type(failure).__name__}: {failure}"
     ) from failure
 
 
 def _default_inputs(model: nn.Module) -> list[Tensor]:
-    """Returns batches of two in the usual shapes for a model with this first layer, the likeliest first."""
+    """Returns batches of two inputs that models with this first layer usually accept, the likeliest first."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     conv = next((m for m in model.modules() if isinstance(m, ConvBase)), None)
     linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
@@ -94,7 +90,7 @@ def _default_inputs(model: nn.Module) -> list[Tensor]:
         shapes += [(conv.in_channels, *size) for size in _SPATIAL_SIZES[len(conv.kernel_size)]]
     elif linear is not None:
         shapes += [(linear.in_features,)]
-    # The first module of a model is not always its first layer.
+    # The module registered first is not the first to run in every model.
     shapes += [(3, *size) for size in _SPATIAL_SIZES[2]]
     return [torch.empty(2, *shape, dtype=dtype, device="meta") for shape in dict.fromkeys(shapes)]
 
@@ -115,8 +111,7 @@ def _run_copy(
     def duplicate_input(tensor: Tensor) -> Tensor:
         twin = duplicate(tensor)
         if _differentiable(twin):
-            # A model may write to its inputs in place, which autograd does not allow for a leaf.
-            twin = twin.requires_grad_().clone()
+            twin = twin.requires_grad_().clone()  # a leaf cannot be written in place
             entries.append(twin)
         return twin
 
@@ -128,9 +123,9 @@ def _run_copy(
         with _Duplicating(duplicate):
             copied = _copy_module(model, {id(param): twin for param, twin in twins.items()})
         for module in copied.modules():
-            # Models override train(). Norms stay in eval mode, because batch statistics refuse a batch of one.
+            # Not train(), which models override. Norms stay in eval mode: batch statistics require more than one value.
             module.training = training and not isinstance(module, NormBase)
-            # Backward hooks would add nodes of their own to the graph.
+            # Backward hooks would add nodes to the graph.
             clear_backward_hooks(module)
         with _Duplicating(duplicate_input):
             arguments = copy.deepcopy(example_inputs)
@@ -154,7 +149,7 @@ def _differentiable(tensor: Tensor) -> bool:
 
 
 def _nodes(tensors: Iterable[Tensor]) -> list[Node]:
-    """Returns the nodes of `tensors`; tensors without history have none."""
+    """Returns the nodes of the `tensors` that have one."""
     return [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
 
 
@@ -178,7 +173,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class _Duplicating(TorchFunctionMode):
-    """A mode in which `copy.deepcopy` copies tensors with `duplicate`; parameters are copied beforehand."""
+    """A mode in which `copy.deepcopy` copies tensors by `duplicate`, except parameters."""
 
     def __init__(self, duplicate: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -196,8 +191,8 @@ class _Duplicating(TorchFunctionMode):
 
 
 def _copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Returns a deep copy without data-parallel wrappers, which would communicate or check their devices."""
-    for module in reversed(list(model.modules())):  # inner wrappers first, for the memo of the outer ones
+    """Returns a deep copy without data-parallel wrappers, which would communicate or require certain devices."""
+    for module in reversed(list(model.modules())):  # inner ones first
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             memo[id(module)] = copy.deepcopy(module.module, memo)
     copied: nn.Module = copy.deepcopy(model, memo)
@@ -205,11 +200,7 @@ def _copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 class _ViewAdditions(TorchFunctionMode):
-    """A mode that records in-place additions to a view of a whole tensor, whose nodes are named `CopySlices`.
-
-    Attributes:
-        nodes: The recorded nodes.
-    """
+    """A mode that records in-place additions to a view of a whole tensor, whose nodes are named `CopySlices`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +219,7 @@ class _ViewAdditions(TorchFunctionMode):
 
 @contextmanager
 def _isolated(model: nn.Module) -> Iterator[None]:
-    """Records gradients, runs everything eagerly, and restores the random states afterwards."""
+    """Records gradients and runs everything eagerly. Restores the random states on exit."""
     gpus = {param.device.index for param in model.parameters() if param.is_cuda}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # also enables gradients
@@ -245,10 +236,10 @@ def _isolated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _checkpoints_recorded() -> Iterator[None]:
-    """Replaces reentrant checkpoints, which run their function without gradients, by direct calls of the function."""
+    """Makes reentrant checkpoints, which run without gradients, call their function directly."""
     function = checkpoint.CheckpointFunction
     function.apply = staticmethod(lambda run, preserve_rng_state, *args: run(*args))
     try:
         yield
     finally:
-        del function.apply  # restores the inherited torch.autograd.Function.apply
+        del function.apply  # restores the method inherited from torch.autograd.Function

@@ -132,7 +132,7 @@ def test_last_epoch_takes_the_initial_rates_that_the_optimizer_brings():
 def test_an_initial_rate_that_is_no_finite_double_is_refused_by_name(rate, count):
     optimizer = fused()
     optimizer.param_groups[0]["initial_lr"] = rate
-    with pytest.raises(ValueError, match="group 0 has initial_lr=.* not a finite double"):
+    with pytest.raises(ValueError, match="initial_lr of group 0 must be a finite double, got "):
         WarmupCosineLR(optimizer, total_steps=7, count=count)
 
 

@@ -224,7 +224,7 @@ def test_an_impossible_update_is_refused(t: object, error: type[Exception]) -> N
 
 
 def test_no_end_without_restarts_is_refused() -> None:
-    with pytest.raises(ValueError, match="^total_steps=None requires T_0"):
+    with pytest.raises(ValueError, match="^total_steps must be an integer unless T_0 is given"):
         WarmupCosine(total_steps=None)
 
 
@@ -235,7 +235,7 @@ def test_a_warmup_longer_than_the_run_is_refused() -> None:
 
 @pytest.mark.parametrize("option", [{"T_mult": 2}, {"peak_decay": 0.9}, {"warmup_every_cycle": True}])
 def test_options_of_restarts_without_restarts_are_refused(option: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"^{next(iter(option))} requires restarts"):
+    with pytest.raises(ValueError, match=f"^{next(iter(option))} must be .* without restarts"):
         WarmupCosine(total_steps=10, **option)
 
 

@@ -213,17 +213,17 @@ LEFT_ALONE: dict[str, tuple[Forward, list[str], str]] = {
     "scale with a zero": (
         lambda block, x: x + block.zeros * block.long(x),
         ["long.3"],
-        "a parameter that scales it has zeros, and both might stay zero",
+        "a parameter that has zeros scales its output, and both might stay zero",
     ),
     "gate by a parameter of zero": (
         lambda block, x: x + block.zeros.tanh() * block.long(x),
         ["long.3"],
-        "a parameter that scales it has zeros, and both might stay zero",
+        "a parameter that has zeros scales its output, and both might stay zero",
     ),
     "branch inside a branch": (
         lambda block, x: x + block.short(F.relu(x + block.long(x))),
         ["long.3"],
-        "it is inside a branch that begins as zero and would not receive a gradient",
+        "it is inside a branch whose last γ is zero, and its own γ would get no gradient",
     ),
 }
 
@@ -402,10 +402,13 @@ def test_a_model_in_which_nothing_is_found_is_warned_of_at_the_callers_line(mode
 @pytest.mark.parametrize(
     "model, message",
     [
-        (Block(NOTHING["norm before a ReLU"]), "^Block has no norm .* ends a residual branch$"),
+        (
+            Block(NOTHING["norm before a ReLU"]),
+            "^Block has no norm .* at the end of a residual branch; remove the call",
+        ),
         (
             Block(LEFT_ALONE["output returned"][0]),
-            r"ends a residual branch; left alone: long\.3 \(its output",
+            r"the end of a residual branch; left alone: long\.3 \(its output",
         ),
         (nn.BatchNorm2d(3, affine=False), "BatchNorm2d has no norm"),
     ],
