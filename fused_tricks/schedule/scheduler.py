@@ -348,10 +348,6 @@ class WarmupCosineLR(LRScheduler):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if "_counter" not in state:
-            # The pickle is from a version without counter classes.
-            self._counter = state["_applied"] or CallCount(self.optimizer, self.curve)
-            self._counter.restore(state["_calls"], getattr(state["_applied"], "origin", None))
         # A copy or a pickle of the optimizer has neither the wrapper nor the hook.
         self._watch_groups()
 

@@ -366,7 +366,7 @@ REFUSED: dict[str, tuple[Callable[[], object], object, type[Exception], str]] = 
         DataDependent,
         None,
         RuntimeError,
-        r"torch\.float32 of shape \(2, 3, 224, 224\) on the meta device; pass example_inputs: .*item",
+        r"torch\.float32 of shape \(2, 3, 224, 224\) on the meta device; pass example_inputs .*item",
     ),
     "data-dependent, examples without values": (
         DataDependent,
