@@ -30,11 +30,10 @@ def usable(device: torch.device) -> tuple[list[str], dict[str, str]]:
     Returns:
         The usable backends, the fastest first; and by name, the reasons why others are not usable.
     """
-    names = list(BACKENDS)
     reasons = {
-        name: BACKENDS[name].missing_on(device)
-        for name in names[: names.index("reference")]
-        if BACKENDS[name].device_type == device.type
+        name: backend.missing_on(device)
+        for name, backend in BACKENDS.items()
+        if backend.is_automatic and backend.device_type == device.type
     }
     return (
         [name for name, reason in reasons.items() if reason is None],

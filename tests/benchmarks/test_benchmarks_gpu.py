@@ -152,7 +152,12 @@ def test_backends_for_a_gpu_take_part_where_usable_and_are_listed_with_the_reaso
     monkeypatch: pytest.MonkeyPatch, cuda: str | None, triton: str | None, expected: list[str]
 ) -> None:
     fakes = {
-        name: Backend(BACKENDS["reference"].stepper, lambda reason=reason: reason, device_type)
+        name: Backend(
+            BACKENDS["reference"].stepper,
+            lambda reason=reason: reason,
+            device_type,
+            is_automatic=name != "of a test",
+        )
         for name, reason, device_type in [
             ("cuda", cuda, "cuda"),
             ("triton", triton, "cuda"),

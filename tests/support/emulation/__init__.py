@@ -120,4 +120,4 @@ class EmulatedCudaStepper(CudaStepper):
 
 
 # Last, so that "auto" never takes it.
-BACKENDS["emulated_cuda"] = Backend(EmulatedCudaStepper, unusable_because, "cpu")
+BACKENDS["emulated_cuda"] = Backend(EmulatedCudaStepper, unusable_because, "cpu", is_automatic=False)
