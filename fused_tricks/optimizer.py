@@ -21,11 +21,11 @@ from .step.hooks import runs_hooks, with_hooks
 from .step.lock import StepLock, one_at_a_time
 from .step.masters import masters_in_use, refresh_masters
 from .step.new_state import NewState
-from .step.optimizer_state import SCALE_KEYS
 from .step.parameters import named_parameters
 from .step.planned_steps import PlannedSteps
 from .step.saved_state import Prepared
 from .step.shared_memory import device_of, has_memory
+from .step.state_dict import SCALE_KEYS
 from .step.stats import StepStats
 from .validation import (
     check_group,

@@ -1,4 +1,5 @@
-// Conversions between FP32 and FP16 or BF16 in portable C++, rounded to nearest even.
+// Conversions between FP32 and FP16 or BF16 in portable C++, rounded to nearest even: one writer of 16-bit parameters
+// of several. The end of sgd_update.h lists all; another rounding must change all of them.
 #pragma once
 
 #include <cstdint>

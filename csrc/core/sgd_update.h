@@ -84,6 +84,7 @@ FUSED_TRICKS_INLINE void sgd_update(const Rule<T>& rule, V g, V& w, V& b) {
   //   CUDA       `round_to` and `packed` in csrc/cuda/memory.cuh
   //   Triton     `rounded_bits` in fused_tricks/backends/triton/elements.py, `to_bfloat16` in arithmetic.py beside it
   //   reference  the copy of the master at the end of `_update` in fused_tricks/backends/reference.py
+  //   import     `load_fp32_state_dict` in fused_tricks/fp32_weights.py
   // `adopt_foreign_values` in fused_tricks/step/plan.py recognises user writes: it compares the parameter with the same
   // rounding of the master. Change both together, or masters are overwritten with rounded values.
 }

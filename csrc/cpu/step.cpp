@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../core/chunk.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -14,8 +15,6 @@ namespace {
 
 // Up to this number of elements, waking other threads costs more than the threads save.
 constexpr int64_t kSmall = 1 << 15;
-// Elements of a chunk, the work unit of a thread.
-constexpr int64_t kChunk = 1 << 15;
 // From this number of elements on, the caches evict updated parameters before the next forward pass reads them.
 constexpr int64_t kLarge = 1 << 22;
 
@@ -71,8 +70,8 @@ void all_reduce(const Reduction& reduction, std::vector<double>& partials) {
 Step::Step(const Plan& plan) {
   for (size_t i = 0; i < plan.entries.size(); ++i) {
     const int64_t total = plan.entries[i].count;
-    for (int64_t begin = 0; begin < total; begin += kChunk)
-      chunks_.push_back({i, begin, std::min(kChunk, total - begin)});
+    for (int64_t begin = 0; begin < total; begin += kCpuChunk)
+      chunks_.push_back({i, begin, std::min(kCpuChunk, total - begin)});
     total_count_ += total;
   }
 }

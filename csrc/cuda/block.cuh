@@ -30,7 +30,7 @@ __device__ inline void find_grad(const Args& args, const ChunkRecord& chunk, con
   const int64_t rest = tensor.count - chunk.begin;
   work.type = tensor.type;
   work.grad_type = tensor.grad_type;
-  work.count = static_cast<int>(rest < kChunk ? rest : kChunk);
+  work.count = static_cast<int>(rest < kCudaChunk ? rest : kCudaChunk);
   work.grad =
       address == nullptr ? nullptr : static_cast<const char*>(address) + chunk.begin * size_of(tensor.grad_type);
 }

@@ -70,7 +70,7 @@ Step::Step(const Plan& plan) {
     }
     tensor_records_.push_back(record);
     if (groups_.size() <= entry.group) groups_.resize(entry.group + 1);
-    for (int64_t begin = 0; begin < record.count; begin += kChunk) {
+    for (int64_t begin = 0; begin < record.count; begin += kCudaChunk) {
       auto chunk = zeroed<ChunkRecord>();
       chunk.begin = begin;
       chunk.tensor = static_cast<int32_t>(i);

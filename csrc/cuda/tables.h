@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../core/chunk.h"
 #include "../core/dtype.h"
 #include "../core/group.h"
 #include "../core/state_tensors.h"
@@ -13,8 +14,6 @@
 namespace fused_tricks::cuda {
 
 constexpr int kThreads = 256;
-// Elements of a chunk, the work unit of a block.
-constexpr int kChunk = 8192;
 
 struct TensorRecord {
   void* param;

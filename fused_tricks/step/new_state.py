@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,12 @@ class _Note(NamedTuple):
             made. Each further element belongs to a buffer: the number of the update that first wrote the buffer, and
             -1 before that update.
         place: The index of the buffer in `notes`; 0 for a tensor without a note of its own.
+        version: The version counter of a new master; None for a buffer. User code increments it by a write.
     """
 
     notes: Tensor
     place: int
+    version: int | None
 
     def is_written(self, notes: Sequence[int], applied_steps: int) -> bool:
         """True if an update has written the tensor, given a copy of `notes` on the host."""
@@ -70,9 +72,9 @@ class NewState:
             notes = torch.full((1 + len(buffers),), -1, dtype=torch.int64, device=device)
             notes[0].copy_(step_state.applied_steps)
         for master in masters:
-            self._notes[master] = _Note(notes, 0)
+            self._notes[master] = _Note(notes, 0, master._version)
         for index, buffer in enumerate(buffers, start=1):
-            self._notes[buffer] = _Note(notes, index if local_part(buffer).numel() else 0)
+            self._notes[buffer] = _Note(notes, index if local_part(buffer).numel() else 0, None)
 
     def first_update_of(self, buffer: Tensor, device: torch.device) -> Tensor:
         """Returns the 0-dim INT64 note of the update that first wrote a buffer.
@@ -121,7 +123,7 @@ class NewState:
         for tensor, note in list(self._notes.items()):
             if id(note.notes) not in copies:
                 copies[id(note.notes)] = _on_host(note.notes)
-            if note.is_written(copies[id(note.notes)], applied_steps):
+            if note.is_written(copies[id(note.notes)], applied_steps) or _is_changed(tensor, note):
                 self.forget(tensor)
             else:
                 unwritten.append(tensor)
@@ -131,18 +133,20 @@ class NewState:
     def _is_written(note: _Note, step_state: StepState) -> bool:
         return note.is_written(_on_host(note.notes), step_state.read().applied_steps)
 
-    def __getstate__(self) -> list[tuple[Tensor, _Note]]:
-        return list(self._notes.items())
+    def __getstate__(self) -> tuple[list[tuple[Tensor, _Note]]]:
+        # A tuple, because pickle's protocols 0 and 1 leave out an empty state.
+        return (list(self._notes.items()),)
 
-    def __setstate__(self, state: list[tuple[Tensor, _Note]]) -> None:
+    def __setstate__(self, state: tuple[list[tuple[Tensor, _Note]]]) -> None:
         self.__init__()  # type: ignore[misc]
-        copies: dict[int, Any] = {}
-        for tensor, note in state:
-            # A shallow copy of an optimizer shares the buffers but not the steps, so the copy needs its own notes.
-            if id(note.notes) not in copies:
-                with outside_all_modes():
-                    copies[id(note.notes)] = note.notes.clone()
-            self._notes[tensor] = note._replace(notes=copies[id(note.notes)])
+        # A shallow copy of an optimizer shares the buffers, and therefore the notes.
+        for tensor, note in state[0]:
+            version = None if note.version is None else tensor._version
+            self._notes[tensor] = note._replace(version=version)
+
+
+def _is_changed(tensor: Tensor, note: _Note) -> bool:
+    return note.version is not None and tensor._version != note.version
 
 
 def _on_host(notes: Tensor) -> list[int]:

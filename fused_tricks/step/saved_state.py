@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .._torch import (
@@ -25,7 +26,11 @@ from .diagnostics import StepDiagnostics
 from .group_source import register_source
 from .lock import StepLock, one_at_a_time
 from .new_state import NewState
-from .optimizer_state import (
+from .options import FLAGS, NUMBERS
+from .ordinary_tensors import outside_all_modes, outside_inference_mode
+from .plan import Plan
+from .shared_memory import has_memory
+from .state_dict import (
     SCALE_KEYS,
     finish_state_dict,
     import_groups,
@@ -34,10 +39,6 @@ from .optimizer_state import (
     progress_of,
     restore_progress,
 )
-from .options import FLAGS, NUMBERS
-from .ordinary_tensors import outside_all_modes, outside_inference_mode
-from .plan import Plan
-from .shared_memory import has_memory
 
 
 class Prepared(NamedTuple):
@@ -67,10 +68,13 @@ class SavedState(Optimizer):
         """The state of each parameter, as in `torch.optim.Optimizer.state`: `momentum_buffer` and `master_param`.
 
         A parameter has its state from its first step on. A momentum buffer is zero until the first applied step. Until
-        then, `state_dict` leaves the buffer out, and the first update ignores values that user code writes into it.
-        Assigning a dict replaces the state.
+        then, `state_dict` leaves the buffer out, and the first update ignores values that user code writes into it. A
+        tensor that user code puts in its place counts as written. Assigning a dict replaces the state.
         """
         if is_asked_for_state():
+            # torch.distributed.checkpoint completes the state only if no parameter has any.
+            if self._new_state and len(self._drop_unwritten(list(self._state))) == 0:
+                self._prepared = None
             # torch.distributed.checkpoint loads only options that a group has already.
             self._note_progress()
         return self._state
@@ -83,6 +87,17 @@ class SavedState(Optimizer):
             self._state = state
             # The plan uses the masters and buffers of the former state.
             self._prepared = None
+
+    def _drop_unwritten(self, params: list[Any]) -> dict[Any, Any]:
+        """Removes the state of the given parameters if no update has written any of it; returns the state."""
+        unwritten = {id(tensor) for tensor in self._new_state.unwritten(self._step_state)}
+        held = [self._state[param] for param in params]
+        if all(
+            isinstance(own, dict) and all(id(value) in unwritten for value in own.values()) for own in held
+        ):
+            for param in params:
+                del self._state[param]
+        return self._state
 
     @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
@@ -117,6 +132,12 @@ class SavedState(Optimizer):
             unwritten = self._new_state.unwritten(self._step_state)
             finish_state_dict(packed, self.param_groups, unwritten, progress)
 
+        if self._new_state:
+            listed = {id(param) for group in self.param_groups for param in group["params"]}
+            # The base class cannot save the state of a parameter that is no longer in a group.
+            for param in list(self._state):
+                if isinstance(param, Tensor) and id(param) not in listed:
+                    self._drop_unwritten([param])
         with first_state_dict_hook(self, finish):
             return super().state_dict()
 

@@ -5,6 +5,7 @@ That they compute the right numbers is shown by every optimizer test, which runs
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import numpy as np
@@ -205,6 +206,7 @@ def test_a_graph_can_be_replayed_after_its_plan_was_replaced() -> None:
     assert all(tensor() is not None for tensor in used)
     graph.replay()
     del optimizer
+    gc.collect()
     assert all(tensor() is None for tensor in used)
 
 

@@ -1,4 +1,7 @@
-"""What only a GPU can show: streams, graphs, synchronisation and several devices."""
+"""What only a GPU can show: streams, graphs, synchronisation and several devices.
+
+Every test of the step runs on a GPU, too: `pytest tests/optimizer/test_overflow.py --backend cuda`.
+"""
 
 from __future__ import annotations
 

@@ -287,3 +287,21 @@ def load_plainly() -> None:
 
 def test_a_plain_checkpoint_is_divided_and_a_divided_one_gathered():
     ranks.run(2, load_plainly)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_checkpoint_after_a_skipped_first_step_has_the_state_of_every_parameter(form):
+    """Although one of them had no gradient in that step."""
+    model, other = (Products(torch.float16, ((3,), (3,))) for _ in range(2))
+    optimizer, resumed = (FusedSGD(each.parameters(), loss_scale=1.0, **OPTIONS) for each in (model, other))
+    model.weights[0].grad = torch.full_like(model.weights[0], float("inf"))
+    optimizer.step()
+    optimizer.zero_grad()
+    saved = deepcopy(get_optimizer_state_dict(model, optimizer, options=FORMATS[form]))
+    set_optimizer_state_dict(other, resumed, saved, options=FORMATS[form])
+    for each, of in ((model, optimizer), (other, resumed)):
+        for weight in each.weights:
+            weight.grad = torch.ones_like(weight)
+        of.step()
+    assert_all_same_bits(other.parameters(), model.parameters())
+    assert resumed.stats() == optimizer.stats()

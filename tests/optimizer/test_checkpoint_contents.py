@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_tricks import FusedSGD
-from fused_tricks.step.optimizer_state import SCALE_KEYS
+from fused_tricks.step.state_dict import SCALE_KEYS
 from support.comparison import (
     assert_all_same_bits,
     assert_same_bits,

@@ -170,3 +170,39 @@ def test_a_whole_optimizer_is_saved_between_a_skipped_first_step_and_its_first_u
         step(optimizer, param)
         step(loaded, loaded_param)
     assert_same_bits(loaded_param, param)
+
+
+def test_the_state_of_a_parameter_that_left_after_a_skipped_first_step_is_not_saved(backend, device):
+    optimizer, _ = skipped_first_step(backend, device)
+    other = Parameter(torch.ones(3, device=device))
+    optimizer.param_groups[0]["params"][0] = other
+    assert optimizer.state_dict()["state"] == {}
+    step(optimizer, other)
+    assert list(optimizer.state_dict()["state"]) == [0]
+
+
+def test_an_optimizer_is_pickled_by_every_protocol(backend, device):
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        param = Parameter(torch.ones(3, device=device))
+        loaded, loaded_param = pickle.loads(
+            pickle.dumps((FusedSGD([param], backend=backend, **DAMPED), param), protocol)
+        )
+        step(loaded, loaded_param)
+        assert len(loaded.state_dict()["state"]) == 1
+
+
+def test_a_shallow_copy_continues_from_buffers_that_the_original_has_written(backend, device):
+    if backend not in ("cpu", "reference"):
+        pytest.skip("a GPU takes the update of another optimizer with the same number for its own")
+    optimizer, param = skipped_first_step(backend, device, torch.float32, lr=1.0, dampening=0.0)
+    twin = copy.copy(optimizer)
+    step(optimizer, param)
+    assert list(twin.state_dict()["state"]) == [0]
+    step(twin, param)
+    assert optimizer.state[param]["momentum_buffer"].tolist() == [1.5] * 3
+
+
+def test_values_that_user_code_writes_into_a_new_master_are_saved(backend, device):
+    optimizer, param = skipped_first_step(backend, device)
+    optimizer.state[param]["master_param"].fill_(1 + 2**-12)
+    assert optimizer.state_dict()["state"][0]["master_param"].tolist() == [1 + 2**-12] * 3

@@ -27,7 +27,8 @@ from .parameters import (
 )
 from .shared_memory import missing_bytes
 
-# Keys in every group of a state dict that are not options.
+# The keys of numbers in every group of a state dict; they are not options of a group. STATE_TENSORS in parameters.py
+# has the keys of a parameter's tensors.
 COUNTERS = ("applied_steps", "skipped_steps")
 SCALE_KEYS = (*COUNTERS, "loss_scale", "growth_tracker", "hysteresis_tracker")
 MOST_STEPS = 2**62
