@@ -64,7 +64,7 @@ def test_processes_with_a_partition_group_skip_together_and_train_as_torchs_sgd(
 def refuse(original: bool) -> None:
     model = network(original)
     refused = [
-        ({"weight_decay": 0.1}, "nothing tells weights from biases"),
+        ({"weight_decay": 0.1}, "which makes weights look like biases"),
         ({"loss_scale": "dynamic"}, "each process would skip or clip by its own part"),
         ({"max_grad_norm": 1.0}, "each process would skip or clip by its own part"),
     ]
