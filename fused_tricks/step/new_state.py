@@ -95,10 +95,10 @@ class NewState:
     def replace(self, former: Tensor, tensor: Tensor, step_state: StepState, device: torch.device) -> None:
         """Replaces `former` in the record by `tensor`, which has the same values in another dtype, layout or device."""
         note = self._notes.pop(former, None)
-        if note is None:
+        if note is None or _is_changed(former, note):
             return
         if note.notes.device == device:
-            self._notes[tensor] = note
+            self._notes[tensor] = _for_tensor(note, tensor)
         elif not self._is_written(note, step_state):
             buffers = [tensor] if note.place else []
             self.add([] if buffers else [tensor], buffers, step_state, device)
@@ -141,8 +141,12 @@ class NewState:
         self.__init__()  # type: ignore[misc]
         # A shallow copy of an optimizer shares the buffers, and therefore the notes.
         for tensor, note in state[0]:
-            version = None if note.version is None else tensor._version
-            self._notes[tensor] = note._replace(version=version)
+            self._notes[tensor] = _for_tensor(note, tensor)
+
+
+def _for_tensor(note: _Note, tensor: Tensor) -> _Note:
+    # The version counter of a copy or a converted tensor is its own.
+    return note._replace(version=None if note.version is None else tensor._version)
 
 
 def _is_changed(tensor: Tensor, note: _Note) -> bool:

@@ -72,11 +72,12 @@ class SavedState(Optimizer):
         tensor that user code puts in its place counts as written. Assigning a dict replaces the state.
         """
         if is_asked_for_state():
-            # torch.distributed.checkpoint completes the state only if no parameter has any.
-            if self._new_state and len(self._drop_unwritten(list(self._state))) == 0:
-                self._prepared = None
-            # torch.distributed.checkpoint loads only options that a group has already.
-            self._note_progress()
+            with self._lock:
+                # torch.distributed.checkpoint completes the state only if no parameter has any.
+                if self._new_state and len(self._drop_unwritten(list(self._state))) == 0:
+                    self._prepared = None
+                # torch.distributed.checkpoint loads only options that a group has already.
+                self._note_progress()
         return self._state
 
     @state.setter

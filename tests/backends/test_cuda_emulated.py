@@ -206,6 +206,7 @@ def test_a_graph_can_be_replayed_after_its_plan_was_replaced() -> None:
     assert all(tensor() is not None for tensor in used)
     graph.replay()
     del optimizer
+    # The constructor of a process's first optimizer imports torch's compiler, which leaves a reference cycle.
     gc.collect()
     assert all(tensor() is None for tensor in used)
 

@@ -206,3 +206,20 @@ def test_values_that_user_code_writes_into_a_new_master_are_saved(backend, devic
     optimizer, param = skipped_first_step(backend, device)
     optimizer.state[param]["master_param"].fill_(1 + 2**-12)
     assert optimizer.state_dict()["state"][0]["master_param"].tolist() == [1 + 2**-12] * 3
+
+
+@pytest.mark.parametrize("value", [None, 1 + 2**-12])
+def test_a_new_master_that_changes_its_layout_is_saved_only_if_user_code_wrote_it(backend, device, value):
+    param = Parameter(torch.ones(2, 2, 2, 2, device=device, dtype=torch.float16))
+    optimizer = FusedSGD([param], lr=0.5, loss_scale=1.0, backend=backend)
+    step(optimizer, param, float("inf"))
+    master = optimizer.state[param]["master_param"]
+    if value is not None:
+        master.fill_(value)
+    param.data = param.data.contiguous(memory_format=torch.channels_last)
+    step(optimizer, param, float("inf"))
+    assert optimizer.state[param]["master_param"] is not master
+    saved = optimizer.state_dict()["state"]
+    assert [state["master_param"].unique().tolist() for state in saved.values()] == (
+        [] if value is None else [[value]]
+    )
