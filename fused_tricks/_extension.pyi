@@ -37,6 +37,8 @@ class CudaStep:
 
 __version__: str
 STATE_TENSORS: list[str]
+NUMBERS: list[str]
+FLAGS: list[str]
 
 def cuda_unusable_because(device: int) -> str: ...
 def connect(

@@ -166,10 +166,15 @@ def measure(options: argparse.Namespace) -> Measurement:
     contestants = [entry.contestant for entry in entries]
     rounds = options.host_rounds
     host = interleave(
-        contestants, rounds=rounds, warmup=5, device=device, repeats=HOST_REPEATS, shown_as="host time"
+        contestants,
+        rounds=rounds,
+        warmup=min(5, rounds),
+        device=device,
+        repeats=HOST_REPEATS,
+        shown_as="host time",
     )
     host_alternating = interleave(
-        contestants, rounds=rounds, warmup=20, device=device, shown_as="host time, new gradients"
+        contestants, rounds=rounds, warmup=min(20, rounds), device=device, shown_as="host time, new gradients"
     )
 
     peaks = {

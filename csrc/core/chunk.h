@@ -10,5 +10,6 @@ namespace fused_tricks {
 
 constexpr int64_t kCpuChunk = 1 << 15;
 constexpr int kCudaChunk = 8192;
+static_assert(kCpuChunk % 16 == 0 && kCudaChunk % 16 == 0, "a chunk must begin where 16-byte accesses may begin");
 
 }  // namespace fused_tricks

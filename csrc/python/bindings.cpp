@@ -42,6 +42,14 @@ double number(const py::handle& object) {
   return value;
 }
 
+// Returns the keys of a table of options.
+template <typename T, size_t N>
+std::vector<std::string> keys_of(const Option<T> (&options)[N]) {
+  std::vector<std::string> keys;
+  for (const Option<T>& option : options) keys.emplace_back(option.key);
+  return keys;
+}
+
 py::handle interned(const char* text) { return PyUnicode_InternFromString(text); }
 
 // The attributes of StepRequest (fused_tricks/step/request.py) and ScaleRule (fused_tricks/loss_scale.py).
@@ -194,6 +202,8 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
              py::arg("functions"), py::arg("samples"), py::arg("negative"));
   module.def("step_state_offsets", &step_state_offsets);
   module.attr("STATE_TENSORS") = std::vector<std::string>(std::begin(kStateKeys), std::end(kStateKeys));
+  module.attr("NUMBERS") = keys_of(kNumbers);
+  module.attr("FLAGS") = keys_of(kFlags);
   module.def("instruction_sets", &cpu::instruction_sets);
   module.def("selected_instruction_set", &cpu::selected_instruction_set);
   module.def("select_instruction_set", &cpu::select_instruction_set, py::arg("name"));

@@ -201,8 +201,7 @@ def test_the_ratios_of_a_step_can_be_taken_anew_from_its_samples(stepped: Path) 
 
 def test_step_sizes_reports_every_set_and_its_limit(tmp_path: Path) -> None:
     sets = ["--models", "mobilenet_v3_small", "--tensor-counts", "1", "3", "--element-counts", "100", "1000"]
-    quick = ["--seconds", "0.001", "--loop-mib", "1", "--device", "cpu", "--output", str(tmp_path)]
-    step_sizes.main([*sets, *quick])
+    step_sizes.main([*sets, *QUICK, "--output", str(tmp_path)])
     result = read(tmp_path, "step_sizes")
     points = [point for sweep in result["sweeps"].values() for point in sweep]
     assert [(point["tensors"], point["elements"]) for point in points] == [

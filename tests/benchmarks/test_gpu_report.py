@@ -189,16 +189,20 @@ def test_the_report_runs_to_the_end_on_a_fake_gpu(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(gpu_report.shutil, "which", lambda name: None if name in tools else which(name))
     # It takes a compiler a minute.
     monkeypatch.setitem(sys.modules, "triton", None)
-    options = ["--device", "cpu", "--tiny", "--seconds", "100000", "--output", str(tmp_path)]
+    # In the least size, train_resnet50 is train_resnet18 again.
+    expected = tuple(part for part in EVERY_PART if part != "train_resnet50")
+    options = ["--device", "cpu", "--tiny", "--seconds", "100000", "--parts", *expected]
     backends = ["--backend", "cpu", "--backend", "emulated_cuda"]
     code = gpu_report.main(
-        [*options, *backends], [sys.executable, str(TESTS / "support" / "with_fake_cuda.py")], graphs=True
+        [*options, *backends, "--output", str(tmp_path)],
+        [sys.executable, str(TESTS / "support" / "with_fake_cuda.py")],
+        graphs=True,
     )
     summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert code == 0, summary
     lines = (tmp_path / "numbers.jsonl").read_text(encoding="utf-8").splitlines()
     outcomes = {row["part"]: row for row in map(json.loads, lines)}
-    assert tuple(outcomes) == EVERY_PART
+    assert tuple(outcomes) == expected
     assert {name: row["why"] for name, row in outcomes.items() if row["ended"] != "ok"} == {
         "ncu": "not here: ncu",
         "sanitizer": "not here: compute-sanitizer",
@@ -212,6 +216,6 @@ def test_the_report_runs_to_the_end_on_a_fake_gpu(tmp_path: Path, monkeypatch: p
     assert "fused_tricks, CUDA graph" in outcomes["train_resnet18"]["results"][0]["contestants"]
     assert "### The kernels of our step" in summary and "check failed" not in summary
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {"step.png", "train_resnet18.png", "train_resnet50.png"}
+    assert pictures == {"step.png", "train_resnet18.png"}
     with tarfile.open(tmp_path / "logs.tar.gz") as archive:
         assert {"step.log", "step/step.json", "train_resnet18/train.md"} < set(archive.getnames())

@@ -151,9 +151,8 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_torchrun_trains_as_one_process_does(count):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+def test_torchrun_trains_as_one_process_does():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     # torchrun's own limits are 10 minutes and 1 minute.
     command += ["--rdzv-conf", f"join_timeout={ranks.PATIENCE},read_timeout={ranks.PATIENCE}"]
     # torchrun ends every process as soon as one of them fails.
@@ -169,7 +168,7 @@ def test_torchrun_trains_as_one_process_does(count):
     # Gloo of torch 2.10 writes lines of its own.
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
     answers = sorted(map(json.loads, lines), key=lambda answer: answer["rank"])
-    assert answers == [{"rank": rank, "of": count} for rank in range(count)]
+    assert answers == [{"rank": rank, "of": 2} for rank in range(2)]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import runpy
 import subprocess
 import sys
 from itertools import chain
@@ -54,18 +54,13 @@ def test_help_tells_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.count("(default: ") == len(vars(train.parse([]))) - len({"data", "tensorboard"})
 
 
-def run_without(modules: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the script as if the modules were not installed."""
-    code = (
-        f"import runpy, sys; sys.modules.update(dict.fromkeys({modules}))\n"
-        f"sys.argv = {[str(SCRIPT), *arguments]}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-
-
 def test_help_needs_none_of_the_packages_of_a_run() -> None:
-    finished = run_without(["torchvision", "tqdm", "mlxtend", "fused_tricks"], "--help")
+    code = (
+        "import runpy, sys\n"
+        "sys.modules.update(dict.fromkeys(['torchvision', 'tqdm', 'mlxtend', 'fused_tricks']))\n"
+        f"sys.argv = [{str(SCRIPT)!r}, '--help']\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.returncode == 0 and "--bias-decay" in finished.stdout
 
 
@@ -80,12 +75,16 @@ def test_help_needs_none_of_the_packages_of_a_run() -> None:
     ],
     ids=str,
 )
-def test_a_run_without_a_package_says_in_one_line_what_to_install(modules: list[str], named: str) -> None:
-    finished = run_without(modules, *DIGITS)
-    assert finished.returncode == 1
-    assert finished.stderr == (
-        f"examples/train.py needs {named}, which is not installed: "
-        'pip install ".[examples]" in the checkout\n'
+def test_a_run_without_a_package_says_in_one_line_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, modules: list[str], named: str
+) -> None:
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *DIGITS])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert ended.value.code == (
+        f'examples/train.py needs {named}, which is not installed: pip install ".[examples]" in the checkout'
     )
 
 

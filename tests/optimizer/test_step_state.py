@@ -10,6 +10,7 @@ import torch
 
 from fused_tricks.extension import load_extension, missing_because
 from fused_tricks.step.device_state import OFFSETS, StepState
+from fused_tricks.step.options import FLAGS, NUMBERS
 from fused_tricks.step.parameters import STATE_TENSORS
 
 
@@ -36,3 +37,10 @@ def test_the_extension_has_the_same_state_tensors_in_the_same_order() -> None:
     if missing_because() is not None:
         pytest.skip(str(missing_because()))
     assert tuple(load_extension().STATE_TENSORS) == STATE_TENSORS
+
+
+def test_the_extension_has_the_same_options() -> None:
+    if missing_because() is not None:
+        pytest.skip(str(missing_because()))
+    assert {"lr", *load_extension().NUMBERS} == set(NUMBERS)
+    assert set(load_extension().FLAGS) == set(FLAGS)
