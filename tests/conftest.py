@@ -26,8 +26,9 @@ GPU_BACKENDS = {"cuda"} if IS_INTERPRETED else {"cuda", "triton"}
 collect_ignore_glob = [] if torch.distributed.is_available() else ["distributed/*"]
 
 
-# Of each test, as many instances as run on Triton's interpreter, which takes 50 ms for a step.
-INTERPRETED = 6
+# Of each test, as many instances as run on Triton's interpreter, which takes 50 ms for a step: with the plan guard of
+# the extension, and with the plan guard in Python.
+INTERPRETED = {"triton": 5, backends.WITHOUT_EXTENSION: 3}
 
 
 def spread(items: list[pytest.Item], count: int) -> list[pytest.Item]:
@@ -50,7 +51,9 @@ def pytest_report_header() -> list[str]:
     reasons = {name: backends.left_out_because(name) for name in backends.NAMES}
     lines = [f"no tests of backend {name}: {reason}" for name, reason in reasons.items() if reason]
     if backends.is_slow("triton"):
-        lines.append(f"backend triton: {INTERPRETED} instances of a test; --backend=triton runs all")
+        lines.append(
+            f"backend triton: {INTERPRETED['triton']} instances of a test; --backend=triton runs all"
+        )
     return lines
 
 
@@ -83,7 +86,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("gpu")
         if backends.is_slow(name):
             item.add_marker("slow")
-    few = {item for instances in interpreted.values() for item in spread(instances, INTERPRETED)}
+    few = {
+        item
+        for (_, given), instances in interpreted.items()
+        for item in spread(instances, INTERPRETED[given])
+    }
     many = {item for instances in interpreted.values() for item in instances} - few
     items[:] = [item for item in kept if item not in many]
     left_out += many
@@ -118,7 +125,7 @@ def long_run(backend: str) -> int:
     """How many steps a test takes that compares a long run."""
     if backends.is_slow(backend):
         return 3
-    return 5 if backends.is_interpreted(backend) else 200
+    return 5 if backends.is_interpreted(backend) else 100
 
 
 @pytest.fixture

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,38 +132,3 @@ def train_branches() -> None:
 
 def test_a_parameter_that_one_process_does_not_use_is_updated_on_both_and_one_that_none_uses_on_neither():
     ranks.run(2, train_branches)
-
-
-def main() -> None:
-    """What torchrun starts: FP16 training, of which each process prints the result."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=ranks.PATIENCE))
-    torch.set_num_threads(1)
-    train("cpu", torch.float16, {})
-    # One write each, so that the processes' lines do not mix.
-    sys.stdout.write(json.dumps({"rank": dist.get_rank(), "of": dist.get_world_size()}) + "\n")
-    sys.stdout.flush()
-    dist.destroy_process_group()
-
-
-def test_torchrun_trains_as_one_process_does():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    # torchrun's own limits are 10 minutes and 1 minute.
-    command += ["--rdzv-conf", f"join_timeout={ranks.PATIENCE},read_timeout={ranks.PATIENCE}"]
-    # torchrun ends every process as soon as one of them fails.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [*command, str(Path(__file__))],
-        capture_output=True,
-        text=True,
-        timeout=ranks.PATIENCE,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr
-    # Gloo of torch 2.10 writes lines of its own.
-    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
-    answers = sorted(map(json.loads, lines), key=lambda answer: answer["rank"])
-    assert answers == [{"rank": rank, "of": 2} for rank in range(2)]
-
-
-if __name__ == "__main__":
-    main()
