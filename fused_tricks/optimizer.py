@@ -57,6 +57,8 @@ class FusedSGD(PlannedSteps):
         d = fma(momentum, b, g) if nesterov else b       d = g without momentum
         w = fma(-lr, d, w)
         param = round_to_nearest_even(w)                 parameters in FP16 and BF16
+        e = w                                            with ema_decay, first update of this average
+        e = fma(1 - ema_decay, w - e, e)                 later updates
 
     With FP32 parameters, `loss_scale=None` and `bias_decay=True`, the result equals `torch.optim.SGD(foreach=False)`
     bit for bit. Expanded gradients (with a stride of 0) are an exception, because torch rounds them differently,
@@ -78,7 +80,7 @@ class FusedSGD(PlannedSteps):
     FP16 gradients have neither a loss scale nor a `GradScaler` (`loss_scale=1.0` turns this warning off); and after 25
     skipped steps in a row with a static loss scale, with a dynamic loss scale at its floor, or without a loss scale.
 
-    All options from `lr` to `decoupled_weight_decay` may differ between groups.
+    All options from `lr` to `ema_warmup` may differ between groups.
 
     Args:
         params: Tensors, `(name, tensor)` pairs as from `named_parameters()`, or dicts that define groups.
@@ -94,6 +96,13 @@ class FusedSGD(PlannedSteps):
         decoupled_weight_decay: True to multiply a decaying weight by `1 - lr * weight_decay` before the update, as in
             `torch.optim.AdamW` and, bit for bit, timm's `SGDW`. False to add `weight_decay` times the weight to the
             gradient, as in `torch.optim.SGD`.
+        ema_decay: The decay of an exponential moving average of the weights, from 0 to 1, or None for no average. The
+            average is in FP32 (FP64 for an FP64 parameter), as `ema_param` in the optimizer's state. `ema_weights`
+            evaluates with the averages, and `ema_state_dict` exports them. Without skipped steps, the average of FP32
+            weights equals `torch.optim.swa_utils.AveragedModel` with `get_ema_multi_avg_fn(ema_decay)` bit for bit.
+            The average moves only in updates of its parameter.
+        ema_warmup: True for a decay of `min(ema_decay, (1 + t) / (10 + t))`, where `t` is the number of applied
+            updates, this update included.
         loss_scale: None, a positive number (a static scale), `"dynamic"`, or a `DynamicLossScale`.
         max_grad_norm: Clips by this global L2 norm, as `torch.nn.utils.clip_grad_norm_`, without a write to the
             gradients. `inf` only measures. Each backend sums the squares in a fixed order, in FP64 or in pairs of FP32
@@ -143,6 +152,8 @@ class FusedSGD(PlannedSteps):
         maximize: bool = False,
         bias_decay: bool = False,
         decoupled_weight_decay: bool = False,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
         loss_scale: float | str | DynamicLossScale | None = None,
         max_grad_norm: float | None = None,
         partition_group: ProcessGroup | None = None,
@@ -182,6 +193,8 @@ class FusedSGD(PlannedSteps):
                 "maximize": maximize,
                 "bias_decay": bias_decay,
                 "decoupled_weight_decay": decoupled_weight_decay,
+                "ema_decay": ema_decay,
+                "ema_warmup": ema_warmup,
                 "foreach": foreach,
                 "differentiable": differentiable,
                 "fused": fused,

@@ -114,9 +114,12 @@ def check_numbers(group: dict[str, Any]) -> None:
             if value.device.type != "cpu":
                 continue
             value = value.item()
+        elif value is None and option.takes_none:
+            continue
         else:
             check_number(name, value)
-        if not math.isfinite(as_double(value)) or (value < 0 and not option.takes_negative):
+        number = as_double(value)
+        if not math.isfinite(number) or number > option.most or (value < 0 and not option.takes_negative):
             raise ValueError(option.message.format(shown(value)) + _unfit(name, value))
     for name in FLAGS:
         value = group[name]
@@ -171,7 +174,7 @@ def check_range(group: dict[str, Any]) -> None:
             if value.device.type != "cpu":
                 continue
             value = value.item()
-        if math.isinf(to_float32(as_double(value))):
+        if value is not None and math.isinf(to_float32(as_double(value))):
             raise ValueError(f"{name}={value} does not fit FP32, in which the group's parameters are updated")
 
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "sgd_update.h"
+#include "state_tensors.h"
 #include "step_state.h"
 
 namespace fused_tricks {
@@ -16,38 +17,58 @@ struct Group {
   double momentum;
   double dampening;
   double weight_decay;
+  double ema_decay;  // kNone: no average
   bool lr_is_double;
   bool nesterov;
   bool maximize;
   bool bias_decay;
   bool decoupled_weight_decay;
+  bool ema_warmup;
   bool fits_float;  // no finite option overflows FP32
 };
+
+// The value of an option that is None. Same as NONE in fused_tricks/step/options.py.
+constexpr double kNone = -1.0;
 
 // An option and its key in a group's dict. `lr` is not an Option, because `lr` may be a tensor.
 template <typename T>
 struct Option {
+  using Field = T Group::*;
   const char* key;
-  T Group::* field;
+  Field field;
+  bool takes_none = false;
 };
 
 constexpr Option<double> kNumbers[] = {
     {"momentum", &Group::momentum},
     {"dampening", &Group::dampening},
     {"weight_decay", &Group::weight_decay},
+    {"ema_decay", &Group::ema_decay, true},
 };
 
 constexpr Option<bool> kFlags[] = {
-    {"nesterov", &Group::nesterov},
-    {"maximize", &Group::maximize},
-    {"bias_decay", &Group::bias_decay},
-    {"decoupled_weight_decay", &Group::decoupled_weight_decay},
+    {"nesterov", &Group::nesterov},     {"maximize", &Group::maximize},
+    {"bias_decay", &Group::bias_decay}, {"decoupled_weight_decay", &Group::decoupled_weight_decay},
+    {"ema_warmup", &Group::ema_warmup},
 };
 
+// True if the options switch a state tensor on. is_in_use in fused_tricks/step/parameters.py has the same conditions.
+FUSED_TRICKS_INLINE bool uses(const Group& group, size_t tensor) {
+  return (tensor == kBuffer && group.momentum != 0) || (tensor == kEma && group.ema_decay != kNone);
+}
+
+// Returns the decay of the average in update number `applied`, which is 1 for the first applied update.
+FUSED_TRICKS_INLINE double ema_decay_of(const Group& group, int64_t applied) {
+  if (!group.ema_warmup) return group.ema_decay;
+  const double updates = static_cast<double>(applied);
+  const double ramp = (1.0 + updates) / (10.0 + updates);
+  return ramp < group.ema_decay ? ramp : group.ema_decay;
+}
+
 // Returns the rule of one tensor. `lr`: the rate of this update. `is_matrix`: the parameter has more than one
-// dimension.
+// dimension. `is_first`: for each state tensor, true if this update is the first that writes it.
 template <typename T>
-FUSED_TRICKS_INLINE Rule<T> make_rule(const Group& group, double lr, bool is_matrix, bool is_first_update,
+FUSED_TRICKS_INLINE Rule<T> make_rule(const Group& group, double lr, bool is_matrix, const bool* is_first,
                                       const StepState& state, const StepRequest& request) {
   const bool decays = group.weight_decay != 0 && (group.bias_decay || is_matrix);
   Rule<T> rule{};
@@ -65,8 +86,15 @@ FUSED_TRICKS_INLINE Rule<T> make_rule(const Group& group, double lr, bool is_mat
   rule.decays = decays && !group.decoupled_weight_decay;
   rule.is_decoupled = decays && group.decoupled_weight_decay;
   rule.has_momentum = group.momentum != 0;
-  rule.is_first_update = is_first_update;
+  rule.is_first_update = is_first[kBuffer];
   rule.nesterov = group.nesterov;
+  rule.averages = uses(group, kEma);
+  rule.is_first_average = is_first[kEma];
+  if (rule.averages) {
+    rule.ema_weight = static_cast<T>(1.0 - ema_decay_of(group, state.applied_steps));
+    rule.from_weight = rule.ema_weight >= T(0.5);
+    if (rule.from_weight) rule.ema_weight -= T(1);
+  }
   return rule;
 }
 

@@ -23,9 +23,10 @@ struct Entry {
   bool is_matrix = false;  // more than one dimension: decays even without `bias_decay`
   void* param = nullptr;
   void* state[kStateTensors] = {};  // null: the parameter has no such tensor
-  int64_t* first_update = nullptr;  // number of the update that first wrote the buffer; -1 before
-  int32_t shard_class = 0;          // index of the gradient's sum of squares in the reduction
-  const void* grad = nullptr;       // of this step; null: no update
+  // Numbers of the updates that first wrote the state tensors; -1 before. Null: the tensor has no such number.
+  int64_t* first_update[kStateTensors] = {};
+  int32_t shard_class = 0;     // index of the gradient's sum of squares in the reduction
+  const void* grad = nullptr;  // of this step; null: no update
 };
 
 // The reduction over the processes that hold parts of one model.

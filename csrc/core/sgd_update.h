@@ -18,6 +18,7 @@ struct Rule {
   T momentum;
   T gradient_weight;  // 1 - dampening
   T minus_lr;
+  T ema_weight;  // 1 - decay; -decay if `from_weight`
   bool unscales;
   bool clips;
   bool maximizes;
@@ -26,6 +27,9 @@ struct Rule {
   bool has_momentum;
   bool is_first_update;  // the momentum buffer is uninitialised
   bool nesterov;
+  bool averages;
+  bool is_first_average;  // the average is uninitialised
+  bool from_weight;       // torch.lerp starts at the nearer end: at the weight if 1 - decay >= 0.5
 };
 
 FUSED_TRICKS_INLINE float fma(float a, float b, float c) {
@@ -87,6 +91,15 @@ FUSED_TRICKS_INLINE void sgd_update(const Rule<T>& rule, V g, V& w, V& b) {
   //   import     `load_fp32_state_dict` in fused_tricks/fp32_weights.py
   // `adopt_foreign_values` in fused_tricks/step/plan.py recognises user writes: it compares the parameter with the same
   // rounding of the master. Change both together, or masters are overwritten with rounded values.
+}
+
+// Moves the average `e` towards the new weight `w`, rounded as in torch.lerp. Only if `rule.averages`.
+template <typename V, typename T>
+FUSED_TRICKS_INLINE void average(const Rule<T>& rule, V w, V& e) {
+  V start = e;
+  if (rule.from_weight) start = w;
+  e = fma(V(rule.ema_weight), fma(V(T(-1)), e, w), start);
+  if (rule.is_first_average) e = w;
 }
 
 }  // namespace fused_tricks

@@ -117,13 +117,18 @@ double sum_of_squares(const void* grad, DType type, int64_t count) {
 
 // `Param` is float if the weight is the parameter itself.
 template <typename Simd, bool kStreams, typename Param, typename Grad>
-void update_vector(const Grad* grad, float* weight, float* buffer, Param* param, const Rule<float>& rule) {
+void update_vector(const Grad* grad, float* weight, float* buffer, float* ema, Param* param, const Rule<float>& rule) {
   using V = typename Simd::Float;
   V w = Simd::load(weight);
   V b = rule.has_momentum && !rule.is_first_update ? Simd::load(buffer) : V(0.0f);
   sgd_update(rule, Simd::load(grad), w, b);
   Simd::store(weight, w);
   if (rule.has_momentum) Simd::store(buffer, b);
+  if (rule.averages) {
+    V e = rule.is_first_average ? w : Simd::load(ema);
+    average(rule, w, e);
+    Simd::store(ema, e);
+  }
   if constexpr (kStreams) {
     Simd::stream(param, w);
   } else if constexpr (!std::is_same_v<Param, float>) {
@@ -136,23 +141,24 @@ void update_span(const Span& span, const Rule<float>& shared_rule) {
   const Rule<float> rule = shared_rule;  // a local copy stays in registers, because no store can alias the copy
   const auto* grad = static_cast<const Grad*>(span.grad);
   auto* weight = static_cast<float*>(span.weight);
-  // Without a buffer the pointer is never dereferenced, but arithmetic on a null pointer is undefined.
+  // The pointer to a missing tensor is never dereferenced, but arithmetic on a null pointer is undefined.
   auto* buffer = static_cast<float*>(span.state[kBuffer] != nullptr ? span.state[kBuffer] : span.weight);
+  auto* ema = static_cast<float*>(span.state[kEma] != nullptr ? span.state[kEma] : span.weight);
   auto* param = static_cast<Param*>(span.param);
   int64_t i = 0;
   if constexpr (!std::is_same_v<Param, float>) {
     if (span.streams && reinterpret_cast<uintptr_t>(param) % (sizeof(Param) * Simd::kWidth) == 0) {
       for (; i + Simd::kWidth <= span.count; i += Simd::kWidth) {
-        update_vector<Simd, true, Param, Grad>(grad + i, weight + i, buffer + i, param + i, rule);
+        update_vector<Simd, true, Param, Grad>(grad + i, weight + i, buffer + i, ema + i, param + i, rule);
       }
       Simd::finish_streams();
     }
   }
   for (; i + Simd::kWidth <= span.count; i += Simd::kWidth) {
-    update_vector<Simd, false, Param, Grad>(grad + i, weight + i, buffer + i, param + i, rule);
+    update_vector<Simd, false, Param, Grad>(grad + i, weight + i, buffer + i, ema + i, param + i, rule);
   }
   for (; i < span.count; ++i) {
-    update_vector<Scalar, false, Param, Grad>(grad + i, weight + i, buffer + i, param + i, rule);
+    update_vector<Scalar, false, Param, Grad>(grad + i, weight + i, buffer + i, ema + i, param + i, rule);
   }
 }
 
@@ -176,12 +182,18 @@ void update_double(const Span& span, const Rule<double>& shared_rule) {
   const auto* grad = static_cast<const double*>(span.grad);
   auto* weight = static_cast<double*>(span.weight);
   auto* buffer = static_cast<double*>(span.state[kBuffer]);
+  auto* ema = static_cast<double*>(span.state[kEma]);
   for (int64_t i = 0; i < span.count; ++i) {
     double w = weight[i];
     double b = rule.has_momentum && !rule.is_first_update ? buffer[i] : 0.0;
     sgd_update(rule, grad[i], w, b);
     weight[i] = w;
     if (rule.has_momentum) buffer[i] = b;
+    if (rule.averages) {
+      double e = rule.is_first_average ? w : ema[i];
+      average(rule, w, e);
+      ema[i] = e;
+    }
   }
 }
 

@@ -18,12 +18,16 @@ constexpr int64_t kSmall = 1 << 15;
 // From this number of elements on, the caches evict updated parameters before the next forward pass reads them.
 constexpr int64_t kLarge = 1 << 22;
 
-bool is_first_update(const Entry& entry, const Group& group) { return group.momentum != 0 && *entry.first_update < 0; }
+bool is_first_update(const Entry& entry, const Group& group, size_t tensor) {
+  return uses(group, tensor) && *entry.first_update[tensor] < 0;
+}
 
 template <typename T>
 Rule<T> rule_of(const Plan& plan, const Entry& entry, const StepRequest& request) {
   const Group& group = plan.groups[entry.group];
-  return make_rule<T>(group, group.lr, entry.is_matrix, is_first_update(entry, group), *plan.state, request);
+  bool is_first[kStateTensors];
+  for (size_t i = 0; i < kStateTensors; ++i) is_first[i] = is_first_update(entry, group, i);
+  return make_rule<T>(group, group.lr, entry.is_matrix, is_first, *plan.state, request);
 }
 
 const void* at(const void* base, DType type, int64_t index) {
@@ -51,8 +55,9 @@ Span span_of(const Entry& entry, const Chunk& chunk, bool streams) {
 // Runs after the update, because every thread reads `first_update` during the update.
 void note_first_updates(const Plan& plan) {
   for (const Entry& entry : plan.entries) {
-    if (entry.grad != nullptr && is_first_update(entry, plan.groups[entry.group])) {
-      *entry.first_update = plan.state->applied_steps;
+    if (entry.grad == nullptr) continue;
+    for (size_t i = 0; i < kStateTensors; ++i) {
+      if (is_first_update(entry, plan.groups[entry.group], i)) *entry.first_update[i] = plan.state->applied_steps;
     }
   }
 }

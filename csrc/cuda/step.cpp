@@ -61,7 +61,7 @@ Step::Step(const Plan& plan) {
     if (entry.live) {
       record.param = entry.param;
       std::copy(std::begin(entry.state), std::end(entry.state), record.state);
-      record.first_update = entry.first_update;
+      std::copy(std::begin(entry.first_update), std::end(entry.first_update), record.first_update);
       record.count = entry.count;
       record.group = static_cast<int32_t>(entry.group);
       record.type = entry.type;

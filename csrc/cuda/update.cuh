@@ -13,11 +13,11 @@ __device__ inline double learning_rate(const Group& group, int64_t applied) {
   return mul(group.lr, static_cast<double>(load(static_cast<const float*>(group.lr_pointer) + due)));
 }
 
-// True if update `number` is the first to write the tensor's buffer. In that update, the block of the first chunk
-// stores `number`, and the blocks of the other chunks read -1 or `number`. Both mean "first".
-__device__ inline bool is_first(const TensorRecord& tensor, const ChunkRecord& chunk, int64_t number) {
-  const int64_t first_update = load_fresh(tensor.first_update);
-  if (first_update < 0 && chunk.begin == 0) store_fresh(tensor.first_update, number);
+// True if update `number` is the first to write a state tensor, whose note is `noted`. In that update, the block of the
+// first chunk stores `number`, and the blocks of the other chunks read -1 or `number`. Both mean "first".
+__device__ inline bool is_first_update(int64_t* noted, const ChunkRecord& chunk, int64_t number) {
+  const int64_t first_update = load_fresh(noted);
+  if (first_update < 0 && chunk.begin == 0) store_fresh(noted, number);
   return first_update < 0 || first_update == number;
 }
 
@@ -29,17 +29,21 @@ __device__ inline void prepare_update(const Args& args, const StepState& state, 
   if (state.skip != 0) work.grad = nullptr;
   if (work.grad == nullptr) return;
   const Group group = args.more_groups != nullptr ? load(&args.more_groups[tensor.group]) : args.groups[tensor.group];
-  const bool is_first_update = group.momentum != 0 && is_first(tensor, chunk, state.applied_steps);
+  bool is_first[kStateTensors];
+#pragma unroll
+  for (size_t i = 0; i < kStateTensors; ++i)
+    is_first[i] = uses(group, i) && is_first_update(tensor.first_update[i], chunk, state.applied_steps);
   const double lr = learning_rate(group, state.applied_steps - 1);
   const int64_t state_size = tensor.type == DType::kFloat64 ? 8 : 4;
   work.param = static_cast<char*>(tensor.param) + chunk.begin * size_of(tensor.type);
+#pragma unroll
   for (size_t i = 0; i < kStateTensors; ++i)
     work.state[i] = static_cast<char*>(tensor.state[i]) + chunk.begin * state_size;
   work.weight = tensor.state[kMaster] == nullptr ? work.param : work.state[kMaster];
   if (tensor.type == DType::kFloat64) {
-    work.double_rule = make_rule<double>(group, lr, tensor.is_matrix, is_first_update, state, args.request);
+    work.double_rule = make_rule<double>(group, lr, tensor.is_matrix, is_first, state, args.request);
   } else {
-    work.rule = make_rule<float>(group, lr, tensor.is_matrix, is_first_update, state, args.request);
+    work.rule = make_rule<float>(group, lr, tensor.is_matrix, is_first, state, args.request);
   }
 }
 
@@ -101,25 +105,46 @@ __device__ inline void store_quads(float* address, const Elements<kCount>& eleme
   }
 }
 
-// Returns the new weights.
-template <int kStride = 4, int kCount>
-__device__ inline Elements<kCount> update_loaded(const Rule<float>& rule, const Elements<kCount>& grads,
-                                                 Elements<kCount> weights, Elements<kCount> buffers, float* weight,
-                                                 float* buffer) {
-  sgd_update(rule, grads, weights, buffers);
-  store_quads<kStride>(weight, weights);
-  if (rule.has_momentum) store_quads<kStride>(buffer, buffers);
-  return weights;
+// The addresses of a parameter's FP32 tensors. Without momentum or an average, the tensor's address is undefined.
+struct Tensors {
+  float* weight;
+  float* buffer;
+  float* ema;
+};
+
+__device__ inline Tensors operator+(const Tensors& tensors, int index) {
+  return {tensors.weight + index, tensors.buffer + index, tensors.ema + index};
 }
 
-// Returns the new weights.
+// Elements of a parameter's FP32 tensors.
+template <int kCount>
+struct TensorElements {
+  Elements<kCount> weights;
+  Elements<kCount> buffers;
+  Elements<kCount> averages;
+};
+
+template <int kCount, int kStride = 4>
+__device__ inline TensorElements<kCount> load_tensors(const Rule<float>& rule, const Tensors& from) {
+  TensorElements<kCount> elements;
+  elements.weights = load_quads<kCount, kStride>(from.weight);
+  elements.buffers = Elements<kCount>(0.0f);
+  if (rule.has_momentum && !rule.is_first_update) elements.buffers = load_quads<kCount, kStride>(from.buffer);
+  elements.averages = Elements<kCount>(0.0f);
+  if (rule.averages && !rule.is_first_average) elements.averages = load_quads<kCount, kStride>(from.ema);
+  return elements;
+}
+
 template <int kStride = 4, int kCount>
-__device__ inline Elements<kCount> update_quads_at(const Rule<float>& rule, const Elements<kCount>& grads,
-                                                   float* weight, float* buffer) {
-  return update_loaded<kStride>(
-      rule, grads, load_quads<kCount, kStride>(weight),
-      rule.has_momentum && !rule.is_first_update ? load_quads<kCount, kStride>(buffer) : Elements<kCount>(0.0f), weight,
-      buffer);
+__device__ inline void update_and_store(const Rule<float>& rule, const Elements<kCount>& grads,
+                                        TensorElements<kCount>& elements, const Tensors& to) {
+  sgd_update(rule, grads, elements.weights, elements.buffers);
+  store_quads<kStride>(to.weight, elements.weights);
+  if (rule.has_momentum) store_quads<kStride>(to.buffer, elements.buffers);
+  if (rule.averages) {
+    average(rule, elements.weights, elements.averages);
+    store_quads<kStride>(to.ema, elements.averages);
+  }
 }
 
 template <typename T>
@@ -149,8 +174,8 @@ __device__ inline void swap_quads(bool odd, Words4& words) {
 }
 
 template <typename Param, typename Grad>
-__device__ inline int update_pairs(const Rule<float>& rule, const Grad* grad, float* weight, float* buffer,
-                                   Param* param, int count) {
+__device__ inline int update_pairs(const Rule<float>& rule, const Grad* grad, const Tensors& tensors, Param* param,
+                                   int count) {
   const int pairs = count / 16;
   const bool odd = threadIdx.x % 2 != 0;
   for (int first = 0; first < pairs; first += kThreads / 2) {  // the same count in every lane, because of the shuffles
@@ -159,36 +184,54 @@ __device__ inline int update_pairs(const Rule<float>& rule, const Grad* grad, fl
     const int own = 16 * pair + (odd ? 8 : 0);
     const int quad = 16 * pair + (odd ? 4 : 0);
     Words4 words = {0, 0, 0, 0};
-    Elements<8> grads, weights, buffers(0.0f);
+    Elements<8> grads;
+    TensorElements<8> elements;
     // All loads come first, because the shuffle waits for the gradient.
     if (inside) {
       if constexpr (sizeof(Grad) == 2)
         words = load_words_once(grad + own);
       else
         grads = load_quads<8, 8>(grad + quad);
-      weights = load_quads<8, 8>(weight + quad);
-      if (rule.has_momentum && !rule.is_first_update) buffers = load_quads<8, 8>(buffer + quad);
+      elements = load_tensors<8, 8>(rule, tensors + quad);
     }
     if constexpr (sizeof(Grad) == 2) {
       swap_quads(odd, words);
       grads = unpacked_words<Grad>(words);
     }
-    if (inside)
-      words = packed_words<Param>(update_loaded<8>(rule, grads, weights, buffers, weight + quad, buffer + quad));
+    if (inside) {
+      update_and_store<8>(rule, grads, elements, tensors + quad);
+      words = packed_words<Param>(elements.weights);
+    }
     swap_quads(odd, words);
     if (inside) store_words(param + own, words);
   }
   return 16 * pairs;
 }
 
-__device__ inline int update_quads(const Rule<float>& rule, const float* grad, float* weight, float* buffer,
-                                   int count) {
+__device__ inline int update_quads(const Rule<float>& rule, const float* grad, const Tensors& tensors, int count) {
   const int quads = count / 4;
 #pragma unroll 2
   for (int i = static_cast<int>(threadIdx.x); i < quads; i += kThreads) {
-    update_quads_at(rule, load_quads<4>(grad + 4 * i), weight + 4 * i, buffer + 4 * i);
+    TensorElements<4> elements = load_tensors<4>(rule, tensors + 4 * i);
+    update_and_store(rule, load_quads<4>(grad + 4 * i), elements, tensors + 4 * i);
   }
   return 4 * quads;
+}
+
+// Updates one element, and returns the new weight.
+template <typename T>
+__device__ inline T update_element(const Rule<T>& rule, T grad, T* weight, T* buffer, T* ema) {
+  T w = load_element(weight);
+  T b = rule.has_momentum && !rule.is_first_update ? load_element(buffer) : T(0);
+  T e = rule.averages && !rule.is_first_average ? load_element(ema) : T(0);
+  sgd_update(rule, grad, w, b);
+  store_element(weight, w);
+  if (rule.has_momentum) store_element(buffer, b);
+  if (rule.averages) {
+    average(rule, w, e);
+    store_element(ema, e);
+  }
+  return w;
 }
 
 // `Param` is the element type of a 16-bit parameter; float if the weight is the parameter itself.
@@ -196,23 +239,21 @@ template <typename Param, typename Grad>
 __device__ inline void update_span(const BlockWork& work) {
   const Rule<float> rule = work.rule;
   const auto* grad = reinterpret_cast<const Grad*>(work.grad);
-  auto* weight = reinterpret_cast<float*>(work.weight);
-  auto* buffer = reinterpret_cast<float*>(work.state[kBuffer]);
+  const Tensors tensors = {reinterpret_cast<float*>(work.weight), reinterpret_cast<float*>(work.state[kBuffer]),
+                           reinterpret_cast<float*>(work.state[kEma])};
   auto* param = reinterpret_cast<Param*>(work.param);
   int done = 0;
-  if (is_aligned(grad) && is_aligned(weight) && is_aligned(param) && (!rule.has_momentum || is_aligned(buffer))) {
+  if (is_aligned(grad) && is_aligned(tensors.weight) && is_aligned(param) &&
+      (!rule.has_momentum || is_aligned(tensors.buffer)) && (!rule.averages || is_aligned(tensors.ema))) {
     if constexpr (sizeof(Param) == 2) {
-      done = update_pairs(rule, grad, weight, buffer, param, work.count);
+      done = update_pairs(rule, grad, tensors, param, work.count);
     } else {
-      done = update_quads(rule, grad, weight, buffer, work.count);
+      done = update_quads(rule, grad, tensors, work.count);
     }
   }
   for (int i = done + static_cast<int>(threadIdx.x); i < work.count; i += kThreads) {
-    float w = load_element(weight + i);
-    float b = rule.has_momentum && !rule.is_first_update ? load_element(buffer + i) : 0.0f;
-    sgd_update(rule, to_float(load_element(grad + i)), w, b);
-    store_element(weight + i, w);
-    if (rule.has_momentum) store_element(buffer + i, b);
+    const Tensors at = tensors + i;
+    const float w = update_element(rule, to_float(load_element(grad + i)), at.weight, at.buffer, at.ema);
     if constexpr (sizeof(Param) == 2) {
       Param rounded;
       round_to(rounded, w);
@@ -226,12 +267,9 @@ __device__ inline void update_double_span(const BlockWork& work) {
   const auto* grad = reinterpret_cast<const double*>(work.grad);
   auto* weight = reinterpret_cast<double*>(work.weight);
   auto* buffer = reinterpret_cast<double*>(work.state[kBuffer]);
+  auto* ema = reinterpret_cast<double*>(work.state[kEma]);
   for (int i = static_cast<int>(threadIdx.x); i < work.count; i += kThreads) {
-    double w = load_element(weight + i);
-    double b = rule.has_momentum && !rule.is_first_update ? load_element(buffer + i) : 0.0;
-    sgd_update(rule, load_element(grad + i), w, b);
-    store_element(weight + i, w);
-    if (rule.has_momentum) store_element(buffer + i, b);
+    update_element(rule, load_element(grad + i), weight + i, buffer + i, ema + i);
   }
 }
 

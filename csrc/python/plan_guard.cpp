@@ -44,6 +44,12 @@ double number(PyObject* dict, PyObject* key) {
   return value;
 }
 
+// Returns the option kNumbers[index] of a group.
+double number(PyObject* dict, size_t index) {
+  PyObject* key = names().numbers[index];
+  return kNumbers[index].takes_none && item(dict, key) == Py_None ? kNone : number(dict, key);
+}
+
 bool truth(PyObject* dict, PyObject* key) {
   const int value = PyObject_IsTrue(item(dict, key));
   if (value < 0) throw py::error_already_set();
@@ -157,6 +163,7 @@ void PlanGuard::add_entry(const py::handle& item) {
   if (entry.live) {
     const py::object alias = item.attr("alias");
     const py::tuple state = item.attr("state");
+    const py::tuple first_update = item.attr("first_update");
     TensorView tensor;
     if (!read_tensor(guarded.source, tensor)) throw std::invalid_argument("a parameter's dtype is not supported");
     entry.type = tensor.type;
@@ -167,15 +174,15 @@ void PlanGuard::add_entry(const py::handle& item) {
     entry.param = tensor.data;
     for (size_t i = 0; i < kStateTensors; ++i) {
       entry.state[i] = data_of(state[i]);
+      entry.first_update[i] = static_cast<int64_t*>(data_of(first_update[i]));
+      guarded.has_state[i] = !state[i].is_none();
       guarded.own[i] = state[i].ptr();
     }
-    entry.first_update = static_cast<int64_t*>(data_of(item.attr("first_update")));
     entry.shard_class = item.attr("shard_class").cast<int32_t>();
     if (!alias.is_none()) guarded.alias = alias.ptr();
     guarded.layout.shape.assign(tensor.shape, tensor.shape + tensor.dimensions);
     guarded.layout.strides.assign(tensor.strides, tensor.strides + tensor.dimensions);
     guarded.device = tensor.device;
-    guarded.has_buffer = !state[kBuffer].is_none();
     guarded.watches_version = item.attr("watches_version").cast<bool>();
     if (guarded.watches_version) guarded.version = version_of(guarded.object);
   }
@@ -259,7 +266,9 @@ bool PlanGuard::refresh_entry(Entry& entry, GuardedEntry& guarded) {
   // A wrapper subclass has elements but no address.
   if (gradient.data == nullptr && entry.count > 0) return false;
   if (gradient.type != entry.grad_type) return false;
-  if (plan.groups[entry.group].momentum != 0 && !guarded.has_buffer) return false;
+  for (size_t i = 0; i < kStateTensors; ++i) {
+    if (!guarded.has_state[i] && uses(plan.groups[entry.group], i)) return false;
+  }
   if (guarded.watches_version && version_of(guarded.object) != guarded.version) return false;
   // An empty tensor may have no address, and has no elements to update.
   entry.grad = entry.count == 0 ? nullptr : gradient.data;
@@ -337,7 +346,7 @@ bool PlanGuard::refresh(const py::list& group_dicts, const py::dict& optimizer_s
     PyObject* dict = handle.ptr();
     Group group{};
     read_lr(dict, group);
-    for (size_t i = 0; i < std::size(kNumbers); ++i) group.*kNumbers[i].field = number(dict, names().numbers[i]);
+    for (size_t i = 0; i < std::size(kNumbers); ++i) group.*kNumbers[i].field = number(dict, i);
     for (size_t i = 0; i < std::size(kFlags); ++i) group.*kFlags[i].field = truth(dict, names().flags[i]);
     group.fits_float = fits_float(group.lr);
     for (const auto& option : kNumbers) group.fits_float = group.fits_float && fits_float(group.*option.field);

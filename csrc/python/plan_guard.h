@@ -31,7 +31,7 @@ struct GuardedEntry {
   PyObject* alias = nullptr;   // shares the parameter's version counter; null for a stand-in
   Layout layout;
   dlpack::Device device{};
-  bool has_buffer = false;       // true for an empty buffer, too, whose address is null
+  bool has_state[kStateTensors] = {};  // true for an empty tensor, too, whose address is null
   bool watches_version = false;  // a new version means that user code wrote to the parameter
   int64_t version = 0;
   int64_t version_step = 1;   // growth in one update; more than 1 if parameters are views that share the counter

@@ -30,7 +30,8 @@ class CompiledEntry(NamedTuple):
         grad_dtype: The dtype of the gradients.
         state: The local parts of the state tensors, in the order of `STATE_TENSORS`; None for a missing one.
         watches_version: True if a changed version counter of the parameter makes the plan stale.
-        first_update: The note of the number of the update that first writes the momentum buffer.
+        first_update: The notes of the numbers of the updates that first write the state tensors, in the order of
+            `STATE_TENSORS`; None for a tensor without a note.
         shard_class: The index of the shard class.
     """
 
@@ -42,7 +43,7 @@ class CompiledEntry(NamedTuple):
     grad_dtype: torch.dtype | None
     state: tuple[Tensor | None, ...]
     watches_version: bool
-    first_update: Tensor | None
+    first_update: tuple[Tensor | None, ...]
     shard_class: int
 
 
@@ -105,7 +106,7 @@ class CompiledPlanGuard:
                 grad_dtype=entry.grad_dtype,
                 state=tuple(map(entry.local_state.get, STATE_TENSORS)),
                 watches_version=entry.master is not None and not entry.is_staged,
-                first_update=entry.first_update,
+                first_update=tuple(map(entry.first_updates.get, STATE_TENSORS)),
                 shard_class=entry.shard_class,
             )
             for entry, alias in zip(plan.entries, aliases, strict=True)

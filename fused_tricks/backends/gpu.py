@@ -52,7 +52,7 @@ class GpuStepper:
         # Overlapping launches of another plan, a mistake of user code, may have left a wrong count.
         step_state.block[OFFSETS["arrivals"] :][:4].zero_()
         stand_ins = [entry.source for entry in plan.entries if entry.is_copy]
-        notes = [entry.first_update for entry in plan.entries if entry.first_update is not None]
+        notes = [note for entry in plan.entries for note in entry.first_updates.values()]
         self._memory: list[Tensor] = [*notes, *stand_ins]
         if plan.reduction is not None:
             self._memory.append(plan.reduction.partials)

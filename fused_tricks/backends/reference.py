@@ -14,7 +14,7 @@ from ..step.device_state import StepState, to_float32
 from ..step.entry import Entry
 from ..step.options import FLAGS, NUMBERS
 from ..step.ordinary_tensors import outside_all_modes
-from ..step.parameters import state_dtype
+from ..step.parameters import EMA_PARAM, MOMENTUM_BUFFER, STATE_TENSORS, is_in_use, state_dtype
 from ..step.plan import Plan
 from ..step.request import Outcome, StepRequest
 from ..step.shared_memory import has_memory
@@ -51,17 +51,17 @@ class ReferenceStepper:
         if found:
             return Outcome.SKIPPED
         for entry, grad, group in active:
-            is_first_update = group["momentum"] != 0 and self._note_update(entry)
-            _update(entry, grad, group, inverse_scale if request.unscales else None, clip, is_first_update)
+            is_first = {key: is_in_use(key, group) and self._note_update(entry, key) for key in STATE_TENSORS}
+            _update(entry, grad, group, inverse_scale if request.unscales else None, clip, is_first)
         return Outcome.APPLIED
 
-    def _note_update(self, entry: Entry) -> bool:
-        """Returns True if this update is the first of the entry's buffer, and notes a first update."""
-        assert entry.first_update is not None
+    def _note_update(self, entry: Entry, key: str) -> bool:
+        """Returns True if this update is the first that writes a state tensor, and notes a first update."""
+        first_update = entry.first_updates[key]
         with outside_all_modes():
-            is_first_update = int(entry.first_update) < 0
+            is_first_update = int(first_update) < 0
             if is_first_update:
-                entry.first_update.copy_(self._step_state.applied_steps)
+                first_update.copy_(self._step_state.applied_steps)
         return is_first_update
 
     def _active(self, groups: list[dict[str, Any]]) -> Iterator[tuple[Entry, Tensor, dict[str, Any]]]:
@@ -163,12 +163,21 @@ def _numbers(group: dict[str, Any], applied: int) -> dict[str, Any]:
     """Returns the options as Python numbers. Raises if an option is not a number, before anything is changed."""
     rate = device_lr_of(group["lr"])
     lr = group["lr"] if rate is None else rate.after(applied)
-    numbers = {name: as_float(lr if name == "lr" else group[name]) for name in NUMBERS}
-    return numbers | {name: bool(group[name]) for name in FLAGS}
+    options = {name: lr if name == "lr" else group[name] for name in NUMBERS}
+    numbers: dict[str, Any] = {
+        name: None if value is None and NUMBERS[name].takes_none else as_float(value)
+        for name, value in options.items()
+    }
+    numbers |= {name: bool(group[name]) for name in FLAGS}
+    if numbers["ema_decay"] is not None and numbers["ema_warmup"]:
+        updates = applied + 1
+        numbers["ema_decay"] = min(numbers["ema_decay"], (1 + updates) / (10 + updates))
+    return numbers
 
 
 def _overflows_float32(numbers: dict[str, Any]) -> bool:
-    return any(math.isfinite(numbers[name]) and math.isinf(to_float32(numbers[name])) for name in NUMBERS)
+    values = [numbers[name] for name in NUMBERS if numbers[name] is not None]
+    return any(math.isfinite(value) and math.isinf(to_float32(value)) for value in values)
 
 
 def _update(
@@ -177,7 +186,7 @@ def _update(
     group: dict[str, Any],
     inverse_scale: float | None,
     clip: float | None,
-    is_first_update: bool,
+    is_first: dict[str, bool],
 ) -> None:
     weight = entry.source if entry.master is None else entry.master
     grad = grad.to(state_dtype(entry.source))
@@ -195,7 +204,7 @@ def _update(
     direction = grad
     if group["momentum"] != 0:
         assert entry.buffer is not None
-        if is_first_update:
+        if is_first[MOMENTUM_BUFFER]:
             entry.buffer.copy_(grad)
         else:
             entry.buffer.mul_(group["momentum"]).add_(grad, alpha=1 - group["dampening"])
@@ -203,6 +212,12 @@ def _update(
     weight.add_(direction, alpha=-group["lr"])
     if entry.master is not None:
         entry.source.copy_(entry.master)
+    if group["ema_decay"] is not None:
+        assert entry.ema is not None
+        if is_first[EMA_PARAM]:
+            entry.ema.copy_(weight)
+        else:
+            entry.ema.lerp_(weight, 1 - group["ema_decay"])
 
 
 def _is_finite(grad: Tensor) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .parameters import MASTER_PARAM, MOMENTUM_BUFFER
+from .parameters import EMA_PARAM, MASTER_PARAM, MOMENTUM_BUFFER
 
 
 @dataclass(eq=False)
@@ -28,8 +28,8 @@ class Entry:
         shard_class: The parameter's shard class in `StepReduction`.
         state: The parameter's tensors in the optimizer's state, by their keys there.
         local_state: The local parts of these tensors, with the strides of `source`.
-        first_update: 0-dim INT64, the number of the update that first wrote `buffer`; -1 before that update. The
-            backends write the number.
+        first_updates: By the keys of `state`, except the master: 0-dim INT64, the number of the update that first
+            wrote the tensor; -1 before that update. The backends write the number.
         identity: The parameter's address and version counters when `master` was last synchronised with the parameter.
         storage: A reference to the parameter's memory, so that other data cannot get the same address.
     """
@@ -43,7 +43,7 @@ class Entry:
     shard_class: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
     local_state: dict[str, Tensor] = field(default_factory=dict)
-    first_update: Tensor | None = None
+    first_updates: dict[str, Tensor] = field(default_factory=dict)
     identity: tuple[int, ...] = ()
     storage: Tensor | None = None
 
@@ -56,6 +56,11 @@ class Entry:
     def buffer(self) -> Tensor | None:
         """The local part of the momentum buffer, in the dtype of the arithmetic."""
         return self.local_state.get(MOMENTUM_BUFFER)
+
+    @property
+    def ema(self) -> Tensor | None:
+        """The local part of the average of the weights, in the dtype of the arithmetic."""
+        return self.local_state.get(EMA_PARAM)
 
     @property
     def is_staged(self) -> bool:

@@ -18,11 +18,11 @@ class _Note(NamedTuple):
     """The location of the note of a tensor's first update.
 
     Attributes:
-        notes: INT64 tensor of shape (1 + buffers,). Element 0 is the number of applied steps when the tensors were
-            made. Each further element belongs to a buffer: the number of the update that first wrote the buffer, and
-            -1 before that update.
-        place: The index of the buffer in `notes`; 0 for a tensor without a note of its own.
-        version: The version counter of a new master; None for a buffer. User code increments it by a write.
+        notes: INT64 tensor of shape (1 + tensors without values,). Element 0 is the number of applied steps when the
+            tensors were made. Each further element belongs to a tensor without values: the number of the update that
+            first wrote the tensor, and -1 before that update.
+        place: The index of the tensor in `notes`; 0 for a tensor without a note of its own.
+        version: The version counter of a new master; None for other tensors. User code increments it by a write.
     """
 
     notes: Tensor
@@ -35,12 +35,12 @@ class _Note(NamedTuple):
 
 
 class NewState:
-    """The record of masters and momentum buffers that a plan has made and that may be unwritten.
+    """The record of state tensors that a plan has made and that may be unwritten.
 
-    Each plan that makes masters or buffers has one INT64 tensor of notes. Every backend notes the first update of a
-    buffer there. The notes are on the parameters' device, because the skip decision of a first step is made there.
+    Each plan that makes state tensors has one INT64 tensor of notes. Every backend notes the first update of a momentum
+    buffer or an average there. The notes are on the parameters' device, because the skip decision of a first step is made there.
     The notes keep their address, because captured CUDA graphs continue to write them. A master is made with its
-    parameter's values and has no note of its own: a master counts as written after the first applied step. A buffer
+    parameter's values and has no note of its own: a master counts as written after the first applied step. A tensor
     without elements is treated like a master.
     """
 
@@ -54,7 +54,7 @@ class NewState:
     def add(
         self,
         masters: Sequence[Tensor],
-        buffers: Sequence[Tensor],
+        without_values: Sequence[Tensor],
         step_state: StepState,
         device: torch.device,
     ) -> None:
@@ -62,28 +62,28 @@ class NewState:
 
         Args:
             masters: Copies of parameters.
-            buffers: Momentum buffers without a valid value.
+            without_values: Momentum buffers and averages without valid values.
             step_state: The optimizer's step state.
             device: The device of the notes.
         """
-        if not masters and not buffers:
+        if not masters and not without_values:
             return
         with outside_all_modes():
-            notes = torch.full((1 + len(buffers),), -1, dtype=torch.int64, device=device)
+            notes = torch.full((1 + len(without_values),), -1, dtype=torch.int64, device=device)
             notes[0].copy_(step_state.applied_steps)
         for master in masters:
             self._notes[master] = _Note(notes, 0, master._version)
-        for index, buffer in enumerate(buffers, start=1):
-            self._notes[buffer] = _Note(notes, index if local_part(buffer).numel() else 0, None)
+        for index, tensor in enumerate(without_values, start=1):
+            self._notes[tensor] = _Note(notes, index if local_part(tensor).numel() else 0, None)
 
-    def first_update_of(self, buffer: Tensor, device: torch.device) -> Tensor:
-        """Returns the 0-dim INT64 note of the update that first wrote a buffer.
+    def first_update_of(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Returns the 0-dim INT64 note of the update that first wrote a momentum buffer or an average.
 
         Args:
-            buffer: The buffer. Buffers that are not recorded share one note of 0.
-            device: The device of the shared note. For a recorded buffer, the device of `add`.
+            tensor: The buffer or average. Tensors that are not recorded share one note of 0.
+            device: The device of the shared note. For a recorded tensor, the device of `add`.
         """
-        note = self._notes.get(buffer)
+        note = self._notes.get(tensor)
         with outside_all_modes():
             if note is not None and note.place:
                 first_update: Tensor = note.notes[note.place]
@@ -100,8 +100,8 @@ class NewState:
         if note.notes.device == device:
             self._notes[tensor] = _for_tensor(note, tensor)
         elif not self._is_written(note, step_state):
-            buffers = [tensor] if note.place else []
-            self.add([] if buffers else [tensor], buffers, step_state, device)
+            without_values = [tensor] if note.place else []
+            self.add([] if without_values else [tensor], without_values, step_state, device)
 
     def forget(self, tensor: Tensor) -> None:
         """Removes a tensor from the record: the tensor counts as written."""

@@ -13,10 +13,18 @@ from .shared_memory import GRADIENT, PARAMETER, has_memory, missing_bytes, overl
 
 MASTER_PARAM = "master_param"
 MOMENTUM_BUFFER = "momentum_buffer"
-STATE_TENSORS = (MASTER_PARAM, MOMENTUM_BUFFER)
+EMA_PARAM = "ema_param"
+STATE_TENSORS = (MASTER_PARAM, MOMENTUM_BUFFER, EMA_PARAM)
 """The keys of a parameter's tensors in the optimizer's state, in the order of csrc/core/state_tensors.h."""
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 SUPPORTED = (*LOW_PRECISION, torch.float32, torch.float64)
+
+
+def is_in_use(key: str, group: dict[str, Any]) -> bool:
+    """True if the options of a group switch a state tensor on. `uses` in csrc/core/group.h has the same conditions."""
+    return (key == MOMENTUM_BUFFER and group["momentum"] != 0) or (
+        key == EMA_PARAM and group["ema_decay"] is not None
+    )
 
 
 def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:
@@ -43,7 +51,7 @@ def is_wrapper(tensor: Tensor) -> bool:
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
-    """Returns the dtype of arithmetic, masters and momentum buffers: FP64 for an FP64 parameter, otherwise FP32."""
+    """Returns the dtype of the arithmetic and of the state tensors: FP64 for an FP64 parameter, otherwise FP32."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,12 +17,15 @@ from .device_state import StepState
 from .entry import Entry
 from .new_state import NewState
 from .parameters import (
+    EMA_PARAM,
     LOW_PRECISION,
     MASTER_PARAM,
     MOMENTUM_BUFFER,
+    STATE_TENSORS,
     SUPPORTED,
     check_state,
     check_update,
+    is_in_use,
     is_wrapper,
     named_parameters,
     state_dtype,
@@ -39,6 +43,11 @@ from .shared_memory import (
 from .stand_ins import StandIns, identity_of, same_strides
 
 
+# The values of new state tensors, until their first update. In a file of torch.distributed.checkpoint, a tensor of NaN
+# shows that no update has written the average.
+_UNWRITTEN = {MOMENTUM_BUFFER: 0.0, EMA_PARAM: math.nan}
+
+
 @dataclass
 class Plan:
     """The entries of all parameters, in the order of the groups.
@@ -48,7 +57,7 @@ class Plan:
         lrs: The `lr` of each group when the plan was made. A tensor may follow the applied steps (`DeviceLR`).
         reduction: The reduction over processes; None if this process decides alone.
         is_in_order: True if parameters must be updated one after the other, because some share memory.
-        placed: The keys of the masters and buffers that the plan has put into the optimizer's state, by parameter.
+        placed: The keys of the state tensors that the plan has put into the optimizer's state, by parameter.
         stand_ins: The stand-ins among the entries' sources.
         is_outdated: True if the plan is stale for a reason that the plan guards of the backends do not check.
     """
@@ -72,7 +81,7 @@ class Plan:
         )
 
     def place_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Puts the plan's masters and buffers into the optimizer's state, unless they are already there."""
+        """Puts the plan's state tensors into the optimizer's state, unless they are already there."""
         owned = {entry.param: entry.state for entry in self.entries if entry.live}
         if not any(owned.values()):
             return
@@ -106,7 +115,7 @@ def build_plan(
 ) -> Plan:
     """Builds a plan from an optimizer's groups, gradients and state.
 
-    Adds missing masters and buffers to the state. Resynchronises a master where its parameter is no longer its
+    Adds missing state tensors to the state. Resynchronises a master where its parameter is no longer its
     rounding, i.e. where user code wrote to the parameter. Replaces a state tensor of another dtype, device or layout
     by a tensor that fits.
 
@@ -114,7 +123,7 @@ def build_plan(
         groups: The optimizer's groups.
         state: The optimizer's state.
         step_state: The optimizer's step state.
-        new_state: The record of unwritten state. New masters and buffers are added to the record.
+        new_state: The record of unwritten state. New state tensors are added to the record.
         device: The device on which a backend notes first updates.
         former: The previous plan. Parameters that the previous plan can update stay live while they have no gradient.
         reduction: The reduction over processes; None if this process decides alone.
@@ -165,7 +174,7 @@ class _Builder:
         self._device = device
         self._is_in_order = False
         self._masters: list[Tensor] = []
-        self._buffers: list[Tensor] = []
+        self._without_values: list[Tensor] = []
 
     def build(self, former: Plan | None) -> Plan:
         listed = [self._listed(*parameter) for parameter in named_parameters(self._groups)]
@@ -187,11 +196,13 @@ class _Builder:
             else Entry(item.group, item.param, live=False, source=item.param)
             for item, is_live in zip(listed, live, strict=True)
         ]
-        self._new_state.add(self._masters, self._buffers, self._step_state, self._device)
+        self._new_state.add(self._masters, self._without_values, self._step_state, self._device)
         for entry in entries:
-            if MOMENTUM_BUFFER in entry.state:
-                buffer = entry.state[MOMENTUM_BUFFER]
-                entry.first_update = self._new_state.first_update_of(buffer, self._device)
+            entry.first_updates = {
+                key: self._new_state.first_update_of(tensor, self._device)
+                for key, tensor in entry.state.items()
+                if key != MASTER_PARAM
+            }
         return Plan(entries, [group["lr"] for group in self._groups], is_in_order=self._is_in_order)
 
     def _listed(self, name: str, param: Tensor, group: int) -> _Listed:
@@ -258,11 +269,10 @@ class _Builder:
         else:
             # An old master would have old values if the parameter were converted back to FP16 or BF16.
             held.pop(MASTER_PARAM, None)
-        if self._groups[item.group]["momentum"] != 0 and not self._take_state(
-            entry, item.state, MOMENTUM_BUFFER
-        ):
-            buffer = torch.zeros_like(source, dtype=state_dtype(param), requires_grad=False)
-            self._buffers.append(_add_new_state(entry, MOMENTUM_BUFFER, buffer))
+        for key, value in _UNWRITTEN.items():
+            if is_in_use(key, self._groups[item.group]) and not self._take_state(entry, item.state, key):
+                tensor = torch.full_like(source, value, dtype=state_dtype(param), requires_grad=False)
+                self._without_values.append(_add_new_state(entry, key, tensor))
         return entry
 
     def _take_state(self, entry: Entry, state: dict[str, Any], key: str) -> bool:
@@ -303,9 +313,11 @@ def _add_new_state(entry: Entry, key: str, local: Tensor) -> Tensor:
 
 def _used_state(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor | None]:
     """Returns the state tensors that an update of a parameter uses; None for a missing tensor."""
-    keys = [MASTER_PARAM] if param.dtype in LOW_PRECISION else []
-    keys += [MOMENTUM_BUFFER] if group["momentum"] != 0 else []
-    return {key: state.get(key) for key in keys}
+    return {
+        key: state.get(key)
+        for key in STATE_TENSORS
+        if is_in_use(key, group) or (key == MASTER_PARAM and param.dtype in LOW_PRECISION)
+    }
 
 
 def _is_ready(former: Entry | None, param: Tensor, used: dict[str, Tensor | None]) -> bool:

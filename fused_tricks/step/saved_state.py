@@ -35,7 +35,7 @@ from .state_dict import (
     finish_state_dict,
     import_groups,
     import_state,
-    never_updated_buffers,
+    never_updated,
     progress_of,
     restore_progress,
 )
@@ -179,7 +179,7 @@ class SavedState(Optimizer):
             state = import_state(state_dict["state"], state_dict["param_groups"], self.param_groups)
             restore_progress(progress, self._step_state, self._loss_scale)
         self.__setstate__({"state": state, "param_groups": groups})
-        unwritten = never_updated_buffers(state, progress)
+        unwritten = never_updated(state, progress)
         self._new_state.add([], unwritten, self._step_state, self._step_state.block.device)
         for post_hook in load_state_dict_post_hooks(self):
             post_hook(self)
@@ -211,7 +211,7 @@ class SavedState(Optimizer):
         # The pickle may be older than an option.
         for options in (self.defaults, *self.param_groups):
             for name in (*NUMBERS, *FLAGS):
-                options.setdefault(name, False if name in FLAGS else 0.0)
+                options.setdefault(name, False if name in FLAGS else NUMBERS[name].off)
         if "_step_state" in state:
             # A shallow copy shares parameters and state with the original, but counts its own steps.
             self._step_state = copy(self._step_state)

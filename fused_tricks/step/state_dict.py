@@ -18,6 +18,7 @@ from ..validation import check_numbers, check_range, check_readable, integer
 from .device_lr import device_lr_of
 from .device_state import StepState
 from .parameters import (
+    EMA_PARAM,
     LOW_PRECISION,
     MASTER_PARAM,
     MOMENTUM_BUFFER,
@@ -81,8 +82,8 @@ def finish_state_dict(
     """Completes the result of `Optimizer.state_dict` in place.
 
     Each group gets `progress`. A learning rate that follows the applied steps is replaced by the rate of the next
-    update. State without meaning is removed: the master of a parameter that is no longer FP16 or BF16, and masters
-    and buffers that no update has written. `torch.distributed.checkpoint` requires the same keys at all times, so
+    update. State without meaning is removed: the master of a parameter that is no longer FP16 or BF16, and state
+    tensors that no update has written. `torch.distributed.checkpoint` requires the same keys at all times, so
     unwritten state is kept for its calls.
     """
     for group in packed["param_groups"]:
@@ -107,15 +108,20 @@ def finish_state_dict(
             del packed["state"][index]
 
 
-def never_updated_buffers(state: dict[Tensor, dict[str, Any]], progress: dict[str, Any]) -> list[Tensor]:
-    """Returns the buffers of a loaded state that no update has written.
+def never_updated(state: dict[Tensor, dict[str, Any]], progress: dict[str, Any]) -> list[Tensor]:
+    """Returns the momentum buffers and averages of a loaded state that no update has written.
 
-    Such buffers are in the files of `torch.distributed.checkpoint` only, as zeros.
+    Such tensors are in the files of `torch.distributed.checkpoint` only: buffers of zeros, and averages of NaN.
     """
-    if progress.get("applied_steps") != 0 or not is_called_by_distributed_checkpoint():
+    if not is_called_by_distributed_checkpoint():
         return []
-    buffers = [own.get(MOMENTUM_BUFFER) for own in state.values() if isinstance(own, dict)]
-    return [buffer for buffer in buffers if isinstance(buffer, Tensor) and not local_part(buffer).any()]
+    own_states = [own for own in state.values() if isinstance(own, dict)]
+    averages = [own[EMA_PARAM] for own in own_states if isinstance(own.get(EMA_PARAM), Tensor)]
+    found = [average for average in averages if local_part(average).isnan().all()]
+    if progress.get("applied_steps") == 0:
+        buffers = [own[MOMENTUM_BUFFER] for own in own_states if isinstance(own.get(MOMENTUM_BUFFER), Tensor)]
+        found += [buffer for buffer in buffers if not local_part(buffer).any()]
+    return found
 
 
 def import_groups(

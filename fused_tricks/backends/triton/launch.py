@@ -78,12 +78,13 @@ def decide_source(wants_norm: bool, shard_classes: int) -> ASTSource:
     return ASTSource(decide_kernel, signature, {"WANTS_NORM": wants_norm, "SHARD_CLASSES": shard_classes})
 
 
-def update_source(kinds: int, group_count: int) -> ASTSource:
+def update_source(kinds: int, group_count: int, averages: bool) -> ASTSource:
     """Returns the source of the update kernel.
 
     Args:
         kinds: The pairs of kinds of parameters and gradients, from `pair_bits`.
         group_count: The number of groups in the arguments; 0 for groups in a table.
+        averages: True if a group has an average of the weights.
     """
     signature = {
         "chunks": "i64",
@@ -94,7 +95,7 @@ def update_source(kinds: int, group_count: int) -> ASTSource:
         "is_scanned": "i32",
         "groups": (_GROUP,) * group_count if group_count else "i64",
     }
-    return ASTSource(update_kernel, signature, {"KINDS": kinds, "GROUPS": group_count})
+    return ASTSource(update_kernel, signature, {"KINDS": kinds, "GROUPS": group_count, "AVERAGES": averages})
 
 
 def write_source() -> ASTSource:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...distributed.sharding import is_distributed
-from ...step.parameters import STATE_TENSORS
+from ...step.parameters import STATE_TENSORS, is_in_use
 from ...step.plan import Plan
 from ...step.shared_memory import missing_bytes
 from ...step.stand_ins import same_strides
@@ -73,7 +73,10 @@ class PlanGuard:
             self._groups[entry.group].append(entry.param)
         self._sources = [entry.source for entry in entries]
         self._layouts = {index: _Layout.of(e.source) for index, e in enumerate(entries) if e.live}
-        self._without_buffer = {entry.group for entry in entries if entry.live and entry.buffer is None}
+        self._without = {
+            key: {entry.group for entry in entries if entry.live and key not in entry.local_state}
+            for key in STATE_TENSORS
+        }
         self._state: _State | None = None
         self._grads: list[Tensor] = []
         self._written = sorted(
@@ -179,7 +182,7 @@ class PlanGuard:
             params = self._groups[index] if index < len(self._groups) else []
             if len(group["params"]) != len(params) or not all(map(is_, group["params"], params)):
                 return False
-            if index in self._without_buffer and group["momentum"] != 0:
+            if any(index in without and is_in_use(key, group) for key, without in self._without.items()):
                 return False
         return True
 

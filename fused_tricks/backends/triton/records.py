@@ -6,7 +6,7 @@ Kernels take the addresses of the tables as INT64, so that every argument of a l
 import triton
 import triton.language as tl
 
-from ...step.parameters import MASTER_PARAM, MOMENTUM_BUFFER, STATE_TENSORS
+from ...step.parameters import EMA_PARAM, MASTER_PARAM, MOMENTUM_BUFFER, STATE_TENSORS
 from . import IS_INTERPRETED
 
 # Elements of a chunk, the work of one program of one warp.
@@ -24,16 +24,17 @@ PARAM = tl.constexpr(0)
 STATE = tl.constexpr(1)  # the first of STATE_TENSORS; the others follow
 MASTER = tl.constexpr(STATE.value + STATE_TENSORS.index(MASTER_PARAM))
 BUFFER = tl.constexpr(STATE.value + STATE_TENSORS.index(MOMENTUM_BUFFER))
-# The address of the note of the update that first wrote the buffer.
-FIRST_UPDATE = tl.constexpr(STATE.value + len(STATE_TENSORS))
-COUNT = tl.constexpr(FIRST_UPDATE.value + 1)
-KIND = tl.constexpr(FIRST_UPDATE.value + 2)
-GRAD_KIND = tl.constexpr(FIRST_UPDATE.value + 3)
+EMA = tl.constexpr(STATE.value + STATE_TENSORS.index(EMA_PARAM))
+# The distance from the word of a state tensor to the address of the note of the update that first wrote the tensor.
+FIRST_UPDATE = tl.constexpr(len(STATE_TENSORS))
+COUNT = tl.constexpr(STATE.value + 2 * len(STATE_TENSORS))
+KIND = tl.constexpr(COUNT.value + 1)
+GRAD_KIND = tl.constexpr(COUNT.value + 2)
 # 1 if the parameter has more than one dimension, and so decays even without bias_decay.
-IS_MATRIX = tl.constexpr(FIRST_UPDATE.value + 4)
-GROUP = tl.constexpr(FIRST_UPDATE.value + 5)
-SHARD_CLASS = tl.constexpr(FIRST_UPDATE.value + 6)
-RECORD_WORDS = tl.constexpr(FIRST_UPDATE.value + 7)
+IS_MATRIX = tl.constexpr(COUNT.value + 3)
+GROUP = tl.constexpr(COUNT.value + 4)
+SHARD_CLASS = tl.constexpr(COUNT.value + 5)
+RECORD_WORDS = tl.constexpr(COUNT.value + 6)
 
 
 @triton.jit

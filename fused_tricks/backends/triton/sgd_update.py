@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import fma
+from ...step.options import NONE as NONE_VALUE
 from .groups import FLAGS, bit_of, index_of, learning_rate_of, option_of, word_of
 
 MOMENTUM = index_of("momentum")
@@ -15,6 +16,9 @@ NESTEROV = bit_of("nesterov")
 MAXIMIZE = bit_of("maximize")
 BIAS_DECAY = bit_of("bias_decay")
 DECOUPLED = bit_of("decoupled_weight_decay")
+EMA_DECAY = index_of("ema_decay")
+EMA_WARMUP = bit_of("ema_warmup")
+NONE = tl.constexpr(NONE_VALUE)
 
 
 class Rule(NamedTuple):
@@ -31,6 +35,9 @@ class Rule(NamedTuple):
         decays: True if the parameter decays and the decay is coupled.
         replaces: True if the gradient replaces the buffer: in the first update of a buffer, or without momentum.
         nesterov: True for Nesterov momentum.
+        averages: True if the update moves an average of the weights.
+        replaces_average: True if the weight replaces the average: in the first update of an average.
+        ema_weight: `1 - ema_decay`; 1 without an average.
     """
 
     inverse_scale: Any
@@ -43,19 +50,27 @@ class Rule(NamedTuple):
     decays: Any
     replaces: Any
     nesterov: Any
+    averages: Any
+    replaces_average: Any
+    ema_weight: Any
 
 
 @triton.jit
 def rule_of(groups, group, is_matrix, applied, inverse_scale, clip, GROUPS: tl.constexpr):
-    """Returns the rule of the update that follows `applied` updates, in FP64, with `replaces` true."""
+    """Returns the rule of the update that follows `applied` updates, in FP64, with both `replaces` true."""
     flags = word_of(groups, group, FLAGS, GROUPS)
     momentum = option_of(groups, group, MOMENTUM, GROUPS)
     weight_decay = option_of(groups, group, WEIGHT_DECAY, GROUPS)
     lr = learning_rate_of(groups, group, flags, applied, GROUPS)
     decays = (weight_decay != 0) & (((flags & BIAS_DECAY) != 0) | (is_matrix != 0))
     is_decoupled = (flags & DECOUPLED) != 0
+    ema_decay = option_of(groups, group, EMA_DECAY, GROUPS)
     # Via int32: the interpreter mis-types a broadcast FP64 comparison.
     has_momentum = (momentum != 0).to(tl.int32) != 0
+    averages = (ema_decay != NONE).to(tl.int32) != 0
+    updates = (applied + 1).to(tl.float64)
+    ramp = (1.0 + updates) / (10.0 + updates)
+    ema_decay = tl.where(((flags & EMA_WARMUP) != 0) & (ramp < ema_decay), ramp, ema_decay)
     # Multiplying by -1 negates a zero correctly. Triton 3.6 compiles unary minus to `0 - x`, which loses the sign.
     return Rule(
         inverse_scale=inverse_scale.to(tl.float64),
@@ -68,11 +83,14 @@ def rule_of(groups, group, is_matrix, applied, inverse_scale, clip, GROUPS: tl.c
         decays=decays & (is_decoupled == 0),
         replaces=tl.full((), 1, tl.int1),
         nesterov=has_momentum & ((flags & NESTEROV) != 0),
+        averages=averages,
+        replaces_average=tl.full((), 1, tl.int1),
+        ema_weight=1.0 - ema_decay,
     )
 
 
 @triton.jit
-def rounded_rule(rule, replaces, dtype: tl.constexpr):
+def rounded_rule(rule, replaces, replaces_average, dtype: tl.constexpr):
     """Returns the rule with every number in `dtype`."""
     return Rule(
         inverse_scale=rule.inverse_scale.to(dtype),
@@ -85,6 +103,9 @@ def rounded_rule(rule, replaces, dtype: tl.constexpr):
         decays=rule.decays,
         replaces=replaces,
         nesterov=rule.nesterov,
+        averages=rule.averages,
+        replaces_average=replaces_average,
+        ema_weight=rule.ema_weight.to(dtype),
     )
 
 
@@ -98,3 +119,12 @@ def sgd_update(g, w, b, rule):
     b = tl.where(rule.replaces, g, fma(rule.gradient_weight, g, rule.momentum * b))
     d = tl.where(rule.nesterov, fma(rule.momentum, b, g), b)
     return fma(rule.minus_lr, d, w), b
+
+
+@triton.jit
+def average(w, e, rule):
+    """Returns the new average, rounded as in `torch.lerp`, which starts at the nearer end."""
+    starts_at_weight = rule.ema_weight >= 0.5
+    weight = tl.where(starts_at_weight, rule.ema_weight - 1.0, rule.ema_weight)
+    moved = fma(weight, w - e, tl.where(starts_at_weight, w, e))
+    return tl.where(rule.replaces_average, w, moved)

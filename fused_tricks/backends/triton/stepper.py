@@ -9,6 +9,7 @@ from torch import Tensor
 from ...extension import load_extension, missing_because
 from ...loss_scale import ScaleRule
 from ...step.device_state import StepState
+from ...step.parameters import EMA_PARAM, is_in_use
 from ...step.plan import Plan
 from ...step.request import Outcome, StepRequest
 from ..compiled import CompiledPlanGuard, Gradients
@@ -35,7 +36,7 @@ class TritonStepper(GpuStepper):
         self._groups: StepTable | None = None
         tables = self._tables
         self._memory += [tables.tensors, tables.chunks, tables.partial_squares, self._grads.table]
-        self._loaded: set[tuple[int, int]] = set()
+        self._loaded: set[tuple[int, int, bool]] = set()
 
     def _make_guard(self, plan: Plan) -> PlanGuard | CompiledPlanGuard:
         """Returns the plan guard of the extension if available, which is several times faster."""
@@ -78,7 +79,8 @@ class TritonStepper(GpuStepper):
             _address(found_inf),
         )
         by_value = len(words) <= MAX_GROUPS
-        update_constants = (tables.kinds, len(words) if by_value else 0)
+        averages = any(is_in_use(EMA_PARAM, group) for group in groups)
+        update_constants = (tables.kinds, len(words) if by_value else 0, averages)
         if update_constants not in self._loaded:
             load(self._device, update_source, update_constants, programs)
             self._loaded.add(update_constants)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...step.device_lr import device_lr_of
 from ...step.entry import Entry
-from ...step.options import FLAGS, NUMBERS
+from ...step.options import FLAGS, NONE, NUMBERS
 from ...step.parameters import STATE_TENSORS
 from ...step.plan import Plan
 from ...validation import as_float
@@ -71,7 +71,6 @@ def _record(entry: Entry) -> list[int]:
     assert entry.grad_dtype is not None
     words = {
         records.PARAM: _address(entry.source),
-        records.FIRST_UPDATE: _address(entry.first_update),
         records.COUNT: entry.source.numel(),
         records.KIND: _KINDS[entry.source.dtype],
         records.GRAD_KIND: _KINDS[entry.grad_dtype],
@@ -82,6 +81,7 @@ def _record(entry: Entry) -> list[int]:
     by_index = {index.value: word for index, word in words.items()}
     for index, key in enumerate(STATE_TENSORS, start=records.STATE.value):
         by_index[index] = _address(entry.local_state.get(key))
+        by_index[index + records.FIRST_UPDATE.value] = _address(entry.first_updates.get(key))
     return [by_index[index] for index in range(records.RECORD_WORDS.value)]
 
 
@@ -161,7 +161,10 @@ def group_words(group: dict[str, Any], device: torch.device) -> GroupWords:
         "lr_origin": origin,
         "flags": flags,
     }
-    words |= {name: as_float(number) for name, number in numbers.items()}
+    words |= {
+        name: NONE if number is None and NUMBERS[name].takes_none else as_float(number)
+        for name, number in numbers.items()
+    }
     return tuple(words[name] for name in groups.WORD_TYPES)
 
 

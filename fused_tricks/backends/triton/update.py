@@ -22,6 +22,7 @@ from .decision import (
 from .elements import high_half, low_half, rounded_bits
 from .records import (
     BUFFER,
+    EMA,
     FIRST_UPDATE,
     FLOAT32,
     FLOAT64,
@@ -40,7 +41,7 @@ from .records import (
     size_of,
     table_item,
 )
-from .sgd_update import rounded_rule, rule_of, sgd_update
+from .sgd_update import average, rounded_rule, rule_of, sgd_update
 
 # Large tiles are faster in the interpreter, whose time hardly depends on the tile's size.
 _TILES = 64 if IS_INTERPRETED else 1
@@ -58,19 +59,20 @@ class Chunk(NamedTuple):
     param: Any
     master: Any
     buffer: Any
+    ema: Any
     begin: Any
     count: Any
     has_momentum: Any
 
 
 @triton.jit
-def is_first_update(record, begin, number):
-    """Returns True if update `number` is the first update of the tensor's buffer.
+def is_first_update(record, tensor: tl.constexpr, begin, number):
+    """Returns True if update `number` is the first update of a state tensor, which has word `tensor` of the record.
 
     The program of the first chunk writes the note. Programs of other chunks read -1 or `number`, depending on timing,
     and both mean "first".
     """
-    noted_at = pointer_to(table_item(record, FIRST_UPDATE), tl.int64)
+    noted_at = pointer_to(table_item(record, tensor + FIRST_UPDATE), tl.int64)
     noted = tl.load(noted_at, volatile=True)
     if (noted < 0) & (begin == 0):
         tl.atomic_xchg(noted_at, number, sem="relaxed")
@@ -79,8 +81,9 @@ def is_first_update(record, begin, number):
 
 @triton.jit
 def update_elements(
-    grad, weight, buffer, param, begin, count, has_momentum, rule, kind: tl.constexpr, grad_kind: tl.constexpr
-):
+    grad, weight, buffer, ema, param, begin, count, has_momentum, rule,
+    kind: tl.constexpr, grad_kind: tl.constexpr, AVERAGES: tl.constexpr,
+):  # fmt: skip
     """Updates elements with accesses of one element a thread. Without a master, `weight` is `param`."""
     lane = tl.arange(0, SCALAR_TILE)
     reads_buffer = has_momentum & (rule.replaces == 0)
@@ -101,14 +104,19 @@ def update_elements(
         w, b = sgd_update(g, w, b, rule)
         tl.store(pointer_to(weight, dtype) + at, w, mask=mask)
         tl.store(pointer_to(buffer, dtype) + at, b, mask=mask & has_momentum)
+        if AVERAGES:
+            reads_average = rule.averages & (rule.replaces_average == 0)
+            e = tl.load(pointer_to(ema, dtype) + at, mask=mask & reads_average)
+            tl.store(pointer_to(ema, dtype) + at, average(w, e, rule), mask=mask & rule.averages)
         if kind < FLOAT32:
             tl.store(pointer_to(param, tl.int16) + at, rounded_bits(w, kind), mask=mask)
 
 
 @triton.jit
 def update_vectors(
-    grad, weight, buffer, param, count, has_momentum, rule, kind: tl.constexpr, grad_kind: tl.constexpr
-):
+    grad, weight, buffer, ema, param, count, has_momentum, rule,
+    kind: tl.constexpr, grad_kind: tl.constexpr, AVERAGES: tl.constexpr,
+):  # fmt: skip
     """Updates elements with accesses of 16 bytes a thread. `count` and every address must be multiples of 16.
 
     16-bit elements are loaded and stored in pairs, as 32-bit words. Each kind of access then gets a layout in which a
@@ -132,9 +140,15 @@ def update_vectors(
             g = tl.interleave(low_half(word, grad_kind), high_half(word, grad_kind))
         w = tl.load(weights, mask=mask, eviction_policy="evict_first")
         b = tl.load(buffers, mask=mask & reads_buffer, eviction_policy="evict_first")
+        if AVERAGES:
+            averages = aligned_pointer_to(ema, tl.float32) + i + lane
+            reads_average = rule.averages & (rule.replaces_average == 0)
+            e = tl.load(averages, mask=mask & reads_average, eviction_policy="evict_first")
         w, b = sgd_update(g, w, b, rule)
         tl.store(weights, w, mask=mask, cache_modifier=".cs")
         tl.store(buffers, b, mask=mask & has_momentum, cache_modifier=".cs")
+        if AVERAGES:
+            tl.store(averages, average(w, e, rule), mask=mask & rule.averages, cache_modifier=".cs")
         if kind < FLOAT32:
             low, high = tl.split(tl.reshape(rounded_bits(w, kind).to(tl.int32), (UPDATE_TILE // 2, 2)))
             params = aligned_pointer_to(param, tl.int32) + i // 2 + pair
@@ -142,10 +156,11 @@ def update_vectors(
 
 
 @triton.jit
-def update_chunk(chunk, rule, kind: tl.constexpr, grad_kind: tl.constexpr):
+def update_chunk(chunk, rule, kind: tl.constexpr, grad_kind: tl.constexpr, AVERAGES: tl.constexpr):
     state_size: tl.constexpr = 8 if kind == FLOAT64 else 4
     grad = chunk.grad + chunk.begin * size_of(grad_kind)
     buffer = chunk.buffer + chunk.begin * state_size
+    ema = chunk.ema + chunk.begin * state_size
     param = chunk.param + chunk.begin * size_of(kind)
     if kind < FLOAT32:
         weight = chunk.master + chunk.begin * state_size
@@ -153,17 +168,24 @@ def update_chunk(chunk, rule, kind: tl.constexpr, grad_kind: tl.constexpr):
         weight = param
     done = chunk.count * 0
     if kind != FLOAT64:
-        if (grad | weight | param | tl.where(chunk.has_momentum, buffer, 0)) % 16 == 0:
+        addresses = grad | weight | param | tl.where(chunk.has_momentum, buffer, 0)
+        if AVERAGES:
+            addresses |= tl.where(rule.averages, ema, 0)
+        if addresses % 16 == 0:
             done = chunk.count // 16 * 16
-            update_vectors(grad, weight, buffer, param, done, chunk.has_momentum, rule, kind, grad_kind)
-    update_elements(grad, weight, buffer, param, done, chunk.count, chunk.has_momentum, rule, kind, grad_kind)
+            update_vectors(
+                grad, weight, buffer, ema, param, done, chunk.has_momentum, rule, kind, grad_kind, AVERAGES
+            )
+    update_elements(
+        grad, weight, buffer, ema, param, done, chunk.count, chunk.has_momentum, rule, kind, grad_kind, AVERAGES
+    )
 
 
 @triton.jit
 def update_kernel(
     chunks, tensors, grads, chunk_count, state, unscales, grad_scale, found_inf,
     is_scanned, groups,
-    KINDS: tl.constexpr, GROUPS: tl.constexpr,
+    KINDS: tl.constexpr, GROUPS: tl.constexpr, AVERAGES: tl.constexpr,
 ):  # fmt: skip
     """Updates every tensor that has a gradient.
 
@@ -193,25 +215,31 @@ def update_kernel(
             has_momentum = (rule.momentum != 0).to(tl.int32) != 0
             replaces = rule.replaces
             if has_momentum:
-                replaces = is_first_update(record, begin, number)
+                replaces = is_first_update(record, BUFFER, begin, number)
+            replaces_average = rule.replaces_average
+            if AVERAGES:
+                if rule.averages:
+                    replaces_average = is_first_update(record, EMA, begin, number)
             chunk = Chunk(
                 grad=grad,
                 param=table_item(record, PARAM),
                 master=table_item(record, MASTER),
                 buffer=table_item(record, BUFFER),
+                ema=table_item(record, EMA),
                 begin=begin,
                 count=count_from(record, begin),
                 has_momentum=has_momentum,
             )
-            single_rule = rounded_rule(rule, replaces, tl.float32)
+            single_rule = rounded_rule(rule, replaces, replaces_average, tl.float32)
             for a in tl.static_range(KIND_COUNT):
                 for b in tl.static_range(KIND_COUNT):
                     if (KINDS >> (KIND_COUNT * a + b)) & 1:
                         if (kind == a) & (grad_kind == b):
                             if a == FLOAT64:
-                                update_chunk(chunk, rounded_rule(rule, replaces, tl.float64), a, b)
+                                double_rule = rounded_rule(rule, replaces, replaces_average, tl.float64)
+                                update_chunk(chunk, double_rule, a, b, AVERAGES)
                             else:
-                                update_chunk(chunk, single_rule, a, b)
+                                update_chunk(chunk, single_rule, a, b, AVERAGES)
     if is_scanned == 0:
         if arrives_last(state):
             # Computing the value again saves a register during the update.
