@@ -88,8 +88,9 @@ def sources() -> Iterator[tuple[str, ASTSource]]:
         yield f"scan ({kinds})", scan_source(grad_bits, False, 0)
         yield f"scan with norm ({kinds})", scan_source(grad_bits, True, 0)
         yield f"scan with norms of two parts ({kinds})", scan_source(grad_bits, True, 2)
-        for groups in (0, 1, 8):
-            yield f"update ({kinds}), {groups or 'a table of'} groups", update_source(bits, groups)
+        for groups, averages in ((0, False), (1, False), (1, True), (8, False)):
+            name = f"update ({kinds}), {groups or 'a table of'} groups{', averages' if averages else ''}"
+            yield name, update_source(bits, groups, averages)
     yield "decide", decide_source(True, 2)
     yield "write", write_source()
 

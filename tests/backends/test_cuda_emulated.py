@@ -257,18 +257,8 @@ def run_one_update(param: Tensor, master: Tensor, buffer: Tensor, grad: Tensor, 
     local_state = {"master_param": master, "momentum_buffer": buffer}
     entry = Entry(0, param, live=True, source=param, local_state=local_state)
     entry.grad_dtype = grad.dtype
-    entry.first_update = torch.ones((), dtype=torch.int64)
-    group = {
-        "params": [param],
-        "lr": 0.5,
-        "momentum": 0.9,
-        "dampening": 0,
-        "weight_decay": 0,
-        "nesterov": False,
-        "maximize": False,
-        "bias_decay": False,
-        "decoupled_weight_decay": False,
-    }
+    entry.first_updates = {"momentum_buffer": torch.ones((), dtype=torch.int64)}
+    group = {**FusedSGD([param]).defaults, "params": [param], "lr": 0.5, "momentum": 0.9}
     stepper = emulation.EmulatedCudaStepper(Plan([entry], [group["lr"]]), StepState())
     with emulation.only_first_blocks(blocks):
         stepper.step([group], {}, StepRequest(False, None, None, None, None))

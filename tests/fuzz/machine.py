@@ -20,6 +20,8 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "maximize": st.booleans(),
     "bias_decay": st.booleans(),
     "decoupled_weight_decay": st.booleans(),
+    "ema_decay": st.sampled_from([None, 0.3, 0.99]),
+    "ema_warmup": st.booleans(),
 }
 DESCRIBED = st.tuples(
     st.sampled_from(sorted(DTYPES)), st.sampled_from(SHAPES), st.sampled_from(LAYOUTS), SEEDS

@@ -116,7 +116,7 @@ def test_its_kernels_are_compiled_without_a_gpu_or_a_toolkit(python) -> None:
     code = (
         "from triton.backends.compiler import GPUTarget\n"
         "from fused_tricks.backends.triton.launch import compile_for, pair_bits, update_source\n"
-        "source = update_source(pair_bits([(0, 0), (2, 2)]), 1)\n"
+        "source = update_source(pair_bits([(0, 0), (2, 2)]), 1, True)\n"
         "print(len(compile_for(source, GPUTarget('cuda', 90, 32)).asm['cubin']) > 0)"
     )
     assert python(

@@ -37,7 +37,8 @@ class Rule(NamedTuple):
         nesterov: True for Nesterov momentum.
         averages: True if the update moves an average of the weights.
         replaces_average: True if the weight replaces the average: in the first update of an average.
-        ema_weight: `1 - ema_decay`; 1 without an average.
+        ema_weight: `1 - ema_decay`; `-ema_decay` if `from_weight`.
+        from_weight: True if the average starts at the weight: `torch.lerp` starts at the nearer end.
     """
 
     inverse_scale: Any
@@ -53,6 +54,7 @@ class Rule(NamedTuple):
     averages: Any
     replaces_average: Any
     ema_weight: Any
+    from_weight: Any
 
 
 @triton.jit
@@ -86,12 +88,15 @@ def rule_of(groups, group, is_matrix, applied, inverse_scale, clip, GROUPS: tl.c
         averages=averages,
         replaces_average=tl.full((), 1, tl.int1),
         ema_weight=1.0 - ema_decay,
+        from_weight=tl.full((), 0, tl.int1),
     )
 
 
 @triton.jit
 def rounded_rule(rule, replaces, replaces_average, dtype: tl.constexpr):
     """Returns the rule with every number in `dtype`."""
+    ema_weight = rule.ema_weight.to(dtype)
+    from_weight = ema_weight >= 0.5
     return Rule(
         inverse_scale=rule.inverse_scale.to(dtype),
         clip=rule.clip.to(dtype),
@@ -105,7 +110,8 @@ def rounded_rule(rule, replaces, replaces_average, dtype: tl.constexpr):
         nesterov=rule.nesterov,
         averages=rule.averages,
         replaces_average=replaces_average,
-        ema_weight=rule.ema_weight.to(dtype),
+        ema_weight=tl.where(from_weight, ema_weight - 1.0, ema_weight),
+        from_weight=from_weight,
     )
 
 
@@ -123,8 +129,6 @@ def sgd_update(g, w, b, rule):
 
 @triton.jit
 def average(w, e, rule):
-    """Returns the new average, rounded as in `torch.lerp`, which starts at the nearer end."""
-    starts_at_weight = rule.ema_weight >= 0.5
-    weight = tl.where(starts_at_weight, rule.ema_weight - 1.0, rule.ema_weight)
-    moved = fma(weight, w - e, tl.where(starts_at_weight, w, e))
+    """Returns the new average, rounded as in `torch.lerp`."""
+    moved = fma(rule.ema_weight, w - e, tl.where(rule.from_weight, w, e))
     return tl.where(rule.replaces_average, w, moved)

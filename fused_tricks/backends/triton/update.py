@@ -105,8 +105,7 @@ def update_elements(
         tl.store(pointer_to(weight, dtype) + at, w, mask=mask)
         tl.store(pointer_to(buffer, dtype) + at, b, mask=mask & has_momentum)
         if AVERAGES:
-            reads_average = rule.averages & (rule.replaces_average == 0)
-            e = tl.load(pointer_to(ema, dtype) + at, mask=mask & reads_average)
+            e = tl.load(pointer_to(ema, dtype) + at, mask=mask & rule.averages)
             tl.store(pointer_to(ema, dtype) + at, average(w, e, rule), mask=mask & rule.averages)
         if kind < FLOAT32:
             tl.store(pointer_to(param, tl.int16) + at, rounded_bits(w, kind), mask=mask)
@@ -140,14 +139,13 @@ def update_vectors(
             g = tl.interleave(low_half(word, grad_kind), high_half(word, grad_kind))
         w = tl.load(weights, mask=mask, eviction_policy="evict_first")
         b = tl.load(buffers, mask=mask & reads_buffer, eviction_policy="evict_first")
-        if AVERAGES:
-            averages = aligned_pointer_to(ema, tl.float32) + i + lane
-            reads_average = rule.averages & (rule.replaces_average == 0)
-            e = tl.load(averages, mask=mask & reads_average, eviction_policy="evict_first")
         w, b = sgd_update(g, w, b, rule)
         tl.store(weights, w, mask=mask, cache_modifier=".cs")
         tl.store(buffers, b, mask=mask & has_momentum, cache_modifier=".cs")
         if AVERAGES:
+            # The average is loaded late, because all loads together would need more than 64 registers.
+            averages = aligned_pointer_to(ema, tl.float32) + i + lane
+            e = tl.load(averages, mask=mask & rule.averages, eviction_policy="evict_first")
             tl.store(averages, average(w, e, rule), mask=mask & rule.averages, cache_modifier=".cs")
         if kind < FLOAT32:
             low, high = tl.split(tl.reshape(rounded_bits(w, kind).to(tl.int32), (UPDATE_TILE // 2, 2)))
@@ -231,7 +229,10 @@ def update_kernel(
                 has_momentum=has_momentum,
             )
             single_rule = rounded_rule(rule, replaces, replaces_average, tl.float32)
-            for a in tl.static_range(KIND_COUNT):
+            # With averages FP64 comes first: its rule occupies many registers, and is dead afterwards.
+            for a in tl.static_range(
+                KIND_COUNT - 1 if AVERAGES else 0, -1 if AVERAGES else KIND_COUNT, -1 if AVERAGES else 1
+            ):
                 for b in tl.static_range(KIND_COUNT):
                     if (KINDS >> (KIND_COUNT * a + b)) & 1:
                         if (kind == a) & (grad_kind == b):
