@@ -37,6 +37,7 @@ class CudaStep:
 
 __version__: str
 STATE_TENSORS: list[str]
+PARTIALS: list[str]
 NUMBERS: list[str]
 FLAGS: list[str]
 

@@ -1,7 +1,9 @@
 """The private names of torch in use, each with the reason why no public name suffices.
 
-A release of torch that changes a private name breaks this module, which `make test-torches` detects. Other modules use
-`Module._parameters`, `_buffers` and `_modules`, because the public iterators leave out duplicates.
+A release of torch that changes a private name breaks this module, which `make test-torches` detects. Other modules read
+these attributes in place: `Module._parameters`, `_buffers` and `_modules`, because the public iterators leave out
+duplicates; `Tensor._version` and `_is_view`, which torch documents; and in a subclass of `LRScheduler` the protected
+attributes of the base class.
 """
 
 from __future__ import annotations

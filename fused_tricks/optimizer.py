@@ -380,4 +380,4 @@ class FusedSGD(PlannedSteps):
             optimizer.refresh_masters()
             ```
         """
-        refresh_masters(masters_in_use(self.param_groups, self._state))
+        refresh_masters(masters_in_use(self.param_groups, self._state), self._new_state)

@@ -53,8 +53,10 @@ constexpr Option<bool> kFlags[] = {
 };
 
 // True if the options switch a state tensor on. is_in_use in fused_tricks/step/parameters.py has the same conditions.
+// The type of a parameter, not an option, determines whether the parameter has a master.
 FUSED_TRICKS_INLINE bool uses(const Group& group, size_t tensor) {
-  return (tensor == kBuffer && group.momentum != 0) || (tensor == kEma && group.ema_decay != kNone);
+  if (tensor == kBuffer) return group.momentum != 0;
+  return tensor == kMaster || group.ema_decay != kNone;
 }
 
 // Returns the decay of the average in update number `applied`, which is 1 for the first applied update.

@@ -8,6 +8,7 @@
 
 #include "dtype.h"
 #include "group.h"
+#include "partials.h"
 #include "state_tensors.h"
 #include "step_state.h"
 
@@ -23,7 +24,7 @@ struct Entry {
   bool is_matrix = false;  // more than one dimension: decays even without `bias_decay`
   void* param = nullptr;
   void* state[kStateTensors] = {};  // null: the parameter has no such tensor
-  // Numbers of the updates that first wrote the state tensors; -1 before. Null: the tensor has no such number.
+  // Numbers of the updates that first wrote the state tensors; -1 before. Null: the parameter has no such tensor.
   int64_t* first_update[kStateTensors] = {};
   int32_t shard_class = 0;     // index of the gradient's sum of squares in the reduction
   const void* grad = nullptr;  // of this step; null: no update
@@ -31,8 +32,7 @@ struct Entry {
 
 // The reduction over the processes that hold parts of one model.
 struct Reduction {
-  // On the parameters' device: found_inf and in_double (0 for false), then one sum of squares for each shard class.
-  // Null: this process decides alone.
+  // On the parameters' device, with the indices of partials.h. Null: this process decides alone.
   double* partials = nullptr;
   int32_t shard_classes = 1;
   // Reduces `partials` over these processes, in place. On a GPU the call may return before the reduction is done.

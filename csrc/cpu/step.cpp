@@ -19,7 +19,7 @@ constexpr int64_t kSmall = 1 << 15;
 constexpr int64_t kLarge = 1 << 22;
 
 bool is_first_update(const Entry& entry, const Group& group, size_t tensor) {
-  return uses(group, tensor) && *entry.first_update[tensor] < 0;
+  return entry.first_update[tensor] != nullptr && uses(group, tensor) && *entry.first_update[tensor] < 0;
 }
 
 template <typename T>
@@ -81,7 +81,7 @@ Step::Step(const Plan& plan) {
   }
 }
 
-// Returns this process's partials: found_inf, in_double, then the sum of squares of each shard class.
+// Returns this process's partials.
 std::vector<double> Step::scan(const Plan& plan, const StepRequest& request) const {
   const Kernels& kernels = selected_kernels();
   const int64_t chunk_count = static_cast<int64_t>(chunks_.size());
@@ -97,11 +97,11 @@ std::vector<double> Step::scan(const Plan& plan, const StepRequest& request) con
       if (request.wants_norm) squares[i] = kernels.sum_of_squares(grad, entry.grad_type, chunk.count);
     }
   });
-  std::vector<double> partials(2 + static_cast<size_t>(plan.reduction.shard_classes));
-  partials[0] = any.load();
-  partials[1] = request.in_double;
+  std::vector<double> partials(kSquares + static_cast<size_t>(plan.reduction.shard_classes));
+  partials[kFoundInf] = any.load();
+  partials[kInDouble] = request.in_double;
   for (size_t i = 0; i < squares.size(); ++i) {
-    partials[2 + static_cast<size_t>(plan.entries[chunks_[i].entry].shard_class)] += squares[i];
+    partials[kSquares + static_cast<size_t>(plan.entries[chunks_[i].entry].shard_class)] += squares[i];
   }
   return partials;
 }
@@ -126,14 +126,14 @@ void Step::update(const Plan& plan, const StepRequest& request) const {
 }
 
 bool Step::run(const Plan& plan, StepRequest request) const {
-  std::vector<double> partials(2);
+  std::vector<double> partials(kSquares);
   if (request.scans()) {
     partials = scan(plan, request);
     all_reduce(plan.reduction, partials);
   }
-  request.in_double = partials[1] != 0;
-  const double squares = std::accumulate(partials.begin() + 2, partials.end(), 0.0);
-  decide_step(*plan.state, partials[0] != 0, squares, request);
+  request.in_double = partials[kInDouble] != 0;
+  const double squares = std::accumulate(partials.begin() + kSquares, partials.end(), 0.0);
+  decide_step(*plan.state, partials[kFoundInf] != 0, squares, request);
   if (plan.state->skip) return false;
   update(plan, request);
   note_first_updates(plan);

@@ -161,12 +161,12 @@ __device__ inline void report(const Tables& tables, bool wants_norm, bool in_dou
       if (load(&tables.chunks[i].shard_class) == shard_class) total += load_fresh(&tables.partial_squares[i]);
     }
     total = block_sum(total, per_warp);
-    if (threadIdx.x == 0) store(&tables.partials[2 + shard_class], total);
+    if (threadIdx.x == 0) store(&tables.partials[kSquares + shard_class], total);
     __syncthreads();
   }
   if (threadIdx.x == 0) {
-    store(tables.partials, load_fresh(&tables.state->found_inf) != 0 ? 1.0 : 0.0);
-    store(tables.partials + 1, in_double ? 1.0 : 0.0);
+    store(tables.partials + kFoundInf, load_fresh(&tables.state->found_inf) != 0 ? 1.0 : 0.0);
+    store(tables.partials + kInDouble, in_double ? 1.0 : 0.0);
     store(&tables.state->found_inf, 0);
   }
 }
@@ -232,8 +232,8 @@ __global__ void __launch_bounds__(kThreads) decide_kernel(const __grid_constant_
   const Tables& tables = args.tables;
   double squares = 0;
   for (int shard_class = 0; shard_class < tables.shard_classes; ++shard_class)
-    squares += load(&tables.partials[2 + shard_class]);
-  const bool found = load(tables.partials) != 0, in_double = load(tables.partials + 1) != 0;
+    squares += load(&tables.partials[kSquares + shard_class]);
+  const bool found = load(tables.partials + kFoundInf) != 0, in_double = load(tables.partials + kInDouble) != 0;
   store_decision(tables.state, decided(args, load(tables.state), found, in_double, squares));
 }
 

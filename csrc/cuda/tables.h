@@ -8,6 +8,7 @@
 #include "../core/chunk.h"
 #include "../core/dtype.h"
 #include "../core/group.h"
+#include "../core/partials.h"
 #include "../core/state_tensors.h"
 #include "../core/step_state.h"
 

@@ -32,7 +32,8 @@ __device__ inline void prepare_update(const Args& args, const StepState& state, 
   bool is_first[kStateTensors];
 #pragma unroll
   for (size_t i = 0; i < kStateTensors; ++i)
-    is_first[i] = uses(group, i) && is_first_update(tensor.first_update[i], chunk, state.applied_steps);
+    is_first[i] = tensor.first_update[i] != nullptr && uses(group, i) &&
+                  is_first_update(tensor.first_update[i], chunk, state.applied_steps);
   const double lr = learning_rate(group, state.applied_steps - 1);
   const int64_t state_size = tensor.type == DType::kFloat64 ? 8 : 4;
   work.param = static_cast<char*>(tensor.param) + chunk.begin * size_of(tensor.type);

@@ -202,6 +202,7 @@ PYBIND11_MODULE(FUSED_TRICKS_MODULE, module) {
              py::arg("functions"), py::arg("samples"), py::arg("negative"));
   module.def("step_state_offsets", &step_state_offsets);
   module.attr("STATE_TENSORS") = std::vector<std::string>(std::begin(kStateKeys), std::end(kStateKeys));
+  module.attr("PARTIALS") = std::vector<std::string>(std::begin(kPartialNames), std::end(kPartialNames));
   module.attr("NUMBERS") = keys_of(kNumbers);
   module.attr("FLAGS") = keys_of(kFlags);
   module.def("instruction_sets", &cpu::instruction_sets);

@@ -131,7 +131,7 @@ PlanGuard::PlanGuard(const py::list& entries, const py::object& step_state, bool
   if (!reduction.is_none()) {
     const py::object partials = reduction.attr("partials");
     plan.reduction.partials = static_cast<double*>(data_of(partials));
-    plan.reduction.shard_classes = static_cast<int32_t>(py::len(partials) - 2);
+    plan.reduction.shard_classes = static_cast<int32_t>(py::len(partials) - kSquares);
     plan.reduction.all_reduce = [object = reduction.ptr()] {
       const py::gil_scoped_acquire acquire;
       py::handle(object).attr("all_reduce")();
@@ -267,7 +267,7 @@ bool PlanGuard::refresh_entry(Entry& entry, GuardedEntry& guarded) {
   if (gradient.data == nullptr && entry.count > 0) return false;
   if (gradient.type != entry.grad_type) return false;
   for (size_t i = 0; i < kStateTensors; ++i) {
-    if (!guarded.has_state[i] && uses(plan.groups[entry.group], i)) return false;
+    if (i != kMaster && !guarded.has_state[i] && uses(plan.groups[entry.group], i)) return false;
   }
   if (guarded.watches_version && version_of(guarded.object) != guarded.version) return false;
   // An empty tensor may have no address, and has no elements to update.

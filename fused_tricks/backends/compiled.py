@@ -31,7 +31,7 @@ class CompiledEntry(NamedTuple):
         state: The local parts of the state tensors, in the order of `STATE_TENSORS`; None for a missing one.
         watches_version: True if a changed version counter of the parameter makes the plan stale.
         first_update: The notes of the numbers of the updates that first write the state tensors, in the order of
-            `STATE_TENSORS`; None for a tensor without a note.
+            `STATE_TENSORS`; None for a missing tensor.
         shard_class: The index of the shard class.
     """
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch import current_raw_stream
-from ..step.device_state import OFFSETS, StepState
+from ..step.device_state import StepState
 from ..step.plan import Plan
 
 
@@ -50,7 +50,7 @@ class GpuStepper:
         self._entries = plan.entries
         self._reduction = plan.reduction
         # Overlapping launches of another plan, a mistake of user code, may have left a wrong count.
-        step_state.block[OFFSETS["arrivals"] :][:4].zero_()
+        step_state.arrivals.zero_()
         stand_ins = [entry.source for entry in plan.entries if entry.is_copy]
         notes = [note for entry in plan.entries for note in entry.first_updates.values()]
         self._memory: list[Tensor] = [*notes, *stand_ins]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.found_inf_reduction import FOUND_INF, IN_DOUBLE, SQUARES
+from ..loss_scale import ScaleRule
 from ..step.device_lr import device_lr_of
 from ..step.device_state import StepState, to_float32
 from ..step.entry import Entry
@@ -51,7 +53,10 @@ class ReferenceStepper:
         if found:
             return Outcome.SKIPPED
         for entry, grad, group in active:
-            is_first = {key: is_in_use(key, group) and self._note_update(entry, key) for key in STATE_TENSORS}
+            is_first = {
+                key: key in entry.first_updates and is_in_use(key, group) and self._note_update(entry, key)
+                for key in STATE_TENSORS
+            }
             _update(entry, grad, group, inverse_scale if request.unscales else None, clip, is_first)
         return Outcome.APPLIED
 
@@ -95,10 +100,12 @@ class ReferenceStepper:
                 squares[entry.shard_class] += float(grad.double().square().sum())
         if reduction is None:
             return found, in_double, sum(squares)
-        partials = [float(found), float(in_double), *squares]
-        reduction.partials.copy_(torch.tensor(partials, dtype=torch.float64))
+        partials = reduction.partials
+        partials[FOUND_INF], partials[IN_DOUBLE] = float(found), float(in_double)
+        partials[SQUARES:] = torch.tensor(squares, dtype=torch.float64)
         reduction.all_reduce()
-        any_found, any_in_double, *squares = reduction.partials.tolist()
+        reduced = partials.tolist()
+        any_found, any_in_double, squares = reduced[FOUND_INF], reduced[IN_DOUBLE], reduced[SQUARES:]
         return any_found != 0, any_in_double != 0, sum(squares)
 
     def _factors(self, request: StepRequest, in_double: bool, squares: float) -> tuple[float, float | None]:
@@ -140,23 +147,23 @@ def _advance_scale(
     growth_tracker: int,
     hysteresis_tracker: int,
     found: bool,
-    rule: tuple[float, float, float, float, int, int],
+    rule: ScaleRule,
 ) -> tuple[float, int, int]:
-    growth_factor, backoff_factor, min_scale, max_scale, growth_interval, hysteresis = rule
     if found:
         growth_tracker = 0
         hysteresis_tracker = max(0, hysteresis_tracker - 1)
         if hysteresis_tracker > 0:
             return scale, growth_tracker, hysteresis_tracker
-        scale = to_float32(scale * backoff_factor)
+        scale = to_float32(scale * rule.backoff_factor)
     else:
-        hysteresis_tracker = hysteresis
+        hysteresis_tracker = rule.hysteresis
         growth_tracker += 1
-        if growth_tracker >= growth_interval:
+        if growth_tracker >= rule.growth_interval:
             growth_tracker = 0
-            grown = to_float32(scale * growth_factor)
+            grown = to_float32(scale * rule.growth_factor)
             scale = grown if math.isfinite(grown) else scale
-    return min(max(scale, to_float32(min_scale)), to_float32(max_scale)), growth_tracker, hysteresis_tracker
+    scale = min(max(scale, to_float32(rule.min_scale)), to_float32(rule.max_scale))
+    return scale, growth_tracker, hysteresis_tracker
 
 
 def _numbers(group: dict[str, Any], applied: int) -> dict[str, Any]:

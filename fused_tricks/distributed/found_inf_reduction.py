@@ -38,6 +38,14 @@ class SharedGroup:
         return self
 
 
+PARTIALS = ("found_inf", "in_double", "squares")
+"""The partials: `found_inf`, 1 if a gradient is FP64, and the sum of squares of the first shard class.
+
+The sums of the other shard classes follow. Same order as in csrc/core/partials.h.
+"""
+FOUND_INF, IN_DOUBLE, SQUARES = range(len(PARTIALS))
+
+
 class StepReduction:
     """The reduction of `found_inf` and sums of squares over processes, between scan and update.
 
@@ -46,8 +54,8 @@ class StepReduction:
     *shard class*. Each shard class has its own sum of squares. `found_inf` is reduced over all dimensions.
 
     Attributes:
-        partials: FP64 tensor of shape (2 + `shard_classes`,), written by the scan. The elements are `found_inf`, 1 if a
-            gradient is FP64, and the sum of squares of each shard class.
+        partials: FP64 tensor of shape (`SQUARES` + `shard_classes`,), written by the scan. The indices are those of
+            `PARTIALS`.
         shard_classes: The number of shard classes.
         shard_class_of: The index of the shard class of each parameter.
     """
@@ -62,19 +70,26 @@ class StepReduction:
     ) -> None:
         self.shard_classes = max(1, len(shard_groups))
         self.shard_class_of = shard_class_of
-        self.partials = torch.zeros(2 + self.shard_classes, dtype=torch.float64, device=device)
+        self.partials = torch.zeros(SQUARES + self.shard_classes, dtype=torch.float64, device=device)
         self._partition_group = partition_group
         self._sums: list[tuple[ProcessGroup, slice | Tensor]] = []
         self._spreads: list[tuple[ProcessGroup, slice | Tensor]] = []
         for name, group in groups.items():
             for is_sharded, reductions in ((True, self._sums), (False, self._spreads)):
                 fields = [
-                    2 + index for index, names in enumerate(shard_groups) if (name in names) == is_sharded
+                    SQUARES + index
+                    for index, names in enumerate(shard_groups)
+                    if (name in names) == is_sharded
                 ]
                 if fields:
                     is_all = len(fields) == len(shard_groups)
                     reductions.append(
-                        (group, slice(None) if is_all else torch.tensor([0, 1, *fields], device=device))
+                        (
+                            group,
+                            slice(None)
+                            if is_all
+                            else torch.tensor([FOUND_INF, IN_DOUBLE, *fields], device=device),
+                        )
                     )
 
     def all_reduce(self) -> None:
@@ -87,8 +102,11 @@ class StepReduction:
             partials[fields] = _reduced(partials[fields], torch.distributed.ReduceOp.MAX, group)
         if self._partition_group is not None:
             # Processes of the partition may have different shard classes, so their sums are added up first.
-            whole = torch.stack((partials[0], partials[1], partials[2:].sum()))
-            partials.zero_()[:3] = _reduced(whole, torch.distributed.ReduceOp.SUM, self._partition_group)
+            partials[SQUARES] = partials[SQUARES:].sum()
+            partials[SQUARES + 1 :] = 0
+            partials[: SQUARES + 1] = _reduced(
+                partials[: SQUARES + 1], torch.distributed.ReduceOp.SUM, self._partition_group
+            )
 
 
 def find_reduction(

@@ -77,6 +77,7 @@ class StepState:
         skipped_steps: INT64, number of skipped steps.
         skip: INT32, 1 if the last step was skipped.
         skipped_in_a_row: INT32, number of skipped steps since the last applied step.
+        arrivals: INT32, scratch of the GPU kernels.
         scale_was_read: True once code outside the step has read the scale, and so may have multiplied a loss by it.
     """
 
@@ -101,6 +102,7 @@ class StepState:
         self.skip = _field(block, "skip")
         self.skipped_in_a_row = _field(block, "skipped_in_a_row")
         self.grad_norm = _field(block, "grad_norm")
+        self.arrivals = _field(block, "arrivals")
 
     def move_to(self, device: torch.device) -> None:
         """Moves the state to another device."""

@@ -28,8 +28,8 @@ class Entry:
         shard_class: The parameter's shard class in `StepReduction`.
         state: The parameter's tensors in the optimizer's state, by their keys there.
         local_state: The local parts of these tensors, with the strides of `source`.
-        first_updates: By the keys of `state`, except the master: 0-dim INT64, the number of the update that first
-            wrote the tensor; -1 before that update. The backends write the number.
+        first_updates: By the keys of `state`: 0-dim INT64, the number of the update that first wrote the tensor; -1
+            before that update. The backends write the number.
         identity: The parameter's address and version counters when `master` was last synchronised with the parameter.
         storage: A reference to the parameter's memory, so that other data cannot get the same address.
     """

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.sharding import local_part
+from .new_state import NewState
 from .parameters import LOW_PRECISION, MASTER_PARAM
 from .plan import adopt_foreign_values
 from .shared_memory import missing_bytes
@@ -22,11 +23,12 @@ def masters_in_use(
 
 
 @torch.no_grad()
-def refresh_masters(masters: dict[Tensor, Tensor | None]) -> None:
+def refresh_masters(masters: dict[Tensor, Tensor | None], new_state: NewState) -> None:
     """Resynchronises each master where its parameter is no longer its rounding.
 
     Args:
         masters: The result of `masters_in_use`.
+        new_state: The record of unwritten state.
 
     Raises:
         RuntimeError: The storage of a parameter or master was resized. No master is changed then.
@@ -42,4 +44,5 @@ def refresh_masters(masters: dict[Tensor, Tensor | None]) -> None:
             )
         masters_with_memory.append((master, param))
     for master, param in masters_with_memory:
-        adopt_foreign_values(local_part(master), local_part(param))
+        with new_state.resynchronised(master):
+            adopt_foreign_values(local_part(master), local_part(param))

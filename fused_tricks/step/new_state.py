@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,10 @@ class _Note(NamedTuple):
     """The location of the note of a tensor's first update.
 
     Attributes:
-        notes: INT64 tensor of shape (1 + tensors without values,). Element 0 is the number of applied steps when the
-            tensors were made. Each further element belongs to a tensor without values: the number of the update that
-            first wrote the tensor, and -1 before that update.
-        place: The index of the tensor in `notes`; 0 for a tensor without a note of its own.
+        notes: INT64 tensor of shape (1 + tensors,). Element 0 is the number of applied steps when the tensors were
+            made. Each further element belongs to a tensor: the number of the update that first wrote the tensor, and
+            -1 before that update.
+        place: The index of the tensor in `notes`; 0 for a tensor without elements, which no update notes.
         version: The version counter of a new master; None for other tensors. User code increments it by a write.
     """
 
@@ -37,11 +38,11 @@ class _Note(NamedTuple):
 class NewState:
     """The record of state tensors that a plan has made and that may be unwritten.
 
-    Each plan that makes state tensors has one INT64 tensor of notes. Every backend notes the first update of a momentum
-    buffer or an average there. The notes are on the parameters' device, because the skip decision of a first step is made there.
+    Each plan that makes state tensors has one INT64 tensor of notes. Every backend notes the first update of a tensor
+    there. The notes are on the parameters' device, because the skip decision of a first step is made there.
     The notes keep their address, because captured CUDA graphs continue to write them. A master is made with its
-    parameter's values and has no note of its own: a master counts as written after the first applied step. A tensor
-    without elements is treated like a master.
+    parameter's values, so user code may write to the master before an update does. A tensor without elements counts as
+    written after the first applied step.
     """
 
     def __init__(self) -> None:
@@ -69,18 +70,22 @@ class NewState:
         if not masters and not without_values:
             return
         with outside_all_modes():
-            notes = torch.full((1 + len(without_values),), -1, dtype=torch.int64, device=device)
+            notes = torch.full(
+                (1 + len(masters) + len(without_values),), -1, dtype=torch.int64, device=device
+            )
             notes[0].copy_(step_state.applied_steps)
-        for master in masters:
-            self._notes[master] = _Note(notes, 0, master._version)
-        for index, tensor in enumerate(without_values, start=1):
-            self._notes[tensor] = _Note(notes, index if local_part(tensor).numel() else 0, None)
+        for index, tensor in enumerate((*masters, *without_values), start=1):
+            self._notes[tensor] = _Note(
+                notes,
+                index if local_part(tensor).numel() else 0,
+                tensor._version if index <= len(masters) else None,
+            )
 
     def first_update_of(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """Returns the 0-dim INT64 note of the update that first wrote a momentum buffer or an average.
+        """Returns the 0-dim INT64 note of the update that first wrote a state tensor.
 
         Args:
-            tensor: The buffer or average. Tensors that are not recorded share one note of 0.
+            tensor: The state tensor. Tensors that are not recorded share one note of 0.
             device: The device of the shared note. For a recorded tensor, the device of `add`.
         """
         note = self._notes.get(tensor)
@@ -100,8 +105,17 @@ class NewState:
         if note.notes.device == device:
             self._notes[tensor] = _for_tensor(note, tensor)
         elif not self._is_written(note, step_state):
-            without_values = [tensor] if note.place else []
-            self.add([] if without_values else [tensor], without_values, step_state, device)
+            is_master = note.version is not None
+            self.add([tensor] if is_master else [], [] if is_master else [tensor], step_state, device)
+
+    @contextmanager
+    def resynchronised(self, master: Tensor) -> Iterator[None]:
+        """Returns a context in which a write to a new master does not count as a write by user code."""
+        note = self._notes.get(master)
+        is_new = note is not None and not _is_changed(master, note)
+        yield
+        if note is not None and is_new:
+            self._notes[master] = _for_tensor(note, master)
 
     def forget(self, tensor: Tensor) -> None:
         """Removes a tensor from the record: the tensor counts as written."""
@@ -135,7 +149,8 @@ class NewState:
 
     def __getstate__(self) -> tuple[list[tuple[Tensor, _Note]]]:
         # A tuple, because pickle's protocols 0 and 1 leave out an empty state.
-        return (list(self._notes.items()),)
+        # The version counter of a copy does not show that user code wrote to the original.
+        return ([(tensor, note) for tensor, note in self._notes.items() if not _is_changed(tensor, note)],)
 
     def __setstate__(self, state: tuple[list[tuple[Tensor, _Note]]]) -> None:
         self.__init__()  # type: ignore[misc]

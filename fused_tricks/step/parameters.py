@@ -21,10 +21,13 @@ SUPPORTED = (*LOW_PRECISION, torch.float32, torch.float64)
 
 
 def is_in_use(key: str, group: dict[str, Any]) -> bool:
-    """True if the options of a group switch a state tensor on. `uses` in csrc/core/group.h has the same conditions."""
-    return (key == MOMENTUM_BUFFER and group["momentum"] != 0) or (
-        key == EMA_PARAM and group["ema_decay"] is not None
-    )
+    """True if the options of a group switch a state tensor on. `uses` in csrc/core/group.h has the same conditions.
+
+    The dtype of a parameter, not an option, determines whether the parameter has a master.
+    """
+    if key == MOMENTUM_BUFFER:
+        return bool(group["momentum"] != 0)
+    return key == MASTER_PARAM or group["ema_decay"] is not None
 
 
 def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:

@@ -42,7 +42,6 @@ from .shared_memory import (
 )
 from .stand_ins import StandIns, identity_of, same_strides
 
-
 # The values of new state tensors, until their first update. In a file of torch.distributed.checkpoint, a tensor of NaN
 # shows that no update has written the average.
 _UNWRITTEN = {MOMENTUM_BUFFER: 0.0, EMA_PARAM: math.nan}
@@ -201,7 +200,6 @@ class _Builder:
             entry.first_updates = {
                 key: self._new_state.first_update_of(tensor, self._device)
                 for key, tensor in entry.state.items()
-                if key != MASTER_PARAM
             }
         return Plan(entries, [group["lr"] for group in self._groups], is_in_order=self._is_in_order)
 
@@ -262,7 +260,8 @@ class _Builder:
             del held[key]
         if param.dtype in LOW_PRECISION:
             if self._take_state(entry, item.state, MASTER_PARAM):
-                adopt_foreign_values(entry.local_state[MASTER_PARAM], local)
+                with self._new_state.resynchronised(entry.state[MASTER_PARAM]):
+                    adopt_foreign_values(entry.local_state[MASTER_PARAM], local)
             else:
                 master = source.detach().to(torch.float32, memory_format=torch.preserve_format)
                 self._masters.append(_add_new_state(entry, MASTER_PARAM, master))
@@ -316,7 +315,7 @@ def _used_state(param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> 
     return {
         key: state.get(key)
         for key in STATE_TENSORS
-        if is_in_use(key, group) or (key == MASTER_PARAM and param.dtype in LOW_PRECISION)
+        if is_in_use(key, group) and (key != MASTER_PARAM or param.dtype in LOW_PRECISION)
     }
 
 

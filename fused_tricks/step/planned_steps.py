@@ -47,19 +47,24 @@ class PlannedSteps(SavedState):
             redistributed: dict[Tensor, Tensor] = {}
             outcome = self._run(request, redistributed)
             if outcome == Outcome.STALE:
+                # A new plan changes state, so that a malformed option must be refused before.
+                self._check_options()
                 self._prepared = self._prepare()
                 outcome = self._run_first(self._prepared, request, redistributed)
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
             # Backends raise on a malformed option without naming it. These checks raise a message with the name.
-            for index, group in enumerate(self.param_groups):
-                check_readable(f"group {index}", group)
-                check_numbers(group)
-                check_range(group)
+            self._check_options()
             raise
         if outcome == Outcome.SKIPPED:
             self._diagnostics.after_skip()
         elif self._prepared is not None and self._prepared.stepper.is_async:
             self._diagnostics.after_launch()
+
+    def _check_options(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            check_readable(f"group {index}", group)
+            check_numbers(group)
+            check_range(group)
 
     def _run_first(
         self, prepared: Prepared, request: StepRequest, redistributed: dict[Tensor, Tensor]

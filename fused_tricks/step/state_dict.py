@@ -106,6 +106,9 @@ def finish_state_dict(
             packed["state"][index] = kept
         else:
             del packed["state"][index]
+    # A plan adds empty entries beside others. Without others, torch.optim.SGD has no entry either.
+    if left_out and not any(packed["state"].values()):
+        packed["state"].clear()
 
 
 def never_updated(state: dict[Tensor, dict[str, Any]], progress: dict[str, Any]) -> list[Tensor]:

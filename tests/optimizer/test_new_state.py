@@ -202,9 +202,12 @@ def test_a_shallow_copy_continues_from_buffers_that_the_original_has_written(bac
     assert optimizer.state[param]["momentum_buffer"].tolist() == [1.5] * 3
 
 
-def test_values_that_user_code_writes_into_a_new_master_are_saved(backend, device):
+@pytest.mark.parametrize("copied", [False, True])
+def test_values_that_user_code_writes_into_a_new_master_are_saved(backend, device, copied):
     optimizer, param = skipped_first_step(backend, device)
     optimizer.state[param]["master_param"].fill_(1 + 2**-12)
+    if copied:
+        param, optimizer = copy.deepcopy((param, optimizer))
     assert optimizer.state_dict()["state"][0]["master_param"].tolist() == [1 + 2**-12] * 3
 
 
@@ -223,3 +226,67 @@ def test_a_new_master_that_changes_its_layout_is_saved_only_if_user_code_wrote_i
     assert [state["master_param"].unique().tolist() for state in saved.values()] == (
         [] if value is None else [[value]]
     )
+
+
+def pair_after_a_skipped_step(backend, device):
+    """An optimizer whose first step was skipped and whose second step updated the first of two parameters."""
+    params = [Parameter(torch.ones(3, device=device, dtype=torch.float16)) for _ in range(2)]
+    optimizer = FusedSGD(params, lr=0.5, loss_scale=1.0, backend=backend)
+    for param in params:
+        param.grad = torch.full_like(param, float("inf"))
+    optimizer.step()
+    params[1].grad = None
+    step(optimizer, params[0])
+    return optimizer, params
+
+
+def test_the_update_of_one_parameter_writes_no_master_of_another(backend, device):
+    optimizer, _params = pair_after_a_skipped_step(backend, device)
+    assert list(optimizer.state_dict()["state"]) == [0]
+    del optimizer.param_groups[0]["params"][1]
+    assert list(optimizer.state_dict()["state"]) == [0]
+
+
+def test_a_parameter_may_change_its_shape_before_its_own_first_update(backend, device):
+    optimizer, params = pair_after_a_skipped_step(backend, device)
+    params[1].data = torch.ones(5, device=device, dtype=torch.float16)
+    step(optimizer, params[1])
+    assert optimizer.state[params[1]]["master_param"].tolist() == [0.5] * 5
+
+
+def test_a_resynchronised_master_is_still_unwritten(backend, device):
+    optimizer, param = skipped_first_step(backend, device)
+    with torch.no_grad():
+        param.mul_(2)
+    step(optimizer, param, float("inf"))
+    param.data.mul_(2)
+    optimizer.refresh_masters()
+    assert optimizer.state[param]["master_param"].tolist() == [4.0] * 3
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_a_shallow_copy_saves_the_masters_that_the_original_has_written(backend, device):
+    optimizer, param = skipped_first_step(backend, device)
+    twin = copy.copy(optimizer)
+    step(optimizer, param)
+    assert list(twin.state_dict()["state"][0]) == ["master_param", "momentum_buffer"]
+
+
+def test_a_skipped_first_step_adds_no_empty_entries_to_the_state_dict(backend, device):
+    params = [Parameter(torch.ones(3, device=device, dtype=d)) for d in (torch.float16, torch.float32)]
+    optimizer = FusedSGD(params, lr=0.5, loss_scale=1.0, backend=backend)
+    for param in params:
+        param.grad = torch.full_like(param, float("inf"))
+    optimizer.step()
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_a_malformed_option_is_refused_before_a_new_plan_changes_state(backend, device):
+    param = Parameter(torch.ones(3, device=device, dtype=torch.float16))
+    optimizer = FusedSGD([param], lr=0.5, loss_scale=1.0, backend=backend)
+    step(optimizer, param)
+    param.grad, param.data = None, param.data.float()
+    optimizer.param_groups[0]["momentum"] = "0.5"
+    with pytest.raises(TypeError, match="momentum"):
+        step(optimizer, param)
+    assert list(optimizer.state[param]) == ["master_param"]

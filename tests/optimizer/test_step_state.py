@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from fused_tricks.distributed.found_inf_reduction import PARTIALS
 from fused_tricks.extension import load_extension, missing_because
 from fused_tricks.step.device_state import OFFSETS, StepState
 from fused_tricks.step.options import FLAGS, NUMBERS
@@ -37,6 +38,12 @@ def test_the_extension_has_the_same_state_tensors_in_the_same_order() -> None:
     if missing_because() is not None:
         pytest.skip(str(missing_because()))
     assert tuple(load_extension().STATE_TENSORS) == STATE_TENSORS
+
+
+def test_the_extension_has_the_same_partials() -> None:
+    if missing_because() is not None:
+        pytest.skip(str(missing_because()))
+    assert tuple(load_extension().PARTIALS) == PARTIALS
 
 
 def test_the_extension_has_the_same_options() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...distributed.sharding import is_distributed
-from ...step.parameters import STATE_TENSORS, is_in_use
+from ...step.parameters import MASTER_PARAM, STATE_TENSORS, is_in_use
 from ...step.plan import Plan
 from ...step.shared_memory import missing_bytes
 from ...step.stand_ins import same_strides
@@ -76,6 +76,7 @@ class PlanGuard:
         self._without = {
             key: {entry.group for entry in entries if entry.live and key not in entry.local_state}
             for key in STATE_TENSORS
+            if key != MASTER_PARAM
         }
         self._state: _State | None = None
         self._grads: list[Tensor] = []

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ...distributed.found_inf_reduction import PARTIALS
 from . import IS_INTERPRETED
 from .arithmetic import fma, two_sum
 from .decision import (
@@ -30,6 +31,10 @@ from .records import (
     table_item,
 )
 
+# Indices in the partials.
+PARTIAL_FOUND_INF = tl.constexpr(PARTIALS.index("found_inf"))
+IN_DOUBLE = tl.constexpr(PARTIALS.index("in_double"))
+SQUARES = tl.constexpr(PARTIALS.index("squares"))
 # Large tiles are faster in the interpreter, whose time hardly depends on the tile's size.
 _TILES = 64 if IS_INTERPRETED else 1
 # 32-bit words of a tile: four 16-byte accesses a thread, or two where the squares use registers.
@@ -206,9 +211,9 @@ def scan_kernel(
             for shard_class in tl.static_range(SHARD_CLASSES):
                 if WANTS_NORM:
                     total = sum_of(partial_squares, chunks, tensors, chunk_count, shard_class)
-                tl.store(pointer_to(partials, tl.float64) + 2 + shard_class, total)
-            tl.store(pointer_to(partials, tl.float64), found.to(tl.float64))
-            tl.store(pointer_to(partials, tl.float64) + 1, in_double.to(tl.float64))
+                tl.store(pointer_to(partials, tl.float64) + SQUARES + shard_class, total)
+            tl.store(pointer_to(partials, tl.float64) + PARTIAL_FOUND_INF, found.to(tl.float64))
+            tl.store(pointer_to(partials, tl.float64) + IN_DOUBLE, in_double.to(tl.float64))
             tl.store(field(state, FOUND_INF, tl.int32), 0)
 
 
@@ -218,11 +223,11 @@ def decide_kernel(
     WANTS_NORM: tl.constexpr, SHARD_CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Decides about the step, after `partials` were reduced over the processes."""
-    found = (tl.load(pointer_to(partials, tl.float64)) != 0).to(tl.int32)
-    in_double = (tl.load(pointer_to(partials, tl.float64) + 1) != 0).to(tl.int32)
+    found = (tl.load(pointer_to(partials, tl.float64) + PARTIAL_FOUND_INF) != 0).to(tl.int32)
+    in_double = (tl.load(pointer_to(partials, tl.float64) + IN_DOUBLE) != 0).to(tl.int32)
     squares = float64(0.0)
     for shard_class in tl.static_range(SHARD_CLASSES):
-        squares += tl.load(pointer_to(partials, tl.float64) + 2 + shard_class)
+        squares += tl.load(pointer_to(partials, tl.float64) + SQUARES + shard_class)
     decide(
         state,
         found,

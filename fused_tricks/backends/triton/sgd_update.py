@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arithmetic import fma
 from ...step.options import NONE as NONE_VALUE
+from .arithmetic import fma
 from .groups import FLAGS, bit_of, index_of, learning_rate_of, option_of, word_of
 
 MOMENTUM = index_of("momentum")

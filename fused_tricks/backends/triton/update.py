@@ -80,6 +80,15 @@ def is_first_update(record, tensor: tl.constexpr, begin, number):
 
 
 @triton.jit
+def note_master(record, number):
+    """Notes update `number` as the first update of a new master."""
+    noted_at = table_item(record, MASTER + FIRST_UPDATE)
+    if noted_at != 0:
+        noted = tl.load(pointer_to(noted_at, tl.int64))
+        tl.store(pointer_to(noted_at, tl.int64), tl.where(noted < 0, number, noted))
+
+
+@triton.jit
 def update_elements(
     grad, weight, buffer, ema, param, begin, count, has_momentum, rule,
     kind: tl.constexpr, grad_kind: tl.constexpr, AVERAGES: tl.constexpr,
@@ -175,7 +184,18 @@ def update_chunk(chunk, rule, kind: tl.constexpr, grad_kind: tl.constexpr, AVERA
                 grad, weight, buffer, ema, param, done, chunk.has_momentum, rule, kind, grad_kind, AVERAGES
             )
     update_elements(
-        grad, weight, buffer, ema, param, done, chunk.count, chunk.has_momentum, rule, kind, grad_kind, AVERAGES
+        grad,
+        weight,
+        buffer,
+        ema,
+        param,
+        done,
+        chunk.count,
+        chunk.has_momentum,
+        rule,
+        kind,
+        grad_kind,
+        AVERAGES,
     )
 
 
@@ -241,6 +261,8 @@ def update_kernel(
                                 update_chunk(chunk, double_rule, a, b, AVERAGES)
                             else:
                                 update_chunk(chunk, single_rule, a, b, AVERAGES)
+            if begin == 0:
+                note_master(record, number)
     if is_scanned == 0:
         if arrives_last(state):
             # Computing the value again saves a register during the update.
