@@ -18,7 +18,7 @@ constexpr int kThreads = 256;
 
 struct TensorRecord {
   void* param;
-  void* state[kStateTensors];  // null: the parameter has no such tensor
+  void* state[kStateTensors];            // null: the parameter has no such tensor
   int64_t* first_update[kStateTensors];  // numbers of the updates that first wrote the state tensors; -1 before
   int64_t count;
   int32_t group;

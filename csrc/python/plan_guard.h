@@ -32,7 +32,7 @@ struct GuardedEntry {
   Layout layout;
   dlpack::Device device{};
   bool has_state[kStateTensors] = {};  // true for an empty tensor, too, whose address is null
-  bool watches_version = false;  // a new version means that user code wrote to the parameter
+  bool watches_version = false;        // a new version means that user code wrote to the parameter
   int64_t version = 0;
   int64_t version_step = 1;   // growth in one update; more than 1 if parameters are views that share the counter
   PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and the tensors in the dict
