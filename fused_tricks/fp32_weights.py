@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ._torch import run_load_state_dict_hooks
 from .distributed.sharding import is_distributed, local_part, placed_like
 from .optimizer import FusedSGD
 from .step.masters import masters_in_use
+from .step.model_weights import check_model, with_weights
 from .step.ordinary_tensors import outside_inference_mode
 from .step.parameters import LOW_PRECISION, MASTER_PARAM
 from .step.plan import adopt_foreign_values
 from .step.shared_memory import missing_bytes
-from .validation import check_module
 
 
 @outside_inference_mode()
@@ -57,8 +56,8 @@ def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
         assert ft.fp32_state_dict(model, optimizer)["weight"].dtype == torch.float32
         ```
     """
-    _check_types(model, optimizer)
-    with _in_full_precision(model, optimizer):
+    check_model(model, optimizer)
+    with with_weights(model, optimizer, _full_precision):
         state: dict[str, Any] = model.state_dict()
     return state
 
@@ -98,13 +97,13 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
         assert torch.equal(ft.fp32_state_dict(model, optimizer)["weight"], pretrained["weight"])
         ```
     """
-    _check_types(model, optimizer)
+    check_model(model, optimizer)
     for name, value in state.items() if isinstance(state, Mapping) else ():
         if isinstance(value, Tensor) and missing_bytes(value):
             raise ValueError(f"the {name} to load has no memory: its storage was resized")
     with (
         _shards_found_again(model),
-        _in_full_precision(model, optimizer) as copies,
+        with_weights(model, optimizer, _full_precision) as copies,
         _extra_states_kept(model),
     ):
         model.load_state_dict(state)
@@ -126,57 +125,6 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
             else:
                 # The module resizes this buffer to the checkpoint's size.
                 tensor.data = value.to(tensor.dtype)
-
-
-def _check_types(model: nn.Module, optimizer: FusedSGD) -> None:
-    check_module(model)
-    if not isinstance(optimizer, FusedSGD):
-        raise TypeError(f"optimizer must be a FusedSGD, got {type(optimizer).__name__}, which has no masters")
-    masters = masters_in_use(optimizer.param_groups, optimizer.state)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            continue
-        master = masters.get(tensor)
-        if missing_bytes(tensor) or (isinstance(master, Tensor) and missing_bytes(master)):
-            raise ValueError(f"{name} or its master has no memory: its storage was resized; restore it first")
-
-
-@contextmanager
-def _in_full_precision(model: nn.Module, optimizer: FusedSGD) -> Iterator[dict[Tensor, Tensor]]:
-    """Replaces the modules' parameters and buffers by copies in full precision, and yields the copies by the originals.
-
-    New data in the same parameters would remove their autograd hooks, which DistributedDataParallel requires.
-    """
-    # FSDP registers its shards as the modules' parameters in this call.
-    model.state_dict()
-    if set(_parameters(optimizer)).isdisjoint(model.parameters()):
-        raise ValueError("optimizer has no parameter of this model; give the optimizer that trains it")
-    state = optimizer.state
-    places = list(_places(model))
-    # In the same order in every process, because the redistribution of a sharded master is a collective.
-    tensors = dict.fromkeys(tensor for _, _, tensor in places)
-    copies = {tensor: _full_precision(tensor, state.get(tensor, {})) for tensor in tensors}
-    try:
-        for table, key, tensor in places:
-            table[key] = copies[tensor]
-        yield copies
-    finally:
-        for table, key, tensor in places:
-            # The module may have replaced the copy.
-            if table.get(key) is copies[tensor]:
-                table[key] = tensor
-
-
-def _places(model: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
-    """Yields every parameter and buffer of every module, after its dict and its key there."""
-    for prefix, module in model.named_modules():
-        for table in (module._parameters, module._buffers):
-            for key, tensor in table.items():
-                if is_lazy(tensor):
-                    name = f"{prefix}.{key}" if prefix else key
-                    raise ValueError(f"{name} has no shape yet; run a forward pass first")
-                if tensor is not None:
-                    yield table, key, tensor
 
 
 @torch.no_grad()
@@ -216,7 +164,3 @@ def _shards_found_again(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if any(param is not None and is_distributed(param) for param in module._parameters.values()):
                 run_load_state_dict_hooks(module)
-
-
-def _parameters(optimizer: FusedSGD) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]

@@ -182,6 +182,7 @@ class FusedSGD(PlannedSteps):
         self._prepared: Prepared | None = None
         self._new_state = NewState()
         self._lock = StepLock()
+        self._lends_weights = False
         super().__init__(
             params,
             {
@@ -380,4 +381,5 @@ class FusedSGD(PlannedSteps):
             optimizer.refresh_masters()
             ```
         """
+        self._check_has_its_weights()
         refresh_masters(masters_in_use(self.param_groups, self._state), self._new_state)

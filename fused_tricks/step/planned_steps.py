@@ -97,6 +97,7 @@ class PlannedSteps(SavedState):
         self._note_progress()
 
     def _prepare(self) -> Prepared:
+        self._check_has_its_weights()
         listed = [(name, param) for name, param, _ in named_parameters(self.param_groups)]
         # Parameters without a gradient matter only if no parameter has one.
         named = [(name, param) for name, param in listed if param.grad is not None] or listed
@@ -138,6 +139,22 @@ class PlannedSteps(SavedState):
         # The class must not have these attributes, because GradScaler multiplies an existing `grad_scale`.
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         return step_request(self._loss_scale, self._max_grad_norm, grad_scale, found_inf)
+
+    def _lend_weights(self) -> None:
+        """Notes that the parameters have other values for a while. Steps raise until `_take_weights_back`."""
+        self._check_has_its_weights()
+        self._replan()
+        self._lends_weights = True
+
+    def _take_weights_back(self) -> None:
+        self._lends_weights = False
+
+    def _check_has_its_weights(self) -> None:
+        """Raises RuntimeError between `_lend_weights` and `_take_weights_back`."""
+        if self._lends_weights:
+            raise RuntimeError(
+                "the model has the averages in place of its weights; leave the context of ema_weights first"
+            )
 
     def _replan(self) -> None:
         """Marks the plan as stale, so that the next step builds a new plan."""

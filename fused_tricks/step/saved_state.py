@@ -62,13 +62,15 @@ class SavedState(Optimizer):
     _prepared: Prepared | None
     _new_state: NewState
     _lock: StepLock
+    _lends_weights: bool
 
     @property
     def state(self) -> defaultdict[Any, Any]:
-        """The state of each parameter, as in `torch.optim.Optimizer.state`: `momentum_buffer` and `master_param`.
+        """The state of each parameter, as in `torch.optim.Optimizer.state`.
 
-        A parameter has its state from its first step on. A momentum buffer is zero until the first applied step. Until
-        then, `state_dict` leaves the buffer out, and the first update ignores values that user code writes into it. A
+        The keys are `momentum_buffer`, `master_param` and `ema_param`. A parameter has its state from its first step
+        on. A momentum buffer is zero and an average is NaN until the first applied update. Until then, `state_dict`
+        leaves the tensor out, and the first update ignores values that user code writes into it. A
         tensor that user code puts in its place counts as written. Assigning a dict replaces the state.
         """
         if is_asked_for_state():
@@ -89,9 +91,17 @@ class SavedState(Optimizer):
             # The plan uses the masters and buffers of the former state.
             self._prepared = None
 
+    def _unwritten(self) -> set[int]:
+        """Returns the ids of the state tensors that no update has written. Synchronises if the state is new."""
+        return (
+            {id(tensor) for tensor in self._new_state.unwritten(self._step_state)}
+            if self._new_state
+            else set()
+        )
+
     def _drop_unwritten(self, params: list[Any]) -> dict[Any, Any]:
         """Removes the state of the given parameters if no update has written any of it; returns the state."""
-        unwritten = {id(tensor) for tensor in self._new_state.unwritten(self._step_state)}
+        unwritten = self._unwritten()
         held = [self._state[param] for param in params]
         if all(
             isinstance(own, dict) and all(id(value) in unwritten for value in own.values()) for own in held
@@ -208,6 +218,7 @@ class SavedState(Optimizer):
         # The base class updates __dict__ directly and would bypass the property `state`.
         super().__setstate__({"_state" if key == "state" else key: value for key, value in state.items()})
         self._prepared = None
+        self._lends_weights = False
         # The pickle may be older than an option.
         for options in (self.defaults, *self.param_groups):
             for name in (*NUMBERS, *FLAGS):
