@@ -129,6 +129,22 @@ def test_a_sparse_gradient_whose_elements_add_up_to_infinity_counts():
     assert searched(torch.sparse_coo_tensor(torch.tensor([[1, 1]]), values, (3,)))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_gradient_without_elements_is_finite():
+    grad = torch.zeros(3).to_sparse()
+    assert grad._nnz() == 0
+    assert searched(grad, torch.full((3,), torch.inf)) == ["parameter 1 of group 0"]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc], ids=str)
+def test_a_gradient_of_a_compressed_layout_is_searched(layout):
+    params = [Parameter(torch.eye(3).to_sparse(layout=layout)) for _ in range(2)]
+    for param, value in zip(params, (1.0, torch.inf), strict=True):
+        param.grad = torch.eye(3).mul(value).nan_to_num(0.0, posinf=value).to_sparse(layout=layout)
+    assert FusedSGD(params, lr=0.1).find_overflow() == ["parameter 1 of group 0"]
+
+
 def test_a_gradient_that_wraps_other_tensors_is_searched():
     from torch.testing._internal.two_tensor import TwoTensor
 
@@ -174,7 +190,10 @@ def freed(value: float) -> Tensor:
 
 @pytest.mark.parametrize("without_memory", [fake, freed])
 def test_a_gradient_without_memory_does_not_count(without_memory):
-    assert searched(without_memory(torch.inf), torch.full((2,), torch.inf)) == ["parameter 1 of group 0"]
+    found = searched(without_memory(torch.inf), torch.full((2,), torch.inf))
+    assert found == [
+        "parameter 1 of group 0"
+    ]  # separate, because pytest prints the arguments of a call that fails
 
 
 def test_a_model_without_memory_has_no_overflow():
