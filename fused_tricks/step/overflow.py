@@ -18,7 +18,7 @@ from .shared_memory import has_memory, missing_bytes
 def overflowing_parameters(groups: list[dict[str, Any]]) -> list[str]:
     """Returns the names of the parameters whose gradients have an infinite or NaN element on this process.
 
-    Copies to the host once for each device.
+    Copies to the host once for each device, and once for each gradient that wraps other tensors.
     """
     named = own_names(groups)
     largest: dict[torch.device, dict[int, Tensor]] = {}

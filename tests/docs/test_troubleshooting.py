@@ -28,7 +28,7 @@ def sections(text: str, level: int) -> dict[str, str]:
 
 
 def code_of(heading: str) -> list[str]:
-    text = sections(PAGE, 3)[heading].partition("\n## ")[0]
+    text = sections(PAGE, 3).get(heading, "").partition("\n## ")[0]
     return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -245,7 +245,7 @@ def every_gradient_overflows(names: Names) -> None:
 def parameter_of(heading: str) -> Any:
     reason = "only a CUDA device raises this message, and torch sees none"
     marks = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)]
-    return pytest.param(heading, marks=marks if "torch.cuda" in heading else [])
+    return pytest.param(heading, marks=marks if "torch.cuda" in heading else [], id=heading)
 
 
 def every(headings: Iterable[str]) -> Any:
