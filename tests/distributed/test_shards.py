@@ -181,37 +181,6 @@ def test_an_overflow_anywhere_skips_the_step_everywhere():
     ranks.run(4, overflow_in_each_place)
 
 
-def search_own_elements() -> list[str]:
-    """The last element of the divided parameter overflows, which the last process has. Process 0 searches alone."""
-    mesh = init_device_mesh("cpu", (2,))
-    divided, plain = Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)])), Parameter(torch.zeros(2))
-    optimizer = FusedSGD([("divided", divided), ("plain", plain)], lr=0.1, loss_scale="dynamic")
-    divided.grad = distribute_tensor(torch.tensor([1.0, 1.0, 1.0, torch.inf]), mesh, [Shard(0)])
-    plain.grad = torch.ones(2)
-    optimizer.step()
-    assert optimizer.stats().last_step_skipped
-    if dist.get_rank() == 0:
-        for _ in range(3):
-            assert optimizer.find_overflow() == []
-    dist.barrier()
-    return optimizer.find_overflow()
-
-
-def test_an_overflow_is_named_by_the_process_that_has_the_element():
-    assert ranks.run(2, search_own_elements) == [[], ["divided"]]
-
-
-def search_uneven_parts() -> list[str]:
-    mesh = init_device_mesh("cpu", (2,))
-    param = Parameter(distribute_tensor(torch.zeros(1), mesh, [Shard(0)]))
-    param.grad = distribute_tensor(torch.full((1,), torch.nan), mesh, [Shard(0)])
-    return FusedSGD([param], lr=0.1).find_overflow()
-
-
-def test_a_process_without_elements_names_no_overflow():
-    assert ranks.run(2, search_uneven_parts) == [["parameter 0 of group 0"], []]
-
-
 def step_beside_a_smaller_mesh() -> None:
     """The last two of four processes have no part of the first parameter."""
     meshes = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 1, 2, 3])
