@@ -21,6 +21,7 @@ from .step.hooks import runs_hooks, with_hooks
 from .step.lock import StepLock, one_at_a_time
 from .step.masters import masters_in_use, refresh_masters
 from .step.new_state import NewState
+from .step.overflow import overflowing_parameters
 from .step.parameters import named_parameters
 from .step.planned_steps import PlannedSteps
 from .step.saved_state import Prepared
@@ -319,6 +320,36 @@ class FusedSGD(PlannedSteps):
         self._step_state.scale_was_read = True
         reading = self._step_state.read()
         return StepStats.of(reading, self._loss_scale is not None, self._max_grad_norm is not None)
+
+    @one_at_a_time
+    def find_overflow(self) -> list[str]:
+        """Returns the names of the parameters whose present gradients have an infinite or NaN element.
+
+        After a skipped step and before `zero_grad()`, these gradients are the reason for the skip. Reads the gradients
+        once, changes nothing, and synchronises with the device once. Gradients without memory do not count. A name is
+        `layer.weight` if the optimizer was given `named_parameters()`, otherwise `parameter 3 of group 0`.
+
+        With `DTensor`s, a `partition_group` or FSDP1 the names are those of this process: the call searches only the
+        elements that this process has, and does not communicate. The list is empty on a process that skips because of
+        another process.
+
+        Returns:
+            The names, in the order of the parameters; an empty list if all gradients are finite.
+
+        Example:
+            ```python
+            import torch
+            import fused_tricks as ft
+
+            model = torch.nn.Linear(4, 2)
+            optimizer = ft.FusedSGD(model.named_parameters(), lr=0.1, loss_scale="dynamic")
+            optimizer.scale(model(torch.full((1, 4), torch.inf)).sum()).backward()
+            optimizer.step()
+            if optimizer.stats().last_step_skipped:
+                print(optimizer.find_overflow())  # ['weight']
+            ```
+        """
+        return overflowing_parameters(self.param_groups)
 
     @one_at_a_time
     def add_param_group(self, param_group: dict[str, Any]) -> None:

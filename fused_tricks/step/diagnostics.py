@@ -146,7 +146,8 @@ class StepDiagnostics:
         self._report(
             "stuck",
             f"the last {in_a_row} optimizer steps were skipped{scale}, because a gradient was inf or NaN each time: "
-            "nothing is being trained; look for inf and NaN in the weights, the inputs and the loss"
+            "nothing is being trained; optimizer.find_overflow(), called before zero_grad(), names the parameters; "
+            "look for inf and NaN in the weights, the inputs and the loss"
             + (", or lower loss_scale" if scale and rules is None else ""),
         )
 

@@ -30,14 +30,14 @@ def is_in_use(key: str, group: dict[str, Any]) -> bool:
     return key == MASTER_PARAM or group["ema_decay"] is not None
 
 
-def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:
-    """Returns the name for errors, the parameter and the group's index, for every parameter.
+def own_names(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:
+    """Returns the name, the parameter and the group's index, for every parameter.
 
-    The name contains the parameter's own name if the group has `param_names`, otherwise its position.
+    The name is the parameter's own name if the group has `param_names`, otherwise its position.
     """
     return [
         (
-            f"parameter '{group['param_names'][index]}'"
+            group["param_names"][index]
             if "param_names" in group
             else f"parameter {index} of group {group_index}",
             param,
@@ -45,6 +45,14 @@ def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, in
         )
         for group_index, group in enumerate(groups)
         for index, param in enumerate(group["params"])
+    ]
+
+
+def named_parameters(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor, int]]:
+    """Returns the name for errors, the parameter and the group's index, for every parameter."""
+    return [
+        (f"parameter '{name}'" if "param_names" in groups[group_index] else name, param, group_index)
+        for name, param, group_index in own_names(groups)
     ]
 
 

@@ -6,6 +6,7 @@ Every test of the step runs on a GPU, too: `pytest tests/optimizer/test_overflow
 from __future__ import annotations
 
 import time
+import warnings
 
 import pytest
 import torch
@@ -48,6 +49,23 @@ def on_cpu(steps: int, dtype: torch.dtype, **options: object) -> list[Parameter]
         set_gradients(params, gradients_of(params, step))
         optimizer.step()
     return params
+
+
+def test_a_search_for_an_overflow_synchronises_once(gpu_backend: str) -> None:
+    params = parameters(SHAPES * 10, torch.float16, "cuda")
+    optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
+    set_gradients(params, gradients_of(params, 0))
+    params[7].grad[0] = torch.nan
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = optimizer.find_overflow()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found == ["parameter 7 of group 0"]
+    assert len([each for each in caught if "synchronizing" in str(each.message)]) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -58,7 +58,7 @@ def test_the_code_of_a_page_runs(name: str) -> None:
         exec(compile(block, f"docs/{name}", "exec"), names)
 
 
-@pytest.mark.parametrize("name", ["arithmetic.md", "how_it_works.md"])
+@pytest.mark.parametrize("name", ["arithmetic.md", "how_it_works.md", "troubleshooting.md"])
 def test_the_readme_links_to_a_page(name: str) -> None:
     assert f"](docs/{name})" in text_of(ROOT / "README.md")
 

@@ -122,6 +122,13 @@ def test_float16_gradients_without_a_scale_are_warned_of_once(backend, device):
     assert warnings_of(2, optimizer) == []
 
 
+def test_a_search_for_an_overflow_is_no_use_of_the_scale():
+    optimizer = optimizer_of("reference", torch.device("cpu"), loss_scale="dynamic")
+    optimizer.find_overflow()
+    with pytest.warns(UserWarning, match=UNUSED):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_gradients_of_a_wide_range_need_no_scale(backend, device, dtype):
     assert warnings_of(2, optimizer_of(backend, device, dtype)) == []
@@ -204,6 +211,13 @@ def test_steps_that_are_skipped_for_ever_are_warned_of_once(backend, device, cas
             optimizer.step()
     assert [warning.filename for warning in caught] == [__file__]
     assert warnings_of(30, optimizer) == []
+
+
+def test_the_warning_of_steps_that_are_skipped_for_ever_says_how_to_find_the_parameters(backend, device):
+    optimizer = optimizer_of(backend, device, torch.float32, loss_scale=8.0)
+    optimizer.stats()
+    (message,) = warnings_of(60 if is_late(backend) else 25, optimizer, float("nan"))
+    assert "optimizer.find_overflow(), called before zero_grad(), names the parameters" in message
 
 
 def test_a_scale_that_still_falls_is_no_reason_to_warn(backend, device):

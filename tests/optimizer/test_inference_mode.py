@@ -26,6 +26,7 @@ CALLS: dict[str, Callable[[FusedSGD], object]] = {
     "state_dict": lambda optimizer: optimizer.state_dict(),
     "load_state_dict": lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()),
     "stats": lambda optimizer: optimizer.stats(),
+    "find_overflow": lambda optimizer: optimizer.find_overflow(),
     "scale": lambda optimizer: optimizer.scale(torch.ones(())),
     "refresh_masters": lambda optimizer: optimizer.refresh_masters(),
 }
