@@ -47,6 +47,8 @@ _KINDS = {
         (_BFLOAT16, _BFLOAT16),
         (_BFLOAT16, _FLOAT32),
         (_FLOAT32, _FLOAT32),
+        (_FLOAT32, _FLOAT16),
+        (_FLOAT32, _BFLOAT16),
         (_FLOAT64, _FLOAT64),
     ),
 }

@@ -164,13 +164,17 @@ void update_span(const Span& span, const Rule<float>& shared_rule) {
 
 template <typename Simd>
 void update(const Span& span, const Rule<float>& rule) {
-  const bool wide = span.grad_type == DType::kFloat32;
+  const DType grad_type = span.grad_type;
   switch (span.param_type) {
     case DType::kFloat16:
-      return wide ? update_span<Simd, Half, float>(span, rule) : update_span<Simd, Half, Half>(span, rule);
+      if (grad_type == DType::kFloat16) return update_span<Simd, Half, Half>(span, rule);
+      return update_span<Simd, Half, float>(span, rule);
     case DType::kBFloat16:
-      return wide ? update_span<Simd, BFloat16, float>(span, rule) : update_span<Simd, BFloat16, BFloat16>(span, rule);
+      if (grad_type == DType::kBFloat16) return update_span<Simd, BFloat16, BFloat16>(span, rule);
+      return update_span<Simd, BFloat16, float>(span, rule);
     case DType::kFloat32:
+      if (grad_type == DType::kFloat16) return update_span<Simd, float, Half>(span, rule);
+      if (grad_type == DType::kBFloat16) return update_span<Simd, float, BFloat16>(span, rule);
       return update_span<Simd, float, float>(span, rule);
     case DType::kFloat64:
       return;

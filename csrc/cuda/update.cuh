@@ -41,6 +41,10 @@ __device__ inline void prepare_update(const Args& args, const StepState& state, 
   for (size_t i = 0; i < kStateTensors; ++i)
     work.state[i] = static_cast<char*>(tensor.state[i]) + chunk.begin * state_size;
   work.weight = tensor.state[kMaster] == nullptr ? work.param : work.state[kMaster];
+  if (tensor.type == DType::kFloat32 && tensor.grad_type != DType::kFloat32) {
+    work.type = tensor.grad_type;
+    work.param = nullptr;
+  }
   if (tensor.type == DType::kFloat64) {
     work.double_rule = make_rule<double>(group, lr, tensor.is_matrix, is_first, state, args.request);
   } else {
@@ -204,7 +208,7 @@ __device__ inline int update_pairs(const Rule<float>& rule, const Grad* grad, co
       words = packed_words<Param>(elements.weights);
     }
     swap_quads(odd, words);
-    if (inside) store_words(param + own, words);
+    if (inside && param != nullptr) store_words(param + own, words);
   }
   return 16 * pairs;
 }
@@ -235,7 +239,9 @@ __device__ inline T update_element(const Rule<T>& rule, T grad, T* weight, T* bu
   return w;
 }
 
-// `Param` is the element type of a 16-bit parameter; float if the weight is the parameter itself.
+// `Param` is the element type of a 16-bit parameter. If the weight is the parameter itself, `Param` is the type of the
+// gradient, and `work.param` is null: FP32 parameters then share the code of 16-bit ones, because more instances of this
+// function would not fit in 64 registers.
 template <typename Param, typename Grad>
 __device__ inline void update_span(const BlockWork& work) {
   const Rule<float> rule = work.rule;
@@ -256,6 +262,7 @@ __device__ inline void update_span(const BlockWork& work) {
     const Tensors at = tensors + i;
     const float w = update_element(rule, to_float(load_element(grad + i)), at.weight, at.buffer, at.ema);
     if constexpr (sizeof(Param) == 2) {
+      if (param == nullptr) continue;
       Param rounded;
       round_to(rounded, w);
       store_element(param + i, rounded);

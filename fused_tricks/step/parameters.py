@@ -17,7 +17,14 @@ EMA_PARAM = "ema_param"
 STATE_TENSORS = (MASTER_PARAM, MOMENTUM_BUFFER, EMA_PARAM)
 """The keys of a parameter's tensors in the optimizer's state, in the order of csrc/core/state_tensors.h."""
 LOW_PRECISION = (torch.float16, torch.bfloat16)
-SUPPORTED = (*LOW_PRECISION, torch.float32, torch.float64)
+GRAD_DTYPES = {
+    torch.float16: (torch.float16, torch.float32),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float32: (torch.float32, torch.float16, torch.bfloat16),
+    torch.float64: (torch.float64,),
+}
+"""The dtypes of a gradient, by the dtype of its parameter."""
+SUPPORTED = tuple(GRAD_DTYPES)
 
 
 def is_in_use(key: str, group: dict[str, Any]) -> bool:
@@ -109,11 +116,10 @@ def check_update(
         )
     if param.layout != torch.strided:
         raise RuntimeError(f"{name} has layout {param.layout}; FusedSGD requires dense parameters")
-    wide = grad.dtype == torch.float32 and param.dtype in LOW_PRECISION
-    if grad.dtype != param.dtype and not wide:
+    if grad.dtype not in GRAD_DTYPES[param.dtype]:
         raise RuntimeError(
-            f"{name} has dtype {param.dtype} and a gradient of dtype {grad.dtype}; cast the gradient to the "
-            "parameter's dtype, or to float32 for a float16 or bfloat16 parameter"
+            f"{name} has dtype {param.dtype} and a gradient of dtype {grad.dtype}; cast the gradient to "
+            + " or ".join(str(dtype) for dtype in GRAD_DTYPES[param.dtype])
         )
     if is_distributed(grad) != is_distributed(param):
         kinds = ["a DTensor" if is_distributed(tensor) else "a plain tensor" for tensor in (param, grad)]

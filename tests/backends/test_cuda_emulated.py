@@ -82,6 +82,8 @@ def test_a_step_without_momentum_does_not_touch_a_buffer() -> None:
         (torch.bfloat16, torch.bfloat16),
         (torch.float16, torch.float32),
         (torch.float32, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
     ],
 )
 def test_warps_request_whole_sectors(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:

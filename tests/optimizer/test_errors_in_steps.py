@@ -57,7 +57,11 @@ BAD_GRADIENTS: dict[str, tuple[torch.dtype, Callable[[Parameter], None], str]] =
     "complex": (torch.float32, of_dtype(torch.complex64), "complex"),
     "integer": (torch.float32, of_dtype(torch.int32), "int32"),
     "FP64 beside FP32": (torch.float32, of_dtype(torch.float64), "float64"),
-    "FP16 beside FP32": (torch.float32, of_dtype(torch.float16), "float16"),
+    "FP16 beside BF16": (
+        torch.bfloat16,
+        of_dtype(torch.float16),
+        "cast the gradient to torch.bfloat16 or torch.float32",
+    ),
     "BF16 beside FP16": (torch.float16, of_dtype(torch.bfloat16), "bfloat16"),
     "FP64 beside BF16": (torch.bfloat16, of_dtype(torch.float64), "float64"),
     "FP32 beside FP64": (torch.float32, after_data_became_double, "float32"),

@@ -11,6 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from fused_tricks import FusedSGD
+from fused_tricks.step.parameters import GRAD_DTYPES
 from support.backends import is_slow
 from support.comparison import (
     VECTOR_EDGES,
@@ -250,6 +251,80 @@ def test_an_fp32_gradient_beside_a_low_precision_parameter_is_used_unrounded(bac
     run_torch(expected, stream, 10, **options)
     assert_all_same_bits(masters(optimizer, params), expected, "master")
     assert_all_same_bits(params, [p.to(dtype) for p in expected])
+
+
+@pytest.mark.parametrize("size", [3, 33, 70, 40_000])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "ema_decay": 0.5}], ids=str)
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_a_low_precision_gradient_beside_an_fp32_parameter_equals_its_fp32_value(
+    backend, device, dtype, options, size
+):
+    params = parameters([(size,), (size, 2)], device=device)
+    widened = parameters([(size,), (size, 2)], device=device)
+    for param in params:
+        param.grad_dtype = dtype
+    common = {"lr": 0.05, "weight_decay": 1e-3, "bias_decay": True, "loss_scale": 8.0, "backend": backend}
+    optimizer, expected = FusedSGD(params, **common, **options), FusedSGD(widened, **common, **options)
+    for grads in gradients(params, 4):
+        low = [grad.to(dtype) for grad in grads]
+        set_gradients(params, low)
+        set_gradients(widened, [grad.float() for grad in low])
+        optimizer.step()
+        expected.step()
+    assert_all_same_bits(params, widened)
+    for one, other in zip(params, widened, strict=True):
+        assert "master_param" not in optimizer.state.get(one, {})
+        assert_all_same_bits(
+            optimizer.state.get(one, {}).values(), expected.state.get(other, {}).values(), "state"
+        )
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("offset", [1, 8])
+def test_a_low_precision_gradient_at_any_address_is_read_beside_an_fp32_parameter(
+    backend, device, dtype, offset
+):
+    (param,) = parameters([(1000,)], device=device)
+    expected = param.detach().clone()
+    param.grad_dtype = dtype
+    grad = torch.arange(1000 + offset, device=device).to(dtype)[offset:]
+    param.grad = grad
+    FusedSGD([param], lr=0.5, loss_scale=1.0, backend=backend).step()
+    assert_same_bits(param, expected.add(grad.float(), alpha=-0.5))
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_overflow_of_a_low_precision_gradient_beside_an_fp32_parameter_skips_the_step(
+    backend, device, dtype, value
+):
+    (param,) = parameters([(300,)], device=device)
+    before = param.detach().clone()
+    param.grad_dtype = dtype
+    param.grad = torch.ones(300, dtype=dtype, device=device)
+    param.grad[299] = value
+    optimizer = FusedSGD([param], lr=0.5, max_grad_norm=1.0, backend=backend)
+    optimizer.step()
+    assert optimizer.stats().skipped_steps == 1
+    assert_same_bits(param, before)
+
+
+def test_parameters_and_gradients_of_every_pair_of_dtypes_are_updated_together(backend, device):
+    pairs = [(dtype, grad_dtype) for dtype, allowed in GRAD_DTYPES.items() for grad_dtype in allowed]
+    params = parameters([(70,)] * len(pairs), [dtype for dtype, _ in pairs], device)
+    twins = parameters([(70,)] * len(pairs), [dtype for dtype, _ in pairs], device)
+    common = {"lr": 0.05, "momentum": 0.9, "loss_scale": 2.0}
+    optimizer = FusedSGD(params, **common, backend=backend)
+    expected = FusedSGD(twins, **common, backend="reference")
+    for step in range(3):
+        for one, other, (_, grad_dtype) in zip(params, twins, pairs, strict=True):
+            grad = torch.linspace(-1, 1, 70, device=device).add(step).to(grad_dtype)
+            for param in (one, other):
+                param.grad_dtype = grad_dtype
+                param.grad = grad.clone()
+        optimizer.step()
+        expected.step()
+    assert_all_same_bits(params, twins)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
