@@ -1,4 +1,4 @@
-"""Hypothesis chooses what happens to a `World`, and shrinks a history that fails."""
+"""Random histories of a `World`: Hypothesis chooses a history, and shrinks a history that fails."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SCALING = st.sampled_from(
 def groups_of(
     described: st.SearchStrategy[Any], options: dict[str, st.SearchStrategy[Any]]
 ) -> st.SearchStrategy[dict[str, Any]]:
-    """Groups of up to three parameters, in one storage or more, with some of the options."""
+    """Returns a strategy for groups of up to three parameters, in one storage or more, with some of the options."""
     params = st.lists(described, min_size=1, max_size=3)
     return st.fixed_dictionaries({"params": params, "storage": st.sampled_from(STORAGES)}, optional=options)
 
@@ -59,7 +59,7 @@ BEGINNINGS = st.one_of(
 
 
 class Histories(RuleBasedStateMachine):
-    """Random histories. Each thing that happens is noted as a line of Python."""
+    """Random histories. Each event is recorded as a line of Python."""
 
     backends: tuple[str, ...] = ("cpu",)
 
@@ -74,7 +74,7 @@ class Histories(RuleBasedStateMachine):
         return "\n".join(["from fuzz.world import World", *self.lines])
 
     def do(self, call: str, *args: Any) -> None:
-        """Notes a call of the world, and makes it."""
+        """Records a call of the world as a line, and makes the call."""
         self.lines.append(f"world.{call}({', '.join(map(repr, args))})")
         try:
             getattr(self.world, call)(*args)
@@ -152,5 +152,5 @@ class Histories(RuleBasedStateMachine):
 
 
 def histories_of(*backends: str) -> type[Histories]:
-    """A state machine over some backends."""
+    """Returns a state machine over some backends."""
     return type("Histories", (Histories,), {"backends": backends})
