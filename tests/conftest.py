@@ -8,7 +8,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 
-# Test processes share the cores, so a thread that waits must not spin. OpenMP reads this when torch loads it.
+# Test processes share the cores, so a waiting thread must not spin. OpenMP reads the variable when torch loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
@@ -26,13 +26,13 @@ GPU_BACKENDS = {"cuda"} if IS_INTERPRETED else {"cuda", "triton"}
 collect_ignore_glob = [] if torch.distributed.is_available() else ["distributed/*"]
 
 
-# Of each test, as many instances as run on Triton's interpreter, which takes 50 ms for a step: with the plan guard of
-# the extension, and with the plan guard in Python.
+# The most instances of a test on Triton's interpreter, where a step takes 50 ms: with the plan guard of the extension,
+# and with the plan guard in Python.
 INTERPRETED = {"triton": 5, backends.WITHOUT_EXTENSION: 3}
 
 
 def spread(items: list[pytest.Item], count: int) -> list[pytest.Item]:
-    """At most `count` of them, drawn by their names: neighbours often differ in a little only."""
+    """Returns at most `count` items, drawn by their names, because neighbours often differ little."""
     return sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode()))[:count]
 
 
@@ -59,7 +59,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs tests with the marker `both_watches` on one backend more."""
+    """Runs tests with the marker `both_watches` on one more backend."""
     test = metafunc.definition
     chosen = any("backend" in mark.args[0] for mark in test.iter_markers("parametrize"))
     if "backend" in metafunc.fixturenames and test.get_closest_marker("both_watches") and not chosen:
@@ -68,7 +68,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the tests of backends that nobody asked for or that are unusable, and marks those of slow ones."""
+    """Leaves out the tests of unusable backends and those not in `--backend`, and marks the tests of slow backends."""
     asked = config.getoption("backend")
     kept, left_out = [], []
     interpreted: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
@@ -99,14 +99,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Keeps modules and tests out of the garbage collector's sight: benchmarks call it again and again."""
+    """Exempts modules and tests from garbage collection, which benchmarks run again and again."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(params=backends.NAMES)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of each backend that is usable here."""
+    """Yields the name of each usable backend in turn."""
     reason = backends.unusable_because(backends.base(request.param))
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
@@ -116,13 +116,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def device(backend: str) -> torch.device:
-    """The device whose tensors `backend` updates."""
+    """Returns the device whose tensors `backend` updates."""
     return backends.device_of(backend)
 
 
 @pytest.fixture
 def long_run(backend: str) -> int:
-    """How many steps a test takes that compares a long run."""
+    """Returns the number of steps of a test that compares a long run."""
     if backends.is_slow(backend):
         return 3
     return 5 if backends.is_interpreted(backend) else 100
@@ -130,5 +130,5 @@ def long_run(backend: str) -> int:
 
 @pytest.fixture
 def many_steps(backend: str) -> int:
-    """How many steps a test takes that follows the loss scale over its ups and downs."""
+    """Returns the number of steps of a test that follows the loss scale up and down."""
     return 16 if backends.is_slow(backend) else 80

@@ -176,7 +176,7 @@ def compare(options: argparse.Namespace) -> Iterator[Finding]:
 def markdown(result: dict[str, Any]) -> str:
     """Returns the page with one table."""
     rows = [
-        [row["backend"], row["what"], f"{row['differing']:,} of {row['of']:,}", _verdict(row)]
+        [row["backend"], row["what"], f"{row['differing']:,} of {row['of']:,}", _result_of(row)]
         for row in result["findings"]
     ]
     return "\n\n".join(
@@ -190,7 +190,7 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
-def _verdict(row: dict[str, Any]) -> str:
+def _result_of(row: dict[str, Any]) -> str:
     return ("yes" if row["passed"] else "**no**") + (f" ({row['note']})" if row["note"] else "")
 
 

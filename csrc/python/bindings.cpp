@@ -72,7 +72,7 @@ const Names& names() {
   return all;
 }
 
-ScaleRule rule_of(const py::object& rule) {
+ScaleRule scale_rule_of(const py::object& rule) {
   return {number(rule.attr(names().growth_factor)),
           number(rule.attr(names().backoff_factor)),
           static_cast<float>(number(rule.attr(names().min_scale))),
@@ -92,7 +92,7 @@ StepRequest request_of(const py::object& asked) {
   request.wants_norm = !max_norm.is_none();
   if (request.wants_norm) request.max_norm = number(max_norm);
   request.dynamic = !rule.is_none();
-  if (request.dynamic) request.rule = rule_of(rule);
+  if (request.dynamic) request.rule = scale_rule_of(rule);
   return request;
 }
 

@@ -1,4 +1,4 @@
-"""Which backend runs the steps, by the devices of the parameters."""
+"""The choice of the backend from the devices of the parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with a GPU."""
+    """Makes the backend `cuda` usable, as on a machine with a GPU."""
     usable = BACKENDS["cuda"]._replace(unavailable_because=lambda: None)
     monkeypatch.setitem(BACKENDS, "cuda", usable)
 
@@ -65,7 +65,7 @@ def test_auto_says_once_that_only_the_slow_backend_is_left(monkeypatch: pytest.M
         assert [str(w.message).count("this is a test of warnings") > 0 for w in caught] == [True] * expected
 
 
-# The device of the parameters, the usable backends, which of them cannot serve that device, and the choice.
+# The device of the parameters, the usable backends, the backends that refuse the device, and the choice.
 CHOICES = [
     ("cuda", ["cuda", "triton", "cpu", "reference"], [], "cuda"),
     ("cuda", ["triton", "cpu", "reference"], [], "triton"),
@@ -76,7 +76,7 @@ CHOICES = [
     ("cpu", ["triton", "reference"], [], "reference"),
 ]
 
-# A parameter that only says where it is, so that no GPU is needed.
+# The parameter has a device and no memory, so that no GPU is required.
 CHOOSE = """
 import json, sys, types
 import torch
@@ -100,7 +100,7 @@ print(json.dumps(chosen))
 
 @pytest.fixture(scope="module")
 def chosen() -> list[str]:
-    """By another Python, in which Triton's kernels are not interpreted."""
+    """Returns the choices of another Python process, in which Triton compiles its kernels."""
     cases = [case for *case, _ in CHOICES]
     result = subprocess.run(
         [sys.executable, "-c", CHOOSE],
@@ -133,7 +133,7 @@ def test_a_backend_that_cannot_serve_the_device_is_refused_with_its_reason(
     assert param.tolist() == [0, 0, 0] and optimizer.stats().applied_steps == 0
 
 
-# As much of a driver as the CUDA runtime asks for its version.
+# The functions of a driver that the CUDA runtime calls before it compares the versions.
 OLD_DRIVER = """
 #include <string.h>
 static int refuse(void) { return 100; }

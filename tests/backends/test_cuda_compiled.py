@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels, for every architecture in the build. No GPU is needed."""
+"""The compiled CUDA kernels, for every architecture in the build. No GPU is required."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def compiled() -> list[cuda_resources.Kernel]:
-    """Every kernel in the extension."""
+    """Returns every kernel in the extension."""
     tool = cuda_resources.cuobjdump()
     if not cuda_resources.build_info().get("cuda"):
         pytest.skip("the extension was built without CUDA")

@@ -1,6 +1,6 @@
-"""The CUDA kernels in emulation: exact counts of what they move, and sizes that no test model has.
+"""The CUDA kernels in emulation: exact counts of bytes and launches, and sizes beyond those of the test models.
 
-That they compute the right numbers is shown by every optimizer test, which runs on the emulation as on any backend.
+Every optimizer test also runs on the emulation, and checks the numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     emulation.unusable_because() is not None, reason=f"no emulation of CUDA: {emulation.unusable_because()}"
 )
 
-# As many elements in as many tensors as a few layers of ResNet-50, so that per-tensor costs weigh as they do there.
+# Sizes from a few layers of ResNet-50, so that the costs per tensor have the same weight as in this network.
 SIZES = (64 * 3 * 7 * 7, 64, 64, 512 * 256, 512, 2048 * 64, 1000)
 SHAPES = [(size,) for size in SIZES]
 
@@ -38,7 +38,7 @@ def test_the_optimizer_tests_run_on_the_emulation() -> None:
 def steady_step(
     params: list[Parameter], grad_dtype: torch.dtype | None = None, **options: object
 ) -> emulation.Traffic:
-    """What one step does once buffers and plans exist."""
+    """Returns the traffic of one step, after buffers and plan exist."""
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4} | options
     optimizer = FusedSGD(params, backend="emulated_cuda", **options)
     for _ in range(3):
@@ -154,7 +154,7 @@ def test_any_number_of_tensors_is_updated_in_two_launches(count: int) -> None:
 
 
 def many_parameters() -> list[Parameter]:
-    """More than a kernel's argument has gradient addresses for."""
+    """Returns more parameters than a kernel's argument has gradient addresses for."""
     return [Parameter(torch.zeros(1)) for _ in range(3600)]
 
 
@@ -166,7 +166,7 @@ def test_gradient_addresses_that_do_not_fit_the_argument_are_written_only_when_t
     optimizer.step()
     launches = []
     for renews in (False, True, False):
-        former = [param.grad for param in params]  # so that the new ones get other addresses
+        former = [param.grad for param in params]  # so that new gradients get other addresses
         if renews:
             fill_gradients(params, 1.0)
         emulation.take_traffic()
@@ -249,12 +249,12 @@ def test_elements_past_two_to_the_31_are_found_by_64_bit_indices() -> None:
 
 
 def untouched_zeros(size: int, dtype: type) -> Tensor:
-    """Zeros whose pages the system provides when they are first used, so that 26 GB of them cost next to nothing."""
+    """Returns zeros whose pages the system provides at the first use, so that 26 GB cost next to nothing."""
     return torch.from_numpy(np.zeros(size, dtype))
 
 
 def run_one_update(param: Tensor, master: Tensor, buffer: Tensor, grad: Tensor, blocks: int) -> None:
-    """An update without the optimizer, which would walk the whole tensor to make its master."""
+    """Runs an update without the optimizer, which would read the whole tensor to make its master."""
     param.grad = grad
     local_state = {"master_param": master, "momentum_buffer": buffer}
     entry = Entry(0, param, live=True, source=param, local_state=local_state)

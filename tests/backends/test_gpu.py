@@ -1,6 +1,6 @@
-"""What only a GPU can show: streams, graphs, synchronisation and several devices.
+"""Behaviour that requires a GPU: streams, graphs, synchronisation and several devices.
 
-Every test of the step runs on a GPU, too: `pytest tests/optimizer/test_overflow.py --backend cuda`.
+Every test of the step also runs on a GPU: `pytest tests/optimizer/test_overflow.py --backend cuda`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(params=["cuda", "triton"])
 def gpu_backend(request: pytest.FixtureRequest) -> str:
-    """Each backend for GPUs that is usable here."""
+    """Returns each usable GPU backend in turn."""
     reason = availability()[request.param]
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
@@ -42,7 +42,7 @@ def gradients_of(params: list[Parameter], step: int) -> list[Tensor]:
 
 
 def on_cpu(steps: int, dtype: torch.dtype, **options: object) -> list[Parameter]:
-    """The same training by the CPU backend."""
+    """Returns the parameters after the same training on the CPU backend."""
     params = parameters(SHAPES, dtype)
     optimizer = FusedSGD(params, backend="cpu", **OPTIONS, **options)
     for step in range(steps):
@@ -222,7 +222,7 @@ def test_steps_skipped_for_ever_are_warned_of_without_waiting_for_the_device(gpu
             for _ in range(5):
                 for _ in range(150):
                     optimizer.step()
-                time.sleep(0.1)  # lets the device catch up
+                time.sleep(0.1)  # the device completes the launched steps
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert optimizer.stats().skipped_in_a_row == 751

@@ -1,4 +1,4 @@
-"""What can go wrong on a GPU alone: steps that overlap, and memory that another stream still reads."""
+"""Hazards of a GPU: steps that overlap, and memory that another stream still reads."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fused_tricks.step.device_state import OFFSETS
 from support import backends
 
 GPU_BACKENDS = ["emulated_cuda", "cuda", "triton"]
-# The modules that ask for the current stream.
+# The modules that read the current stream.
 MODULES = ["fused_tricks.backends.gpu", "fused_tricks.backends.cuda", "fused_tricks.backends.triton.stepper"]
 
 
 @pytest.fixture(params=GPU_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """A backend whose steps are decided on the device."""
+    """Returns each usable backend that decides a step on the device."""
     reason = backends.unusable_because(request.param)
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
@@ -28,7 +28,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def prepared(backend: str, sizes: tuple[int, ...], **options: object) -> tuple[list[Parameter], FusedSGD]:
-    """Parameters with gradients, and an optimizer that has taken a step."""
+    """Returns parameters with gradients, and an optimizer that has taken a step."""
     params = [Parameter(torch.zeros(size, device=backends.device_of(backend))) for size in sizes]
     optimizer = FusedSGD(params, lr=1.0, backend=backend, **options)
     for param in params:
@@ -44,7 +44,7 @@ def test_a_counter_that_overlapping_scans_left_wrong_heals(backend: str, arrival
     optimizer._step_state.block[at : at + 4].view(torch.int32).fill_(arrivals)
     optimizer.step()
     applied = optimizer.stats().applied_steps
-    # An overflow in any block counts only if the block that decides is the last.
+    # The decision includes the overflow of every block only if the deciding block is the last.
     for skipped, param in enumerate(params, start=1):
         param.grad[-1] = float("inf")
         optimizer.step()

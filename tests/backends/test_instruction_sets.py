@@ -1,4 +1,4 @@
-"""The CPU backend gives the same bits on every instruction set that this processor has."""
+"""The bits of the CPU backend, the same on every instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 @pytest.fixture(params=_extension.instruction_sets())
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each in turn, selected; afterwards the one selected before."""
+    """Selects each instruction set in turn, and restores the former selection."""
     before = _extension.selected_instruction_set()
     _extension.select_instruction_set(request.param)
     yield request.param
@@ -41,7 +41,11 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 def train(
     backend: str, chosen: list[torch.dtype] = DTYPES, max_grad_norm: float | None = 1.0
 ) -> tuple[list[Tensor], list[float | None]]:
-    """Parameters of every chosen dtype and of sizes around every vector width, and the norm of each step."""
+    """Trains parameters of every chosen dtype, with sizes around every vector width.
+
+    Returns:
+        The parameters and their state, and the norm of each step.
+    """
     dtypes = [dtype for dtype in chosen for _ in (*VECTOR_EDGES, 4099)]
     params = parameters([(n,) for n in (*VECTOR_EDGES, 4099)] * len(chosen), dtypes)
     params[0].grad_dtype = torch.float32
@@ -63,7 +67,7 @@ def train(
     ("chosen", "max_grad_norm"), [(DTYPES[:3], 1.0), (DTYPES, None)], ids=["clipped", "with FP64"]
 )
 def test_every_instruction_set_gives_the_bits_of_the_reference(instruction_set, chosen, max_grad_norm):
-    """FP64 without clipping: the order of the squares shows in an FP64 norm."""
+    """FP64 parameters are not clipped, because an FP64 norm depends on the order of the squares."""
     tensors, _ = train("cpu", chosen, max_grad_norm)
     expected, _ = train("reference", chosen, max_grad_norm)
     assert_all_same_bits(tensors, expected)
@@ -89,7 +93,7 @@ def test_every_instruction_set_rounds_to_nearest_even(instruction_set, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_reads_every_gradient_exactly(instruction_set, dtype):
-    """All bit patterns of 16 bits but the non-finite ones; as many random ones of the wider types."""
+    """Gradients have every finite bit pattern of a 16-bit type, or random values of a wider type."""
     if dtype.itemsize == 2:
         grad = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         grad = grad[grad.isfinite()]
@@ -117,7 +121,7 @@ def test_every_instruction_set_finds_every_overflow(instruction_set, dtype, valu
 
 
 def train_large(dtype: torch.dtype, backend: str) -> list[Tensor]:
-    """So many elements that parameters are written past the caches, aligned for that and not, whole vectors and not."""
+    """Trains on enough elements for stores past the caches: aligned or not, with a partial vector or not."""
     sizes = (1 << 22, 4099)
     params = [
         Parameter(torch.linspace(-1, 1, size + skipped)[skipped:].to(dtype))

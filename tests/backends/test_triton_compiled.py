@@ -1,4 +1,4 @@
-"""What Triton compiles its kernels to, for four architectures. No GPU is needed."""
+"""The compiled Triton kernels, for four architectures. No GPU is required."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def compiled() -> tuple[str, list[Kernel]]:
-    """Triton's version and every kernel, by another Python: in this one Triton may interpret its kernels."""
+    """Returns Triton's version and every kernel, from a Python process in which Triton compiles its kernels."""
     if cuobjdump() is None:
         pytest.skip("there is no cuobjdump to read cubins with")
     result = subprocess.run(

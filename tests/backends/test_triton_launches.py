@@ -1,4 +1,4 @@
-"""How often the Triton backend launches kernels, and what it keeps on the device between steps."""
+"""The kernel launches of the Triton backend, and the data that stays on the device between steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEVICE = backends.device_of("triton")
 
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
-    """The names of the kernels that were launched."""
+    """Returns a list that receives the names of the launched kernels."""
     from fused_tricks.backends.triton import launch, stepper, tables
 
     names: list[str] = []

@@ -1,4 +1,4 @@
-"""`cast_model`: what is cast, what is kept in FP32, and that the result is as good a module as before."""
+"""`cast_model`: the tensors that are cast, the tensors that stay FP32, and the unchanged behaviour of the module."""
 
 import copy
 import functools
@@ -55,7 +55,7 @@ def dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 
 
 def dtypes_at(module: nn.Module, run: Callable[[], object]) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype that `module`'s forward receives, and the one that its caller gets, while `run` runs."""
+    """Returns the input dtype of `module`'s forward and the output dtype of the module, during `run`."""
     seen: list[torch.dtype] = []
     with module.register_forward_hook(lambda _, args, output: seen.extend((args[0].dtype, output.dtype))):
         run()

@@ -1,4 +1,4 @@
-"""`cast_model`: the casts of what goes into a model and what comes out, within any nesting."""
+"""`cast_model`: the casts of inputs and outputs, within any nesting."""
 
 import dataclasses
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
@@ -15,7 +15,7 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 class Echo(nn.Module):
-    """Returns what it was given."""
+    """A module that returns its arguments."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return args, kwargs
@@ -41,7 +41,7 @@ class Unfinished:
 
 @dataclasses.dataclass(eq=False)
 class ModelOutput(OrderedDict[str, Any]):
-    """A dict whose items are also its fields, as the outputs of Hugging Face's models; only fields with a value are."""
+    """A dict with an item for each field that has a value, as the outputs of Hugging Face's models."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -60,7 +60,7 @@ class ModelOutput(OrderedDict[str, Any]):
 
 
 class Images(list[Tensor]):
-    """A list of a type of its own."""
+    """A subclass of list."""
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_nested_inputs_and_outputs_compile_to_one_graph(make: Callable[[Tensor],
 
 
 class Detector(nn.Module):
-    """Images to compute on, boxes and a time to be taken as they are."""
+    """A model of images that also takes boxes and times, and records the dtypes of its arguments."""
 
     def __init__(self) -> None:
         super().__init__()

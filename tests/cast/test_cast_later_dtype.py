@@ -49,7 +49,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 @later_dtype
 def test_the_model_computes_in_the_later_dtype(first: torch.dtype, later: torch.dtype) -> None:
     model = cast_model(Network(), first, keep_fp32=KEEP).to(later)
-    # A model of the same weights without casts; torch has no local response norm in low precision on the CPU.
+    # The expected model computes in full precision: on the CPU, torch has no local response norm in low precision.
     plain = cast_model(copy.deepcopy(model), FP32).to(FP64 if later == FP64 else FP32)
     images, index = inputs()
     output = model(images, index)

@@ -16,7 +16,7 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 both_dtypes = pytest.mark.parametrize("dtype", [FP16, BF16])
 train_and_eval = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
-# One of each family; benchmarks/results/cast_models.md has them all.
+# One network of each family; benchmarks/results/cast_models.md has all networks.
 MODELS = [
     "convnext_tiny",
     "densenet121",
@@ -40,7 +40,7 @@ def fixed_seed() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Thousands of small operations: on busy processors, threads would wait for each other at each."""
+    """Runs on one thread: threads on busy processors would wait for each other at each of thousands of operations."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -164,7 +164,7 @@ def test_a_torchvision_model_trains_and_is_at_most_twice_as_far_from_fp32_as_und
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_vision_transformer_is_at_most_twice_as_far_from_fp32_as_under_autocast() -> None:
-    """On many images, because autocast adds residuals in FP32, and a few outputs may be beyond the bound by chance."""
+    """Autocast adds residuals in FP32, and few outputs may exceed the bound by chance, so there are many images."""
     torchvision = pytest.importorskip("torchvision", reason="the models are torchvision's")
     pytest.importorskip("matplotlib", reason="the benchmarks draw with matplotlib")
     pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")

@@ -1,4 +1,4 @@
-"""`fp32_state_dict` and `load_fp32_state_dict`: the weights that an FP32 model trained alike would have."""
+"""`fp32_state_dict` and `load_fp32_state_dict`: the weights of an FP32 model with the same training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Network(nn.Module):
 
 
 def fp32_model(seed: int = 0) -> Network:
-    """What has no master, the frozen layer and `scale`, has values that FP16 and BF16 can represent."""
+    """Returns a model whose tensors without a master, the frozen layer and `scale`, have values of FP16 and BF16."""
     torch.manual_seed(seed)
     model = Network()
     with torch.no_grad():
@@ -51,7 +51,7 @@ def fp32_model(seed: int = 0) -> Network:
 
 
 def low_precision(model: nn.Module, dtype: torch.dtype = FP16) -> nn.Module:
-    """A copy in `dtype` whose FP64 parameter is FP64 again, which `cast_model` would have cast."""
+    """Returns a copy in `dtype`, with the FP64 parameter restored after `cast_model` has cast it."""
     cast = cast_model(deepcopy(model), dtype)
     for name, param in model.named_parameters():
         if param.dtype == torch.float64:
@@ -93,7 +93,7 @@ class Twins:
 
 
 def assert_same_state(actual: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Equal keys in equal order with equal metadata and bits."""
+    """Asserts equal keys in equal order, with equal metadata and bits."""
     assert list(actual) == list(expected)
     assert actual._metadata == expected._metadata
     for name, value in expected.items():
@@ -318,7 +318,7 @@ def _wrapped(model: nn.Module, wrap: str, folder: Path) -> tuple[Any, str]:
 
 
 class Renamed(nn.Linear):
-    """Calls its weight `kernel` in checkpoints."""
+    """A layer whose weight has the name `kernel` in checkpoints."""
 
     def __init__(self) -> None:
         super().__init__(2, 2, bias=False)
@@ -339,7 +339,7 @@ def test_the_hooks_of_a_module_see_full_precision():
 
 
 class Sized(nn.Module):
-    """Takes the size of one buffer from the checkpoint, and another buffer as it is there."""
+    """A module that resizes one buffer to the checkpoint's size, and replaces another by a new one of this size."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -361,7 +361,7 @@ def test_a_module_may_take_the_size_of_its_buffers_from_the_checkpoint():
 
 
 class Counting(nn.Linear):
-    """Has an extra state, which it keeps in one dict."""
+    """A layer whose extra state is always the same dict."""
 
     def __init__(self) -> None:
         super().__init__(2, 2)

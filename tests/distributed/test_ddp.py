@@ -24,7 +24,7 @@ STEPS = 6
 
 
 def inputs_in(step: int, rank: int | None = None) -> list[Tensor]:
-    """Those of this process, or of another; in some steps the first one's overflow."""
+    """Returns the inputs of a process, by default of this one. In some steps, the inputs of rank 0 overflow."""
     rank = dist.get_rank() if rank is None else rank
     inputs = inputs_of(rank, step)
     return with_overflow(inputs) if rank == 0 and step in OVERFLOWS else inputs
@@ -47,7 +47,7 @@ def assert_same_everywhere(model: Module) -> None:
 
 
 def train(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Compares with one process that has the whole batch, after every step."""
+    """Trains on several processes, and compares every step with one process that has the whole batch."""
     model, alone = Products(dtype), Products(dtype)
     replica = DistributedDataParallel(model, **options)
     optimizer, expected = optimizer_of(model, backend), optimizer_of(alone, "reference")
@@ -96,12 +96,12 @@ def accumulate(max_norm: float | None) -> None:
 
 @pytest.mark.parametrize("max_norm", [None, 2.0])
 def test_gradients_accumulate_without_synchronisation(max_norm):
-    """An overflow in the micro-batch that was not synchronised counts, too."""
+    """An overflow in the micro-batch without synchronisation also counts."""
     ranks.run(2, accumulate, max_norm)
 
 
 class Branches(Module):
-    """Each process uses a parameter of its own from the second step on, and none uses the last."""
+    """A model whose parameter `own[rank]` is used by one process from the second step on, and `unused` by none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,8 @@ def train_branches() -> None:
         optimizer.scale(replica(torch.full((3,), 2.0), step)).backward()
         optimizer.step()
     assert_same_everywhere(model)
-    # Gradients of 2 or, from one process of two, 1. Momentum 2, 2, 2, and 1, 1 from the first use on.
+    # The gradients and the momentum of `shared` are 2 in three steps. Those of `own` are 1 in two steps, because one
+    # process of two contributes.
     assert model.shared.tolist() == [-2.0] * 3
     assert [own.tolist() for own in model.own] == [[0.0] * 3] * 2
     assert model.unused.tolist() == [1.0] * 3

@@ -1,6 +1,7 @@
-"""torch.distributed.checkpoint saves and restores FusedSGD, on as many processes as there are then.
+"""FusedSGD saved and restored by torch.distributed.checkpoint, also on another number of processes.
 
-Before there is any state it takes a step with gradients of zero, to see what there will be. That must change nothing.
+If an optimizer has no state, `get_optimizer_state_dict` takes a step with zero gradients. The step must change
+nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from support import ranks
 from support.comparison import assert_all_same_bits, assert_same_bits
 from support.products import Products, inputs_of, with_overflow
 
-# Torch says so when a process saves or loads alone.
+# torch gives this warning when a process saves or loads alone.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -49,7 +50,7 @@ def optimizer_of(model: Module, backend: str = "cpu", **options: Any) -> FusedSG
 
 
 def train(model: Module, optimizer: FusedSGD, steps: range) -> None:
-    """The inputs are the same on all processes, and so is their mean however many there are."""
+    """Trains on the same inputs on all processes, so that the mean does not depend on the number of processes."""
     for step in steps:
         inputs = inputs_of(0, step)
         optimizer.zero_grad()
@@ -63,7 +64,7 @@ def whole(value: Any) -> Any:
 
 
 def contents(model: Module, optimizer: FusedSGD) -> dict[str, Any]:
-    """Weights, state and statistics, whole."""
+    """Returns weights, state and statistics, with whole tensors."""
     return {
         "weights": [whole(p.detach()).clone() for p in model.parameters()],
         "state": [
@@ -86,7 +87,7 @@ def assert_same_contents(actual: dict[str, Any], expected: dict[str, Any]) -> No
 
 
 def restore(saved_in: str, model: Module, optimizer: FusedSGD, options: StateDictOptions) -> None:
-    """Loads a checkpoint as torch's tutorial does: into what the new objects have."""
+    """Loads a checkpoint into the states of the new objects, as torch's tutorial does."""
     states = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
@@ -109,7 +110,7 @@ def save(folder: str, model: Module, optimizer: FusedSGD, options: StateDictOpti
     "options", [{}, {"momentum": 0.0, "dampening": 0.0}, {"loss_scale": 8.0, "max_grad_norm": None}], ids=str
 )
 def test_to_ask_for_the_state_changes_nothing(backend, device, options, before):
-    """Neither before the first step, nor after one that was skipped, nor later."""
+    """The cases are: before the first step, after a skipped first step, and later."""
     models = [Products(torch.float16).to(device) for _ in range(2)]
     optimizers = [optimizer_of(model, backend, **options) for model in models]
     for model, optimizer in zip(models, optimizers, strict=True):
@@ -138,7 +139,7 @@ def train_on(device: torch.device, model: Module, optimizer: FusedSGD, steps: ra
 def test_a_parameter_without_a_gradient_at_first_is_still_new_after_the_state_was_asked_for(
     backend, device, copied
 ):
-    """Dampening does not apply to its first update, although a buffer of zeros is there."""
+    """Dampening does not apply to the parameter's first update, although a buffer of zeros exists."""
     model = Products(torch.float16, ((3,), (3,))).to(device)
     optimizer = FusedSGD(model.parameters(), lr=1.0, momentum=0.5, dampening=0.5, backend=backend)
     get_optimizer_state_dict(model, optimizer)
@@ -156,7 +157,7 @@ def test_a_parameter_without_a_gradient_at_first_is_still_new_after_the_state_wa
 
 
 def test_a_first_step_of_training_with_zero_gradients_and_rate_counts(backend, device):
-    """As in torch.optim.SGD: it looks like the step that asks for the state, and is none."""
+    """The step counts as in torch.optim.SGD, although `get_optimizer_state_dict` takes a similar step."""
     model = Products(torch.float32, ((3, 2),)).to(device)
     optimizer = FusedSGD(
         model.parameters(), lr=0.0, momentum=0.9, weight_decay=0.5, loss_scale="dynamic", backend=backend
@@ -191,7 +192,7 @@ def test_a_run_resumes_bit_for_bit_from_any_step(tmp_path, form, step, momentum)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_a_state_dict_is_set_in_a_new_optimizer_and_in_the_same(form, momentum):
-    """Without a file between, and with FP32 parameters, which need no state where there is no momentum."""
+    """The state dict passes through no file. Its FP32 parameters have no state without momentum."""
     rules = {"momentum": momentum, "dampening": 0.0}
     models = []
     for _ in range(2):
@@ -209,7 +210,7 @@ def test_a_state_dict_is_set_in_a_new_optimizer_and_in_the_same(form, momentum):
 
 
 def train_sharded(folder: str, form: str, steps: range) -> dict[str, Any]:
-    """A leg of the run, on all processes."""
+    """Runs some steps of the training on all processes, and saves a checkpoint."""
     model = Products(torch.float16)
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = optimizer_of(model)
@@ -233,7 +234,7 @@ def test_a_run_goes_from_two_processes_to_four_to_one_bit_for_bit(tmp_path, form
 
 
 def load_whole(folder: str, broadcast: bool) -> None:
-    """Saves all in the first process's file; loads it with and without the others reading it."""
+    """Saves everything in a file of rank 0, and loads the file. With `broadcast`, only rank 0 reads the file."""
     sharded = Products(torch.float16)
     mesh = init_device_mesh("cpu", (2,))
     fully_shard(sharded, mesh=mesh)
@@ -266,7 +267,7 @@ def test_a_whole_state_dict_is_divided_again(tmp_path, broadcast):
 
 
 def load_plainly() -> None:
-    """By load_state_dict, without torch.distributed.checkpoint."""
+    """Loads optimizer states by `load_state_dict`, without torch.distributed.checkpoint."""
     plain = Products(torch.float16)
     optimizer = optimizer_of(plain)
     train(plain, optimizer, range(3))
@@ -291,7 +292,7 @@ def test_a_plain_checkpoint_is_divided_and_a_divided_one_gathered():
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_checkpoint_after_a_skipped_first_step_has_the_state_of_every_parameter(form):
-    """Although one of them had no gradient in that step."""
+    """The second parameter has no gradient in the skipped step."""
     model, other = (Products(torch.float16, ((3,), (3,))) for _ in range(2))
     optimizer, resumed = (FusedSGD(each.parameters(), loss_scale=1.0, **OPTIONS) for each in (model, other))
     model.weights[0].grad = torch.full_like(model.weights[0], float("inf"))

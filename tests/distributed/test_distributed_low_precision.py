@@ -36,7 +36,7 @@ def gradients(model: nn.Module, rank: int) -> dict[str, Tensor]:
 
 
 def replicated() -> dict[str, Any]:
-    """Gradients of this rank alone and of DistributedDataParallel, after a refused conversion and after loading."""
+    """Returns gradients of this rank alone and of the replicas, after a refused conversion and after loading."""
     rank = torch.distributed.get_rank()
     model = cast_model(network(0), torch.bfloat16)
     alone = copy.deepcopy(model)
@@ -55,7 +55,7 @@ def replicated() -> dict[str, Any]:
 
 
 def sharded() -> dict[str, Any]:
-    """An export of whole weights from FSDP2, while the outermost module has its parameters gathered."""
+    """Exports whole weights from FSDP2 while the outermost module has its parameters gathered."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -1,4 +1,4 @@
-"""FSDP1 (FullyShardedDataParallel), which flattens and divides parameters: refused where it would train wrongly."""
+"""FSDP1 (FullyShardedDataParallel), which flattens and divides parameters: refused where training would be wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def network(original: bool) -> Module:
 
 
 def train(optimizer: torch.optim.Optimizer, model: Module, scale: Any, overflow_in: int) -> None:
-    """Six steps; in one of them a gradient of the last process alone is infinite."""
+    """Takes six steps. In the step `overflow_in`, a gradient of the last process alone is infinite."""
     for step in range(6):
         optimizer.zero_grad()
         generator = torch.Generator().manual_seed(10 * step + dist.get_rank())

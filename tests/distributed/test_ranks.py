@@ -1,4 +1,4 @@
-"""The processes of the distributed tests start safely beside CUDA."""
+"""The start of the distributed tests' processes, which is safe after CUDA has been initialised."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Parameters divided over processes as DTensors, by hand and by FSDP2, are updated as the whole ones would be.
+"""Parameters divided over processes as DTensors, by hand and by FSDP2: the same updates as of whole parameters.
 
-Gradients have exact sums, so that everything is compared bit for bit; one test is about sums that are rounded.
+The sums of gradients are exact, so that the tests compare bit for bit. One test has rounded sums.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ STEPS = 6
 
 
 def inputs_in(step: int, rank: int | None = None, shapes: Shapes = SHAPES) -> list[Tensor]:
-    """Those of this process, or of another; in some steps the last one's overflow."""
+    """Returns the inputs of a process, by default of this one. In some steps, the inputs of the last rank overflow."""
     rank = dist.get_rank() if rank is None else rank
     inputs = inputs_of(rank, step, shapes)
     return with_overflow(inputs) if rank == dist.get_world_size() - 1 and step in OVERFLOWS else inputs
 
 
 def set_whole_gradients(optimizer: FusedSGD, step: int, scale: float, shapes: Shapes = SHAPES) -> None:
-    """Those of the mean loss of all processes."""
+    """Sets the gradients of the mean loss of all processes."""
     mean = mean_of([inputs_in(step, rank, shapes) for rank in range(dist.get_world_size())])
     for param, grad in zip(optimizer.param_groups[0]["params"], mean, strict=True):
         param.grad = (grad * scale).to(param.dtype)
@@ -51,7 +51,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def assert_same_training(optimizer: FusedSGD, expected: FusedSGD) -> None:
-    """Both have the same weights, state and statistics."""
+    """Asserts that both optimizers have the same weights, state and statistics."""
     pairs = zip(optimizer.param_groups[0]["params"], expected.param_groups[0]["params"], strict=True)
     for index, (param, other) in enumerate(pairs):
         assert_same_bits(whole(param.detach()), other.detach(), f"parameter {index}")
@@ -75,7 +75,7 @@ def train_with_fsdp(
     policy: MixedPrecisionPolicy | None = None,
     **options: Any,
 ) -> None:
-    """Compares with an optimizer over whole parameters after every step."""
+    """Trains with FSDP2, and compares every step with an optimizer over whole parameters."""
     names = ("shards",) if len(mesh_shape) == 1 else ("replicas", "shards")
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
     model = Products(dtype, shapes)
@@ -115,13 +115,13 @@ def test_a_process_without_any_element_takes_part():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_fsdp_computes_in_low_precision_and_trains_its_fp32_parameters(dtype):
-    """The gradients are FP32 then: what a mixed-precision policy casts is a copy."""
+    """The gradients are FP32, because a mixed-precision policy casts copies of the parameters."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     ranks.run(2, train_with_fsdp, "cpu", (2,), torch.float32, policy=policy, max_grad_norm=2.0)
 
 
 def placed_by_hand() -> list[tuple[Parameter, Parameter]]:
-    """On four processes: whole parameters and gradients, with the same as DTensors or plain tensors."""
+    """Returns pairs on four processes: a whole parameter, and the same parameter as a DTensor or a plain tensor."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     line = init_device_mesh("cpu", (4,))
     places = [
@@ -182,7 +182,7 @@ def test_an_overflow_anywhere_skips_the_step_everywhere():
 
 
 def step_beside_a_smaller_mesh() -> None:
-    """The last two of four processes have no part of the first parameter."""
+    """Takes steps in which the last two of four processes have no shard of the first parameter."""
     meshes = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [0, 1, 2, 3])
     weights = [torch.ones(4, 3), torch.ones(5)]
     grads = [torch.full((4, 3), 2.0), torch.full((5,), 4.0)]
@@ -224,7 +224,7 @@ def clip_random_gradients() -> tuple[float | None, ...]:
 
 
 def test_the_norm_is_that_of_one_process_but_for_the_order_in_which_squares_are_added():
-    """In FP64, so that the two may differ in the last bit of the FP32 norm; on all processes it is the same."""
+    """The FP64 sums may differ, and with them the last bit of the FP32 norm. All processes have the same norm."""
     norms = ranks.run(4, clip_random_gradients)
     assert len({sharded for sharded, _ in norms}) == 1
     for sharded, plain in norms:
@@ -354,7 +354,7 @@ def train_a_cast_model() -> None:
 
 
 def test_a_cast_model_trains_where_each_norm_layer_is_sharded_by_itself():
-    """FSDP2 takes parameters of one dtype in each of its groups."""
+    """FSDP2 requires parameters of one dtype in each of its groups."""
     ranks.run(2, train_a_cast_model)
 
 
@@ -386,7 +386,7 @@ def test_local_parts_and_gradients_may_have_any_strides(backend):
     ranks.run(2, step_with_strides, backend)
 
 
-def test_an_agreement_is_sought_where_the_processes_can_communicate(monkeypatch):
+def test_the_reduction_uses_a_device_on_which_the_processes_can_communicate(monkeypatch):
     """Parameters may be offloaded to the CPU, which NCCL does not reach."""
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)

@@ -1,4 +1,4 @@
-"""Optimizers that each hold a part of the model: torch's ZeroRedundancyOptimizer, and partition_group by itself."""
+"""Optimizers that each hold a part of the model: torch's ZeroRedundancyOptimizer, and `partition_group` alone."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def batch(step: int) -> Tensor:
 
 
 def overflow_once(model: Module, step: int) -> None:
-    """In steps 2 and 5, after DDP's reduction, in one parameter: only its owner's optimizer can see it."""
+    """Writes an infinity to a gradient of one optimizer in steps 2 and 5, after DDP's reduction."""
     params = list(model.parameters())
     if step in (2, 5):
         params[0 if step == 2 else -1].grad.view(-1)[0] = torch.inf
 
 
 def gathered(model: Module) -> list[list[Tensor]]:
-    """The weights of every process."""
+    """Returns the weights of every process."""
     everywhere = [[torch.empty_like(p) for _ in range(dist.get_world_size())] for p in model.parameters()]
     for copies, param in zip(everywhere, model.parameters(), strict=True):
         dist.all_gather(copies, param.detach().contiguous())
@@ -51,7 +51,7 @@ def gathered(model: Module) -> list[list[Tensor]]:
 
 
 def train_partitioned(dtype: torch.dtype, max_norm: float | None, bucket_views: bool) -> None:
-    """Compares with the same training where every process has the whole optimizer."""
+    """Trains with a partitioned optimizer, and compares with a whole optimizer on every process."""
     models = [network(dtype) for _ in range(2)]
     replicas = [DistributedDataParallel(model) for model in models]
     options = {**OPTIONS, "max_grad_norm": max_norm}
@@ -91,7 +91,7 @@ def test_the_norm_is_that_of_all_partitions(bucket_views):
 
 
 def train_without_a_part() -> None:
-    """Two parameters over four processes; the first one overflows once."""
+    """Takes two steps over two parameters on four processes. In the first step, the first parameter overflows."""
     params = [Parameter(torch.ones(2, dtype=torch.float16)) for _ in range(2)]
     constructor = functools.partial(
         FusedSGD,
@@ -115,7 +115,7 @@ def test_a_process_without_parameters_decides_with_the_others():
 
 
 def find_biases_apart() -> None:
-    """ZeroRedundancyOptimizer writes its own weight decay into groups that may have nothing but biases."""
+    """Checks groups that may have biases only, into which ZeroRedundancyOptimizer writes its own weight decay."""
     torch.manual_seed(0)
     model = Sequential(Linear(6, 9), Linear(9, 3))
     for params in (model.parameters(), [{"params": model.parameters(), "weight_decay": 0.2}]):
@@ -128,7 +128,7 @@ def test_a_partition_that_happens_to_have_biases_alone_does_not_decay_them():
 
 
 def train_with_norms() -> None:
-    """torch wants parameters of one dtype, so the norms are cast as well."""
+    """Trains a model with cast norms, because ZeroRedundancyOptimizer requires parameters of one dtype."""
     torch.manual_seed(0)
     layers = Sequential(Linear(6, 9), LayerNorm(9), ReLU(), Linear(9, 3))
     kept = cast_model(deepcopy(layers), torch.float16)
@@ -165,12 +165,12 @@ def train_under_grad_scaler() -> None:
 
 
 def test_a_grad_scaler_around_it_needs_no_group():
-    """It looks at the gradients of all parameters, which DDP has made the same everywhere."""
+    """GradScaler checks the gradients of all parameters, which are the same on every process after DDP's reduction."""
     ranks.run(2, train_under_grad_scaler)
 
 
 def resume() -> None:
-    """From step 4 on, with new objects that were given what the old ones had saved."""
+    """Resumes at step 4 with new objects and a saved state, and compares with a run without a stop."""
     straight, first = network(torch.float16), network(torch.float16)
     steps = list(range(STEPS))
     train_zero(straight, steps)
@@ -210,7 +210,7 @@ def test_its_checkpoint_resumes_with_the_loss_scale_beside_it():
 
 
 def step_on_a_grid() -> None:
-    """Two stages of a pipeline, each with one parameter divided over two processes."""
+    """Takes steps in two stages of a pipeline. Each stage has one parameter, divided over two processes."""
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "data"))
     stage, data = grid.get_local_rank("stage"), grid["data"]
     grads = [torch.tensor([3.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 4.0])]

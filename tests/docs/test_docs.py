@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, and the code of docs/arithmetic.md runs."""
+"""The documentation: every link has a target, and the code of docs/arithmetic.md runs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def code_of(page: Path) -> list[str]:
 
 
 def prose_of(page: Path) -> str:
-    """The text without blocks of code, in which brackets are no links."""
+    """Returns the text without blocks of code, whose brackets are not links."""
     return re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The anchors that GitHub gives to the headings."""
+    """Returns the anchors that GitHub gives to the headings."""
     headings = re.findall(r"^#+ (.+)$", prose_of(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -64,7 +64,7 @@ def test_the_readme_links_to_a_page(name: str) -> None:
 
 
 def paths_in(page: Path) -> list[str]:
-    """The files and folders of this repository that a page names as code. A star stands for anything."""
+    """Returns the files and folders of this repository that a page names as code. A star matches anything."""
     words = re.findall(r"`([\w./*-]+)`", prose_of(page))
     roots = tuple(f"{folder.name}/" for folder in ROOT.iterdir() if folder.is_dir())
     return [word for word in words if word.startswith(roots) and "NAME" not in word]

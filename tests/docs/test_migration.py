@@ -1,4 +1,4 @@
-"""docs/migration.md: its code runs, checkpoints of others go on bit for bit, and every row of its tables holds."""
+"""docs/migration.md: the code runs, other libraries' checkpoints resume bit for bit, every row of a table holds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 
 
 def sections() -> dict[str, list[str]]:
-    """For each section of the guide the code that is this package's, block by block."""
+    """Returns this package's blocks of code for each section of the guide."""
     parts = re.split(r"^## From (.+)$", GUIDE, flags=re.MULTILINE)
     return {
         name: re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
@@ -47,7 +47,7 @@ def loader() -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def of_torch_amp() -> dict[str, Any]:
-    """A checkpoint of training in FP32 under a GradScaler."""
+    """Returns a checkpoint of training in FP32 under a GradScaler."""
     model = Network(seed=1)
     optimizer = torch.optim.SGD(model.parameters(), **OPTIONS)
     scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
@@ -60,14 +60,14 @@ def of_torch_amp() -> dict[str, Any]:
 
 
 def of_apex() -> dict[str, Any]:
-    """What Apex writes with O2, and the masters: the optimizer knows masters only, in its parameters' places."""
+    """Returns a checkpoint as Apex writes it with O2: the parameters of the optimizer are the masters."""
     checkpoint = of_torch_amp()
     del checkpoint["scaler"]
     return {**checkpoint, "amp": {"loss_scaler0": {"loss_scale": 8192.0, "unskipped": 1999}}}
 
 
 def of_flash() -> dict[str, Any]:
-    """What FlashOptim writes: the correction of the weights, and options of its own."""
+    """Returns a checkpoint as FlashOptim writes it: with the correction of the weights, and options of its own."""
     checkpoint = of_torch_amp()
     del checkpoint["scaler"]
     for state in checkpoint["optimizer"]["state"].values():
@@ -134,7 +134,7 @@ def test_every_row_names_its_test_and_every_test_of_a_row_exists() -> None:
 
 
 def updated(optimizer: torch.optim.Optimizer, *grads: Tensor) -> None:
-    """One step with these gradients."""
+    """Takes one step with the gradients."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     set_gradients(params, grads)
     optimizer.step()
@@ -393,7 +393,7 @@ def test_options_of_other_optimizers_are_refused_by_name(option: str) -> None:
 
 
 def test_loading_the_optimizer_last_would_round_the_weights() -> None:
-    """Why the guide loads it first."""
+    """The guide therefore loads the optimizer first."""
     model, optimizer = trained_in_fp16()
     checkpoint = of_torch_amp()
     ft.load_fp32_state_dict(model, optimizer, checkpoint["model"])

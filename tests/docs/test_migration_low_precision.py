@@ -76,7 +76,7 @@ def test_an_average_of_16_bit_weights_stagnates_and_one_of_fp32_weights_does_not
     twin = ft.cast_model(deepcopy(model), torch.float32)
     averages = [AveragedModel(of, multi_avg_fn=get_ema_multi_avg_fn(0.9999)) for of in (model, twin)]
     for average, of in zip(averages, (model, twin), strict=True):
-        average.update_parameters(of)  # the first one copies
+        average.update_parameters(of)  # the first update copies
     begun = [average.module.weight.detach().clone() for average in averages]
     for _ in range(20):
         set_gradients([model.weight], [torch.full((8, 8), 0.01).half()])

@@ -1,4 +1,4 @@
-"""`python -m fuzz`, in the folder tests: random histories for a given time, and a script of the first that fails."""
+"""`python -m fuzz`, in the folder tests: random histories for a given time, and a script of the first failure."""
 
 from __future__ import annotations
 

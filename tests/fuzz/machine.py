@@ -1,14 +1,14 @@
-"""Hypothesis chooses what happens to a `World`, and shrinks a history that fails."""
+"""Random histories of a `World`: Hypothesis chooses a history, and shrinks a history that fails."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from .tensors import DTYPES, GRADIENTS, LAYOUTS, ROUTES, SHAPES, STORAGES
-from .world import World
+from .world import OWN_OPTIONS, World
 
 SEEDS = st.integers(0, 999)
 INDICES = st.integers(0, 5)
@@ -23,6 +23,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "ema_decay": st.sampled_from([None, 0.3, 0.99]),
     "ema_warmup": st.booleans(),
 }
+COMPARED_WITH_TORCH = {name: option for name, option in OPTIONS.items() if name not in OWN_OPTIONS}
 DESCRIBED = st.tuples(
     st.sampled_from(sorted(DTYPES)), st.sampled_from(SHAPES), st.sampled_from(LAYOUTS), SEEDS
 )
@@ -40,19 +41,25 @@ SCALING = st.sampled_from(
 )
 
 
-def groups_of(described: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """Groups of up to three parameters, in one storage or more, with some options."""
+def groups_of(
+    described: st.SearchStrategy[Any], options: dict[str, st.SearchStrategy[Any]]
+) -> st.SearchStrategy[dict[str, Any]]:
+    """Returns a strategy for groups of up to three parameters, in one storage or more, with some of the options."""
     params = st.lists(described, min_size=1, max_size=3)
-    return st.fixed_dictionaries({"params": params, "storage": st.sampled_from(STORAGES)}, optional=OPTIONS)
+    return st.fixed_dictionaries({"params": params, "storage": st.sampled_from(STORAGES)}, optional=options)
 
 
-GROUPS = st.lists(groups_of(DESCRIBED), min_size=1, max_size=2) | st.lists(
-    groups_of(FULL), min_size=1, max_size=2
+ANY_GROUP = groups_of(DESCRIBED, OPTIONS)
+GROUP_WITH_TORCH = groups_of(FULL, COMPARED_WITH_TORCH)
+# True if torch.optim.SGD takes part until the end, the groups, and the options of all optimizers.
+BEGINNINGS = st.one_of(
+    st.tuples(st.just(False), st.lists(ANY_GROUP, min_size=1, max_size=2), SCALING),
+    st.tuples(st.just(True), st.lists(GROUP_WITH_TORCH, min_size=1, max_size=2), st.just({})),
 )
 
 
 class Histories(RuleBasedStateMachine):
-    """Random histories. Each thing that happens is noted as a line of Python."""
+    """Random histories. Each event is recorded as a line of Python."""
 
     backends: tuple[str, ...] = ("cpu",)
 
@@ -60,13 +67,14 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.lines: list[str] = []
         self.world: World | None = None
+        self.keeps_torch = False
 
     def script(self) -> str:
         """Returns a program that repeats the history; it runs in the folder `tests`."""
         return "\n".join(["from fuzz.world import World", *self.lines])
 
     def do(self, call: str, *args: Any) -> None:
-        """Notes a call of the world, and makes it."""
+        """Records a call of the world as a line, and makes the call."""
         self.lines.append(f"world.{call}({', '.join(map(repr, args))})")
         try:
             getattr(self.world, call)(*args)
@@ -76,8 +84,9 @@ class Histories(RuleBasedStateMachine):
             ) else print(self.script())
             raise
 
-    @initialize(groups=GROUPS, options=SCALING)
-    def begin(self, groups: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    @initialize(beginning=BEGINNINGS)
+    def begin(self, beginning: tuple[bool, list[dict[str, Any]], dict[str, Any]]) -> None:
+        self.keeps_torch, groups, options = beginning
         self.lines.append(f"world = World({self.backends!r}, {groups!r}, **{options!r})")
         self.world = World(self.backends, groups, **options)
 
@@ -94,14 +103,17 @@ class Histories(RuleBasedStateMachine):
     def refused_step(self, seed: int) -> None:
         self.do("refused_step", seed)
 
-    @rule(group=groups_of(DESCRIBED))
-    def add_group(self, group: dict[str, Any]) -> None:
-        self.do("add_group", group)
+    @rule(data=st.data())
+    def add_group(self, data: Any) -> None:
+        self.do("add_group", data.draw(GROUP_WITH_TORCH if self.keeps_torch else ANY_GROUP))
 
-    @rule(data=st.data(), group=INDICES, name=st.sampled_from(sorted(OPTIONS)))
-    def set_option(self, data: Any, group: int, name: str) -> None:
-        self.do("set_option", group, name, data.draw(OPTIONS[name]))
+    @rule(data=st.data(), group=INDICES)
+    def set_option(self, data: Any, group: int) -> None:
+        options = COMPARED_WITH_TORCH if self.keeps_torch else OPTIONS
+        name = data.draw(st.sampled_from(sorted(options)))
+        self.do("set_option", group, name, data.draw(options[name]))
 
+    @precondition(lambda self: not self.keeps_torch)
     @rule(max_grad_norm=st.sampled_from([None, 0.5, 1e9]))
     def clip(self, max_grad_norm: float | None) -> None:
         self.do("clip", max_grad_norm)
@@ -110,6 +122,7 @@ class Histories(RuleBasedStateMachine):
     def write(self, index: int, route: str, seed: int) -> None:
         self.do("write", index, route, seed)
 
+    @precondition(lambda self: not self.keeps_torch)
     @rule(index=INDICES, dtype=st.sampled_from(sorted(DTYPES)))
     def change_dtype(self, index: int, dtype: str) -> None:
         self.do("change_dtype", index, dtype)
@@ -126,9 +139,12 @@ class Histories(RuleBasedStateMachine):
     def reload(self, route: str) -> None:
         self.do("reload", route)
 
-    @rule(count=st.sampled_from(["calls", "applied"]))
-    def follow_schedule(self, count: str) -> None:
-        self.do("follow_schedule", count)
+    @rule(data=st.data())
+    def follow_schedule(self, data: Any) -> None:
+        self.do(
+            "follow_schedule",
+            data.draw(st.sampled_from(["calls"] if self.keeps_torch else ["calls", "applied"])),
+        )
 
     @rule()
     def use_scaler(self) -> None:
@@ -136,5 +152,5 @@ class Histories(RuleBasedStateMachine):
 
 
 def histories_of(*backends: str) -> type[Histories]:
-    """A state machine over some backends."""
+    """Returns a state machine over some backends."""
     return type("Histories", (Histories,), {"backends": backends})

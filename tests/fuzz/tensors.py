@@ -48,7 +48,7 @@ class Described(NamedTuple):
 
 
 def values(shape: tuple[int, ...], seed: int, exact: bool = False) -> Tensor:
-    """FP64 values over four decades; `exact`: small multiples of 1/8, whose squares add up without rounding."""
+    """Returns FP64 values over four decades. With `exact`, multiples of 1/8, whose squares add up without rounding."""
     generator = torch.Generator().manual_seed(seed)
     if exact:
         return torch.randint(-8, 9, shape, generator=generator).double() / 8
@@ -57,7 +57,7 @@ def values(shape: tuple[int, ...], seed: int, exact: bool = False) -> Tensor:
 
 
 def laid_out(dense: Tensor, layout: str) -> Tensor:
-    """The same values with other strides, where the shape allows it."""
+    """Returns the same values with other strides, if the shape allows other strides."""
     if layout == "transposed" and dense.dim() >= 2:
         return dense.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "channels_last" and dense.dim() == 4:
@@ -73,7 +73,7 @@ def parameters(described: list[Described], storage: str) -> list[Parameter]:
     """Makes parameters.
 
     Args:
-        described: One for each parameter.
+        described: One description for each parameter.
         storage: One of the `STORAGES`. "apart" gives each parameter a storage and its own layout. Otherwise the
             parameters of one dtype are views into one storage, without overlap: one after the other ("side by side"),
             or as columns of a matrix ("in turns").
@@ -98,7 +98,7 @@ def parameters(described: list[Described], storage: str) -> list[Parameter]:
 
 
 def gradient(param: Tensor, kind: str, seed: int, exact: bool) -> Tensor | None:
-    """Makes a gradient of one of the `GRADIENTS` for a parameter, or None where it has none."""
+    """Makes a gradient of one of the `GRADIENTS` for a parameter. Returns None for `"none"`."""
     if kind == "none":
         return None
     dense = values(tuple(param.shape), seed, exact)
@@ -114,12 +114,12 @@ def gradient(param: Tensor, kind: str, seed: int, exact: bool) -> Tensor | None:
         return laid_out(grad, kind)
     if kind == "negated view":
         return torch._neg_view(-grad)
-    # As autograd gives it: with the parameter's strides where those are dense.
+    # Autograd gives a gradient the strides of a dense parameter.
     return torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)
 
 
 def write(param: Parameter, route: str, seed: int) -> None:
-    """Writes new values to about half of a parameter's elements, as user code may do it."""
+    """Writes new values to about half of a parameter's elements, as user code may do."""
     new = values(tuple(param.shape), seed)
     new = torch.where(new.abs() < 0.1, param.detach(), new.to(param.dtype))
     if route == "new data":

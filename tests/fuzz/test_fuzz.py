@@ -1,4 +1,4 @@
-"""A bounded number of random histories; `make fuzz` runs as many as it has time for."""
+"""A fixed number of random histories. `make fuzz` runs histories for a given time."""
 
 from __future__ import annotations
 

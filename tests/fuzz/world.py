@@ -1,4 +1,4 @@
-"""Several optimizers that live through one history, and what must be equal between them."""
+"""Several optimizers with one history, and the comparison of their results."""
 
 from __future__ import annotations
 
@@ -16,18 +16,45 @@ from support.comparison import assert_same_bits, bits
 
 from .tensors import DTYPES, Described, gradient, laid_out, parameters, write
 
-# Routes that go unnoticed until the masters are refreshed.
+# A write by one of these routes is unnoticed until `refresh_masters`.
 UNNOTICED = ("data in place", "numpy", "dlpack", "storage", "parameter of its data")
 
 # Options that torch.optim.SGD lacks, with the value at which FusedSGD does the same.
 OWN_OPTIONS = {"bias_decay": True, "decoupled_weight_decay": False}
 
 
+class AveragingSGD(torch.optim.SGD):
+    """`torch.optim.SGD` with the options `ema_decay` and `ema_warmup` of a group.
+
+    The averages and the number of applied steps are in the state and the groups, which checkpoints and copies contain.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Takes a step, then moves the average of each parameter with a gradient."""
+        super().step(closure)
+        applied = self.param_groups[0].get("applied_steps", 0) + 1
+        self.param_groups[0]["applied_steps"] = applied
+        for group in self.param_groups:
+            decay = group.get("ema_decay")
+            if decay is None:
+                continue
+            if group.get("ema_warmup", False):
+                decay = min(decay, (1 + applied) / (10 + applied))
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if "ema_param" in self.state[param]:
+                    self.state[param]["ema_param"].lerp_(param, 1 - decay)
+                else:
+                    self.state[param]["ema_param"] = param.detach().clone()
+
+
 class Life:
     """One optimizer with its parameters.
 
     Attributes:
-        name: A backend, or `"torch"` for `torch.optim.SGD(foreach=False)`.
+        name: A backend, or `"torch"` for `AveragingSGD(foreach=False)`.
         params: Its parameters, in the order in which the world made them.
         optimizer: The optimizer.
         schedule: Its schedule, or None.
@@ -44,7 +71,7 @@ class Life:
         self.scaler: torch.amp.GradScaler | None = None
 
     def group(self, described: dict[str, Any]) -> dict[str, Any]:
-        """Makes a group's parameters."""
+        """Makes a group's parameters, and returns the group."""
         options = dict(described)
         params = parameters(options.pop("params"), options.pop("storage", "apart"))
         self.params += params
@@ -57,17 +84,17 @@ class Life:
     def optimizer_over(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Makes an optimizer with the world's options."""
         if self.name == "torch":
-            return torch.optim.SGD(groups, lr=0.1, foreach=False)
+            return AveragingSGD(groups, lr=0.1, foreach=False)
         options = dict(self.options)
         if isinstance(options.get("loss_scale"), dict):
             options["loss_scale"] = DynamicLossScale(**options["loss_scale"])
         return FusedSGD(groups, lr=0.1, backend=self.name, **options)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters by name, and the state of those with a gradient.
+        """Returns the parameters by name, and the state of parameters with a gradient.
 
-        State of the others is fitted to a parameter of another dtype, or to one that was written to, when it is used;
-        so is a master by an update, if not by a skipped step.
+        After a change of the dtype or a write by user code, a parameter's state is adapted at its next use. An update
+        uses the master, and a skipped step may not.
         """
         found = {}
         skipped = self.name != "torch" and self.optimizer.stats().last_step_skipped
@@ -80,9 +107,14 @@ class Life:
                     found[f"{key} {index}"] = value
         return found
 
+    def written(self) -> set[str]:
+        """Names of the state tensors that a checkpoint contains, which are those that an update has written."""
+        saved = self.optimizer.state_dict()["state"]
+        return {f"{key} {index}" for index, state in saved.items() for key in state}
+
 
 class World:
-    """Does everything that happens to each optimizer, and compares them.
+    """Optimizers that share one history. Each event happens to every optimizer, and steps are compared.
 
     Args:
         backends: The backends that take part beside the reference.
@@ -100,7 +132,7 @@ class World:
 
     @property
     def is_exact(self) -> bool:
-        """True where gradients have norms that every order of summation gives."""
+        """True if the norm of the gradients must be independent of the order of summation."""
         return self.lives[0].options.get("max_grad_norm") is not None
 
     def step(self, kinds: list[str], seed: int) -> None:
@@ -109,7 +141,7 @@ class World:
             for index, param in enumerate(life.params):
                 kind = kinds[index % len(kinds)]
                 if kind == "negated view" and life.scaler is not None:
-                    kind = "dense"  # torch's scaler cannot unscale it
+                    kind = "dense"  # torch's scaler cannot unscale a negated view
                 grad = None
                 if param.requires_grad:
                     grad = gradient(param, kind, seed + index, self.is_exact)
@@ -132,7 +164,7 @@ class World:
         self.check()
 
     def refused_step(self, seed: int) -> None:
-        """A step with a gradient that no backend takes: refused, and nothing is changed."""
+        """Takes a step with a gradient that every backend refuses, and checks that nothing changes."""
         for life in self.lives:
             if life.name == "torch" or not life.params or not life.params[-1].requires_grad:
                 continue
@@ -166,7 +198,7 @@ class World:
         self.check()
 
     def add_group(self, group: dict[str, Any]) -> None:
-        """Adds parameters."""
+        """Adds a group of parameters."""
         group = group | {"params": [Described(*each) for each in group["params"]]}
         if not _is_torchs([group]):
             self.lives = [life for life in self.lives if life.name != "torch"]
@@ -183,7 +215,7 @@ class World:
             self.lives = [life for life in self.lives if life.name != "torch"]
 
     def clip(self, max_grad_norm: float | None) -> None:
-        """Sets `max_grad_norm`; torch.optim.SGD has no part in what follows."""
+        """Sets `max_grad_norm`, and ends the comparison with torch.optim.SGD."""
         self.lives = [life for life in self.lives if life.name != "torch"]
         for life in self.lives:
             life.options = life.options | {"max_grad_norm": max_grad_norm}
@@ -198,7 +230,7 @@ class World:
                 life.optimizer.refresh_masters()
 
     def change_dtype(self, index: int, dtype: str) -> None:
-        """Gives a parameter another dtype; torch.optim.SGD, whose buffers stay as they are, has no part in the rest."""
+        """Gives a parameter another dtype. Ends the comparison with torch.optim.SGD, whose buffers keep their dtype."""
         self.lives = [life for life in self.lives if life.name != "torch"]
         for life in self.lives:
             if life.params:
@@ -216,14 +248,14 @@ class World:
                 param.data = laid_out(param.data.contiguous(), layout)
 
     def freeze(self, index: int) -> None:
-        """Freezes a parameter, or thaws it."""
+        """Freezes a parameter, or ends the freeze."""
         for life in self.lives:
             if life.params:
                 param = life.params[index % len(life.params)]
                 param.requires_grad_(not param.requires_grad)
 
     def reload(self, route: str) -> None:
-        """Continues with an optimizer that was made anew from what the present one saved."""
+        """Replaces each optimizer by a new optimizer with the saved state."""
         for life in self.lives:
             if life.schedule is not None or life.scaler is not None:
                 return
@@ -253,34 +285,37 @@ class World:
                 life.schedule = WarmupCosineLR(life.optimizer, total_steps=9, warmup_steps=2, count=count)
 
     def use_scaler(self) -> None:
-        """Steps through a GradScaler from now on, where the optimizers do not scale themselves."""
+        """Steps through a GradScaler from then on, if the optimizers have no loss scale."""
         for life in self.lives:
             if self.options.get("loss_scale") is None and life.scaler is None:
                 life.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
 
     def check(self) -> None:
-        """Every optimizer equals the reference, bit for bit."""
+        """Asserts that every optimizer equals the reference, bit for bit."""
         expected, *others = self.lives
+        wanted = expected.tensors()
         for life in others:
             found = life.tensors()
-            for name, tensor in expected.tensors().items():
+            surplus = sorted(found.keys() - wanted.keys())
+            assert not surplus, f"{life.name} has {surplus}, which {expected.name} lacks"
+            for name, tensor in wanted.items():
                 if life.name == "torch" and name not in found:
-                    assert name.startswith("master"), f"torch has no {name}"
+                    assert name.startswith("master") or name not in expected.written(), f"torch has no {name}"
                     continue
                 assert_same_bits(_one_nan(found[name]), _one_nan(tensor), f"{life.name}: {name}")
             if life.name != "torch":
-                # By text, in which NaN equals NaN.
+                # The comparison is by text, in which NaN equals NaN.
                 found_stats, expected_stats = repr(life.optimizer.stats()), repr(expected.optimizer.stats())
                 assert found_stats == expected_stats, f"{life.name}: {found_stats}, expected {expected_stats}"
 
 
 def _one_nan(tensor: Tensor) -> Tensor:
-    """The tensor with every NaN in one form: IEEE 754 leaves sign and payload of a result to the processor."""
+    """Returns the tensor with one form of NaN, because IEEE 754 leaves sign and payload to the processor."""
     return torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor)
 
 
 def _is_torchs(groups: list[dict[str, Any]]) -> bool:
-    """True where torch.optim.SGD does the same."""
+    """True if torch.optim.SGD does the same."""
     dtypes = {each.dtype for group in groups for each in group["params"]}
     return dtypes <= {"f32", "f64"} and all(
         group.get(name, value) == value for group in groups for name, value in OWN_OPTIONS.items()

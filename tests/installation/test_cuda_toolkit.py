@@ -27,12 +27,12 @@ KNOWN = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 @pytest.fixture
 def machine(tmp_path):
-    """A machine with no toolkit at all."""
+    """Returns a machine without a toolkit."""
     return Machine(tmp_path)
 
 
 class Machine:
-    """The places where a search looks."""
+    """The folders that a search reads."""
 
     def __init__(self, root: Path) -> None:
         self.local = root / "local"
@@ -59,7 +59,7 @@ def script(path: Path, text: str) -> Path:
 
 
 def toolkit(home: Path, release: str = "13.0", libraries: str = "lib64") -> Path:
-    """A folder with all that a toolkit needs; its nvcc answers the questions that are asked."""
+    """Makes a folder with the files of a toolkit, and an nvcc with the outputs that the search reads."""
     script(
         home / "bin/nvcc",
         f"""case "$1" in

@@ -1,4 +1,4 @@
-"""What a build leaves behind: the extension module, the record of the build, the report about both."""
+"""The results of a build: the extension module, the record of the build, the report about both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGE = Path(fused_tricks.__file__).parent
 
 @pytest.fixture
 def extension() -> Path:
-    """The file of the extension module."""
+    """Returns the file of the extension module."""
     spec = importlib.util.find_spec("fused_tricks._extension")
     if spec is None:
         pytest.skip("the extension is not built")
@@ -34,7 +34,7 @@ def extension() -> Path:
 
 @pytest.fixture
 def symbols(extension):
-    """Lists the dynamic symbols of the module, as nm does with an option."""
+    """Returns a function that lists the dynamic symbols of the module, for an option of nm."""
     nm = shutil.which("nm")
     if nm is None or sys.platform != "linux":
         pytest.skip("needs nm on Linux")
@@ -76,7 +76,7 @@ def test_a_build_leaves_a_record_that_agrees_with_what_it_made(extension):
 
 
 def python(*arguments: str) -> str:
-    """What a new Python prints: other tests may have registered backends in this one."""
+    """Returns the output of a new Python process: other tests may have registered backends in this one."""
     return subprocess.run(
         [sys.executable, *arguments], check=True, capture_output=True, text=True, cwd=ROOT
     ).stdout
@@ -115,7 +115,7 @@ def test_the_advice_about_a_missing_extension_fits_its_reason(monkeypatch, tmp_p
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """A source tree in which nothing was built."""
+    """Returns a source tree without a build."""
     built = shutil.ignore_patterns("*.so", "*.pyd", "_build_info.json", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "source" / "fused_tricks", ignore=built)
     (tmp_path / "source" / "csrc").mkdir()
@@ -123,7 +123,7 @@ def source(tmp_path) -> Path:
 
 
 def reported(folder: Path, path: Path | None = None) -> dict[str, str]:
-    """The rows of the report of `python -m fused_tricks` in a folder, with another on Python's path."""
+    """Returns the rows that `python -m fused_tricks` prints in a folder, with another folder on Python's path."""
     output = subprocess.run(
         [sys.executable, "-m", "fused_tricks"],
         check=True, capture_output=True, text=True, cwd=folder,
@@ -158,7 +158,7 @@ def test_an_extension_for_another_python_is_named(source):
 
 
 def test_the_extension_of_another_tree_is_not_used(source, extension, tmp_path):
-    """As the finder of an editable installation offers it."""
+    """The finder of an editable installation offers the extension of its own tree."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
@@ -175,7 +175,7 @@ def test_the_extension_of_another_tree_is_not_used(source, extension, tmp_path):
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="no setuptools comes with this Python")
 def test_setup_works_with_the_setuptools_that_comes_with_python(tmp_path):
-    """65.5 with Python 3.10 and 3.11, which refuses the licence field of today and needs the package wheel."""
+    """Python 3.10 and 3.11 have setuptools 65.5, which refuses today's licence field and requires the package wheel."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     interpreter = tmp_path / "venv" / "bin" / "python"
     source = tmp_path / "source"

@@ -1,4 +1,4 @@
-"""The wheel without compiled code: built without a compiler, installed in an environment of its own, and used there."""
+"""The wheel without compiled code: built without a compiler, installed in a new environment, and used there."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ print(train("auto")[1].applied_steps)
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel, built where no compiler can be found."""
+    """Returns the wheel, built without a compiler on the path."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
@@ -60,7 +60,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory):
-    """Runs the Python of a new environment that has the wheel; what it depends on is borrowed from this one."""
+    """Returns a function that runs the Python of a new environment, with the wheel and this environment's packages."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     executable = folder / "bin" / "python"

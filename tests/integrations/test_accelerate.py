@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 
 
 def forget_accelerators() -> None:
-    """Accelerate keeps the settings of the first Accelerator for the whole process."""
+    """Resets the settings that Accelerate keeps for the whole process."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
 
@@ -36,7 +36,7 @@ def as_it_was() -> Iterator[None]:
 
 
 class Run:
-    """A small network and its optimizer in the hands of an Accelerator."""
+    """A small network and its optimizer, prepared by an Accelerator."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Run:
         forget_accelerators()
         self.accelerator = accelerate.Accelerator(cpu=True, **(accelerator or {}))
         if scaler is not None:
-            # On the CPU it makes none of its own.
+            # Accelerate makes no scaler on the CPU.
             self.accelerator.scaler = scaler
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4))
@@ -110,7 +110,7 @@ def test_under_accelerates_scaler_the_bits_are_those_of_torchs_sgd(
 
 
 def test_a_step_that_the_optimizer_skips_is_told_by_its_statistics() -> None:
-    """The scaler calls step() all the same, as that of torch's fused optimizers, so Accelerate hears of no overflow."""
+    """The scaler calls `step()` at an overflow, as for torch's fused optimizers. Accelerate reports no skipped step."""
     run = Run(scaler=scaler())
     before = [p.detach().clone() for p in run.model.parameters()]
     run.accelerator.backward(run.model(torch.full((2, 8), torch.inf)).sum())

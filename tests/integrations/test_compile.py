@@ -17,12 +17,12 @@ from support.comparison import assert_all_same_bits, assert_same_bits, parameter
 pytestmark = pytest.mark.integration
 
 EXACT_COMPILERS = ["eager", "aot_eager"]
-"""Those that leave the arithmetic to torch's own kernels."""
+"""Compilers that keep the arithmetic of torch's own kernels."""
 
 
 @pytest.fixture(autouse=True)
 def no_recompilation() -> Iterator[None]:
-    """Every test starts with nothing compiled, and fails where something is compiled again."""
+    """Starts every test without compiled code, and raises if anything is compiled again."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
@@ -30,7 +30,7 @@ def no_recompilation() -> Iterator[None]:
 
 
 class Training:
-    """A small network in low precision, trained step by step on batches that depend on nothing but their number."""
+    """A small network in low precision, trained step by step on batches that depend on their number only."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
         torch.manual_seed(0)
@@ -52,7 +52,7 @@ class Training:
         return loss.detach()
 
     def run(self, steps: int, overflows: tuple[int, ...] = ()) -> list[Tensor]:
-        """The scaled losses, then the weights."""
+        """Takes steps, and returns the scaled losses, then the weights."""
         generator = torch.Generator().manual_seed(1)
         losses = []
         for index in range(steps):
@@ -145,7 +145,7 @@ def test_nothing_of_a_step_with_hooks_is_compiled() -> None:
 
 
 def test_the_scaled_loss_is_one_graph_and_follows_the_scale() -> None:
-    """A scale that were compiled in as a constant would stay at 1024 after the overflow."""
+    """A scale compiled as a constant would stay at 1024 after the overflow."""
     training = Training(loss_scale=DynamicLossScale(init_scale=1024.0))
     training.loss = torch.compile(training.scaled_loss, backend="aot_eager", fullgraph=True)
     plain = Training(loss_scale=DynamicLossScale(init_scale=1024.0))

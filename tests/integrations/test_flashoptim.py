@@ -1,4 +1,4 @@
-"""A run of FlashOptim goes on with FusedSGD. Without a GPU it has FP32 weights and momentum only."""
+"""A run of FlashOptim, continued with FusedSGD. Without a GPU, FlashOptim has FP32 weights and momentum only."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Network(pl.LightningModule):
 
 
 class LossScaledNetwork(Network):
-    """FP16 weights, and the loss scale of its optimizer. Its two hooks are what the documentation gives."""
+    """A network with FP16 weights and its optimizer's loss scale. The two hooks are those of the documentation."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -61,7 +61,7 @@ class LossScaledNetwork(Network):
 
 def trainer(folder: Path, precision: str = "32-true", **options: Any) -> Any:
     if precision == "16-mixed":
-        # By its name, Lightning would put bf16-mixed in its place on the CPU.
+        # On the CPU, Lightning replaces the name 16-mixed by bf16-mixed.
         options["plugins"] = pl.plugins.MixedPrecision(precision, "cpu")
     else:
         options["precision"] = precision
@@ -93,7 +93,7 @@ def test_the_trainers_clipping_gives_the_bits_of_torchs_sgd(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_in_mixed_precision_the_optimizer_clips(tmp_path: Path, precision: str) -> None:
-    """Lightning refuses to clip there for every optimizer that can unscale in its step, as torch's fused ones."""
+    """Lightning refuses to clip for every optimizer that can unscale in its step, as torch's fused optimizers."""
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         trained(tmp_path, Network(), precision=precision, gradient_clip_val=0.3)
     network = Network(FusedSGD, bias_decay=True, max_grad_norm=0.3)

@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> None:
-    """A name without underscores: timm takes what stands before one for a wrapper, as in `lookahead_sgd`."""
+    """Registers a name without underscores: timm reads a wrapper before an underscore, as in `lookahead_sgd`."""
     timm_factory.default_registry.register(
         timm_factory.OptimInfo(
             name="fusedtricks",
@@ -64,7 +64,7 @@ def train(
     scaler: Any = None,
     clip: float | None = None,
 ) -> list[Tensor]:
-    """What timm's training script does with a batch."""
+    """Trains on batches as timm's training script does."""
     schedule, _ = timm_scheduler.create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=10, warmup_epochs=2, warmup_lr=1e-3, step_on_epochs=False,
         updates_per_epoch=2,

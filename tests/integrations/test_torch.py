@@ -84,7 +84,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
 
 
 def rivals(**options: Any) -> list[tuple[Network, torch.optim.Optimizer]]:
-    """The same network twice, with FusedSGD and with torch.optim.SGD."""
+    """Returns the same network twice, with FusedSGD and with torch.optim.SGD."""
     ours, torchs = Network(), Network()
     return [
         (ours, FusedSGD(ours.parameters(), bias_decay=True, **options)),
@@ -128,7 +128,7 @@ def test_an_fp32_twin_averages_the_masters_of_low_precision_weights(dtype: torch
 
 
 def test_an_average_of_the_low_precision_weights_themselves_stands_still() -> None:
-    """Why the twin: an exponential average in FP16 rounds small changes away."""
+    """An exponential average in FP16 rounds small changes away, and an average of an FP32 twin keeps the changes."""
     model = cast_model(Network(), torch.float16)
     optimizer = FusedSGD(model.parameters(), lr=1e-2, loss_scale=128.0)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
@@ -166,7 +166,7 @@ def test_clip_grad_norm_after_unscaling_by_a_grad_scaler_gives_torchs_bits(backe
 
 
 def test_clip_grad_norm_on_scaled_gradients_clips_to_a_fraction_and_max_grad_norm_does_not(backend, device):
-    """Gradients are scaled until the step: `max_grad_norm` unscales them first, clip_grad_norm_ cannot."""
+    """Gradients are scaled until the step: `max_grad_norm` clips unscaled gradients, `clip_grad_norm_` scaled ones."""
     scale, max_norm = 1024.0, 1.0
     moved = {}
     for name in ("clip_grad_norm_", "max_grad_norm", "clip_grad_norm_ to the scaled norm"):
@@ -271,7 +271,7 @@ def test_a_state_of_named_parameters_moves_to_torch_and_back() -> None:
     plain = torch.optim.SGD(torchs.named_parameters(), lr=0.7, foreach=False)
     train_step(ours, fused, 0)
     torchs.load_state_dict(ours.state_dict())
-    # Torch takes the tensors of a state as its own.
+    # torch loads the tensors of a state without a copy.
     plain.load_state_dict(deepcopy(fused.state_dict()))
     assert plain.param_groups[0]["param_names"] == fused.param_groups[0]["param_names"]
     train_step(ours, fused, 1)

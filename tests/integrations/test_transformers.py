@@ -25,7 +25,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    """Accelerate keeps the settings of the first Trainer for the whole process."""
+    """Resets the settings that Accelerate keeps for the whole process."""
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
@@ -39,7 +39,7 @@ def classifier(dtype: torch.dtype | None) -> torch.nn.Module:
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=16,
-        # So that a resumed run needs no random numbers.
+        # Without dropout, a resumed run requires no random numbers.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
@@ -100,7 +100,7 @@ def test_fp32_weights_get_the_bits_of_torchs_sgd(tmp_path: Path, arguments: Any)
 
 
 def with_own_loss_scale(folder: Path) -> Run:
-    """FP16 weights; the line about `backward` and both `max_grad_norm` are what the documentation gives."""
+    """Returns a run with FP16 weights. The line about `backward` and both `max_grad_norm` are in the documentation."""
     scale = DynamicLossScale(init_scale=2.0**22)
     run = Run(
         folder,

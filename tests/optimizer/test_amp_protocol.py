@@ -32,7 +32,7 @@ INIT_SCALE = 1024.0
 
 
 def scaler_for(device: torch.device, **options: Any) -> torch.amp.GradScaler:
-    """A GradScaler that has its scale tensor already, so that gradients may be set by hand."""
+    """Returns a GradScaler with a scale tensor, so that a test can set gradients by hand."""
     scaler = torch.amp.GradScaler(device.type, **{"init_scale": INIT_SCALE, "growth_interval": 3, **options})
     scaler.scale(torch.ones((), device=device))
     return scaler
@@ -110,7 +110,7 @@ def test_explicitly_unscaled_gradients_are_not_unscaled_again(backend, device, m
 
 
 def test_a_step_without_any_gradient_is_let_through(backend, device):
-    """GradScaler hands over found_inf = 0, an int, when no parameter has a gradient."""
+    """GradScaler passes `found_inf` as the int 0 when no parameter has a gradient."""
     params = parameters(SHAPES, device=device)
     optimizer = FusedSGD(params, lr=0.05, momentum=0.9, backend=backend)
     scaler_for(device).step(optimizer)
@@ -121,7 +121,7 @@ def test_a_step_without_any_gradient_is_let_through(backend, device):
 @pytest.mark.parametrize("found", [1.0, 2.0, 3.0, 0.5])
 @pytest.mark.parametrize("unscaled", [True, False])
 def test_any_found_inf_but_zero_skips(backend, device, found, unscaled):
-    """A sum over ranks or devices can be more than one."""
+    """A sum over ranks or devices can exceed 1."""
     params = parameters(SHAPES, device=device)
     optimizer = FusedSGD(params, lr=0.05, momentum=0.9, backend=backend)
     set_gradients(params, gradients(params, 1)[0])
@@ -191,7 +191,7 @@ def test_a_refused_scaler_leaves_nothing_behind(backend, device, scale):
 
 
 def test_a_step_refused_for_its_gradient_leaves_no_found_inf_behind(backend, device):
-    """Otherwise the next scaler step would multiply two scales."""
+    """With a remaining `found_inf`, the next scaler step would multiply two scales."""
     params = parameters(SHAPES, device=device)
     optimizer = FusedSGD(params, lr=0.05, backend=backend)
     set_gradients(params, gradients(params, 1)[0])
@@ -224,7 +224,7 @@ def raising_pre_hook(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 @pytest.mark.parametrize("unscaled", [False, True])
 @pytest.mark.parametrize("trouble", [refused_gradient, raising_pre_hook])
 def test_training_goes_on_after_steps_that_raised(backend, device, trouble, unscaled):
-    """As if they had not been tried."""
+    """The steps that raised leave no trace in the results."""
     params = parameters(SHAPES, device=device)
     expected = copies(params)
     optimizer = FusedSGD(params, lr=0.05, momentum=0.9, bias_decay=True, backend=backend)
@@ -248,7 +248,7 @@ def test_training_goes_on_after_steps_that_raised(backend, device, trouble, unsc
 
 
 def test_a_hook_that_raises_after_the_step_leaves_no_scale_behind(backend, device):
-    """Otherwise the next step would be unscaled twice."""
+    """With a remaining scale, the next step would unscale twice."""
     params, expected = (parameters(SHAPES, device=device) for _ in range(2))
     optimizer, plain = (FusedSGD(p, lr=0.05, momentum=0.9, backend=backend) for p in (params, expected))
     scaler = scaler_for(device)
@@ -280,7 +280,7 @@ def test_a_closure_is_refused_under_a_scaler(backend, device, unscaled, has_grad
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_parameters_are_trained_through_their_masters(backend, device, dtype):
-    """SGD under GradScaler refuses FP16 gradients; here they are unscaled in FP32."""
+    """GradScaler refuses FP16 gradients of `torch.optim.SGD`; FusedSGD unscales FP16 gradients in FP32."""
     params = parameters(SHAPES, dtype, device)
     expected = copies(params, torch.float32)
     optimizer = FusedSGD(params, lr=0.05, momentum=0.9, bias_decay=True, backend=backend)
@@ -331,7 +331,7 @@ def test_max_grad_norm_measures_gradients_unscaled_by_the_scaler(backend, device
 
 
 def trained(optimizer_class: Any, device: torch.device, steps: int, clips: bool, **options: Any) -> list[Any]:
-    """Losses, scales and weights of a training under autocast, some of whose gradients overflow."""
+    """Returns losses, scales and weights of a training under autocast. Some gradients overflow."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)).to(device)
     groups = [

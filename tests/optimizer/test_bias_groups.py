@@ -1,4 +1,4 @@
-"""Groups of nothing but biases and norms: decayed where they state a weight decay of their own."""
+"""Groups of biases and norms only: decayed if the group has its own weight decay."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Network(nn.Module):
 
 
 def groups_by_kind(model: nn.Module, **decay: float) -> list[dict[str, Any]]:
-    """A group for each kind that has a weight decay of its own; all others in one that leaves it to the optimizer."""
+    """Returns a group for each kind in `decay`, and a group without a weight decay for all other parameters."""
     kinds: dict[str, list[nn.Parameter]] = {"other": []}
     for name, param in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
@@ -38,7 +38,7 @@ def groups_by_kind(model: nn.Module, **decay: float) -> list[dict[str, Any]]:
 
 
 def decays(optimizer: FusedSGD) -> list[bool]:
-    """Of each group, whether its parameters of one dimension decay."""
+    """Returns one value per group: True if its parameters of one dimension decay."""
     return [bool(group["bias_decay"] and group["weight_decay"]) for group in optimizer.param_groups]
 
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_decides_where_it_says_so_and_the_group_where_it_does_not()
         torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1, weight_decay=0.1).state_dict()
     )
     assert decays(optimizer) == [True]
-    saved["param_groups"][0]["bias_decay"] = False  # as in a checkpoint of a run that did not decay them
+    saved["param_groups"][0]["bias_decay"] = False  # as in a checkpoint of a run without bias decay
     optimizer.load_state_dict(saved)
     assert decays(optimizer) == [False]
 

@@ -1,4 +1,4 @@
-"""Whatever the user changes between two steps is what the next step works with, as in torch.optim.SGD."""
+"""Changes by user code between two steps: the next step uses them, as in torch.optim.SGD."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_a_low_precision_parameter_whose_state_is_dropped_starts_anew(backend, d
 
 
 def test_momentum_dropped_by_the_optimizer_is_not_written_any_more(backend, device):
-    """Nor read: its memory may belong to somebody else by then."""
+    """The step does not read the buffer either, because the memory may belong to another tensor."""
     params = parameters(SHAPES, device=device)
     optimizer = FusedSGD(params, lr=0.05, momentum=0.9, backend=backend)
     (grads,) = gradients(params, 1)

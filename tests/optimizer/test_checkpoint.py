@@ -36,12 +36,12 @@ SHAPES = [(65,), (3, 5), (4,), (0,), (9,)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float16, torch.float64]
 STEPS = 12
 CHECKPOINTS = (0, 1, 2, 3, 5, 8, 11)
-"""Before the first update; after a skipped first one; while hysteresis and growth are under way."""
+"""Steps before the first update, after a skipped first step, and while hysteresis and growth are under way."""
 OVERFLOWS = (0, 4, 5)
 
 
 class Run:
-    """A training run whose gradients depend on nothing but the number of the step."""
+    """A training run whose gradients depend on the number of the step only."""
 
     def __init__(self, backend: str, seed: int = 0) -> None:
         self.params = parameters(SHAPES, DTYPES, device_of(backend), seed)
@@ -70,7 +70,7 @@ class Run:
         self.optimizer.load_state_dict(checkpoint["optimizer"])
 
     def result(self) -> list[Tensor]:
-        """Everything that training has changed, as tensors."""
+        """Returns everything that training has changed, as tensors."""
         saved = self.optimizer.state_dict()
         state = [saved["state"].get(index, {}) for index in range(len(self.params))]
         stats = self.optimizer.stats()
@@ -90,7 +90,7 @@ def through_a_file(checkpoint: Any) -> Any:
 
 
 def resume_all(folder: str) -> None:
-    """In the new process: runs each checkpoint in `folder` to the end and writes its result beside it."""
+    """Runs each checkpoint in `folder` to the end, in the new process, and writes the result beside the checkpoint."""
     for path in sorted(Path(folder).glob("*/*.checkpoint")):
         run = Run(path.parent.name, seed=99)
         run.load(torch.load(path, weights_only=True))
@@ -100,7 +100,7 @@ def resume_all(folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_new_process_resumes_bit_for_bit_from_any_step(request, tmp_path):
-    """On every backend, because a process takes seconds to start."""
+    """One process resumes on all backends, because a process takes seconds to start."""
     names = request.config.getoption("backend") or NAMES
     runs = {name: Run(name) for name in names if unusable_because(name) is None}
     for name, run in runs.items():
@@ -318,7 +318,7 @@ def test_a_torch_checkpoint_keeps_the_bias_decay_of_each_group(backend, device):
 
 
 def test_a_checkpoint_of_the_other_dtype_keeps_its_values(backend, device):
-    """A run may go on in another precision: the momentum is FP32 in both."""
+    """A run may continue in another precision, because the momentum is FP32 in both."""
     low, high = parameters([(33,)], torch.float16, device), parameters([(33,)], device=device)
     source = FusedSGD(low, lr=0.05, momentum=0.9, backend=backend)
     for grads in gradients(low, 3):

@@ -1,4 +1,4 @@
-"""A state dict says what is true, and so do the optimizer's own groups."""
+"""The contents of a state dict and of the optimizer's own groups."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_buffers_of_zeros_from_torch_are_dampened_however_often_they_are_saved(b
 
 
 def asked_for_state(model: torch.nn.Module, backend: str) -> FusedSGD:
-    """An optimizer whose state torch.distributed.checkpoint has created."""
+    """Returns an optimizer whose state torch.distributed.checkpoint has created."""
     optimizer = FusedSGD(model.parameters(), backend=backend, bias_decay=True, **OPTIONS)
     torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(model, optimizer)
     assert all("momentum_buffer" in optimizer.state[p] for p in model.parameters())

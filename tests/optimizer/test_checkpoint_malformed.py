@@ -1,4 +1,4 @@
-"""A malformed checkpoint is refused when it is loaded, by the parameter's name, and nothing is changed."""
+"""Malformed checkpoints: loading refuses them with the parameter's name, and changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.comparison import assert_unchanged, parameters, set_gradients, snap
 
 
 def trained(loss_scale: Any = "dynamic") -> FusedSGD:
-    """An optimizer of three named parameters after one update."""
+    """Returns an optimizer of three named parameters after one update."""
     params = parameters([(3,), (2, 2), (4,)], [torch.float16, torch.bfloat16, torch.float32])
     named = list(zip(("stem", "conv", "head"), params, strict=True))
     optimizer = FusedSGD(

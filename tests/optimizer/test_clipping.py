@@ -25,12 +25,12 @@ MIXED = [torch.float16, torch.float32, torch.bfloat16, torch.float64, torch.floa
 
 
 def exact_norm(grads) -> float:
-    """The L2 norm, summed without rounding error."""
+    """Returns the L2 norm, summed without rounding error."""
     return math.sqrt(math.fsum(float(x) ** 2 for g in grads for x in g.double().flatten()))
 
 
 def clip_of(norm: float, max_norm: float) -> torch.Tensor:
-    """min(1, max_norm / (norm + 1e-6)) in FP32, each operation rounded."""
+    """Returns min(1, max_norm / (norm + 1e-6)) in FP32, with each operation rounded."""
     quotient = np.float32(max_norm) / (np.float32(norm) + np.float32(1e-6))
     return torch.tensor(min(np.float32(1), quotient))
 
@@ -82,7 +82,7 @@ def test_only_gradients_of_this_step_make_the_norm_one_in_fp64(backend, device):
     "dtypes", [[torch.float64] * 2, [torch.float64, torch.float32]], ids=["FP64", "mixed"]
 )
 def test_clipping_with_fp64_gradients_is_that_of_torch(backend, device, dtypes, magnitude):
-    """Each gradient has one element, so that no order of a sum matters."""
+    """Each gradient has one element, so that the order of the sum has no effect."""
     params = parameters([(1,), (1,)], dtypes, device)
     expected = copies(params)
     grads = [torch.tensor([0.75 * magnitude], dtype=torch.float64), torch.tensor([0.25], dtype=dtypes[1])]
@@ -106,7 +106,7 @@ def test_squares_outside_fp32_do_not_spoil_the_norm(backend, device, magnitude):
 
 
 def test_many_small_gradients_beside_a_large_one_all_count(backend, device):
-    """An FP32 sum of squares would lose every one of the small ones."""
+    """An FP32 sum of squares would lose every small gradient."""
     params = parameters([(2**18,)], device=device)
     grad = torch.full((2**18,), 2.0**-13)
     grad[0] = 1.0

@@ -26,7 +26,7 @@ RATES = {"number": lambda: 0.05, "tensor": lambda: torch.tensor(0.05, dtype=torc
 
 
 class Decoupled(torch.optim.SGD):
-    """`torch.optim.SGD` after every weight was multiplied, as `torch.optim.AdamW` multiplies it."""
+    """`torch.optim.SGD` that first multiplies every weight, as `torch.optim.AdamW` does."""
 
     def __init__(self, params: list[Parameter], lr: float, decay: float, **options: Any) -> None:
         super().__init__(params, lr=lr, foreach=False, **options)

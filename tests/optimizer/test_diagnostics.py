@@ -1,4 +1,4 @@
-"""Training that goes wrong in silence is warned of, once for an optimizer, and training that is right is not."""
+"""Warnings about training that goes wrong without an error: one per optimizer, and none for good training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STUCK = "optimizer steps were skipped"
 
 @pytest.fixture(autouse=True)
 def every_reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Few steps between two readings, since an interpreted step takes long."""
+    """Sets few steps between two readings, because an interpreted step is slow."""
     monkeypatch.setattr(diagnostics, "STEPS_PER_READING", 12)
     monkeypatch.setattr(diagnostics, "STEPS_UNTIL_ARRIVAL", 2)
     with warnings.catch_warnings():
@@ -40,7 +40,7 @@ def optimizer_of(
 
 
 def warnings_of(steps: int, optimizer: FusedSGD, gradient: float | None = None) -> list[str]:
-    """The messages of that many steps."""
+    """Takes steps, and returns the messages of their warnings."""
     param = optimizer.param_groups[0]["params"][0]
     if gradient is not None:
         param.grad = torch.full_like(param, gradient)
@@ -260,7 +260,7 @@ def test_nothing_is_read_while_a_graph_is_captured(backend, device, monkeypatch)
 
 
 class FakeEvent:
-    """An event of a device that gets to it when it is told."""
+    """An event that happens when the test sets `has_happened`."""
 
     has_happened = False
 

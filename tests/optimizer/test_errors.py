@@ -1,4 +1,4 @@
-"""Bad input is refused with an error that says which, and a refused call changes nothing."""
+"""Bad input: an error names it, and a refused call changes nothing."""
 
 from __future__ import annotations
 

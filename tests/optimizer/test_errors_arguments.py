@@ -1,4 +1,4 @@
-"""Arguments that are often mistaken are refused with one line that says what to write."""
+"""Frequent mistakes in arguments: the error is one line that states the correct form."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_number_beyond_a_double_in_a_group_is_refused_by_the_step(backend, dev
     assert_unchanged(optimizer, before)
 
 
-# A GPU reads a learning rate on it by itself, so that the host cannot refuse its value.
+# Kernels read a learning rate on a GPU, so the host cannot refuse its value.
 @pytest.mark.parametrize(
     "option, value, message",
     [

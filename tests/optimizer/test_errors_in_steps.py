@@ -1,4 +1,4 @@
-"""A step that cannot be taken is refused by the parameter's or option's name, and changes nothing."""
+"""Refused steps: the error has the name of the parameter or option, and nothing changes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ BAD_GRADIENTS: dict[str, tuple[torch.dtype, Callable[[Parameter], None], str]] =
 def test_a_bad_gradient_of_the_last_parameter_is_refused_by_its_name_and_changes_nothing(
     backend, device, case, options
 ):
-    """In training, and in the first step, which creates no state."""
+    """The refused step is in the middle of training, or the first step, which creates no state."""
     dtype, spoil, word = BAD_GRADIENTS[case]
     for steps, names, where in ((2, True, r"head\.weight"), (0, False, "parameter 2 of group 1")):
         optimizer, params = in_training(backend, device, dtype, steps=steps, names=names, **options)

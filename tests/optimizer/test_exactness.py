@@ -74,7 +74,7 @@ def run(optimizer, params, stream, steps: int) -> None:
 
 
 def run_torch(params, stream, steps: int, **options) -> torch.optim.SGD:
-    """torch.optim.SGD over `params` with the gradients cast to their dtype."""
+    """Runs torch.optim.SGD over `params` with the gradients cast to the parameters' dtypes."""
     optimizer = torch.optim.SGD(params, foreach=False, **options)
     run(
         optimizer,
@@ -145,7 +145,7 @@ def test_a_tensor_learning_rate_is_not_written(backend, device):
 @pytest.mark.every_case
 @pytest.mark.parametrize("options", HYPER_PARAMETERS, ids=name_of)
 def test_the_update_is_the_documented_arithmetic(backend, device, options):
-    """Against fused multiply-adds computed in NumPy: independent of torch and of the machine."""
+    """Fused multiply-adds computed in NumPy are independent of torch and of the machine."""
     (param,) = parameters([(1000,)], device=device)
     w = param.detach().cpu().numpy().copy()
     b = None
@@ -329,7 +329,7 @@ def test_parameters_and_gradients_of_every_pair_of_dtypes_are_updated_together(b
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 def test_every_low_precision_gradient_is_read_exactly(backend, device, dtype):
-    """All 65,536 bit patterns but the non-finite ones, subnormals included."""
+    """The gradient has every finite bit pattern, subnormals included."""
     grad = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     grad = grad[grad.isfinite()]
     param = Parameter(torch.zeros(len(grad), dtype=dtype, device=device))

@@ -14,7 +14,7 @@ from support.comparison import parameters
 
 
 def wrapped(optimizer: torch.optim.Optimizer) -> Any:
-    """An optimizer of a subclass that is made from the groups alone, as Horovod's `DistributedOptimizer` is."""
+    """Returns an optimizer of a subclass, made from the groups alone, as Horovod's `DistributedOptimizer`."""
 
     def __init__(self: Any, params: Any) -> None:
         super(self.__class__, self).__init__(params)

@@ -1,4 +1,4 @@
-"""Under torch.inference_mode a call makes nothing that a later call outside could not write."""
+"""Calls under torch.inference_mode, whose new tensors later calls outside can write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strides, views and storages: the values are updated whatever the memory looks like."""
+"""Strides, views and storages: the update is correct for every layout of the memory."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _reversed(tensor: Tensor) -> Tensor:
 
 
 def strided_to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The same values with the same strides and storage offset on another device in another dtype."""
+    """Returns the same values, strides and storage offset on another device in another dtype."""
     storage = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
     return storage.to(device, dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
@@ -64,7 +64,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Every layout of a parameter, and every layout of a gradient beside some of them.
+# Every layout of a gradient is combined with a few layouts of a parameter, because all pairs take too long.
 BESIDE = ("scalar", "permuted", "channels_last", "rows with gaps")
 PAIRS = [(layout, gradient) for gradient in GRADIENTS for layout in BESIDE if gradient != "contiguous"]
 
@@ -112,7 +112,7 @@ def test_an_overflow_is_found_in_any_layout_and_padding_is_not_read(backend, dev
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_beside_a_view_is_written(backend, device, dtype):
-    """Neighbours in one flat buffer, and the elements that a stride steps over."""
+    """Neighbours in one flat buffer, and the elements between strides, keep their values."""
     flat = torch.full((400,), 7.0, device=device, dtype=dtype)
     views = [flat[1:34], flat[40:41], flat[51:120:2], flat[130:250].view(10, 12)[:, 3:7], flat[301:399]]
     outside = torch.ones(400, dtype=torch.bool, device=device)
@@ -142,7 +142,7 @@ def test_parameters_side_by_side_in_one_buffer_are_updated_each_by_its_gradient(
 
 
 def step_twice(backend: str, device: torch.device, make_gradient: Callable[[Tensor], Tensor]) -> Parameter:
-    """Two steps over 33 elements with a gradient made from the parameter's shape."""
+    """Takes two steps over 33 elements, each with a gradient made from the parameter."""
     param = Parameter(base(33).to(device))
     optimizer = FusedSGD([param], backend=backend, **OPTIONS)
     for _ in range(2):
@@ -153,7 +153,7 @@ def step_twice(backend: str, device: torch.device, make_gradient: Callable[[Tens
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_a_gradient_of_zeros_without_memory_is_zero(backend, device, momentum):
-    """What autograd uses for a gradient that is known to be zero."""
+    """Autograd uses such a tensor where the gradient is zero by definition."""
     param = Parameter(torch.zeros(3, device=device))
     optimizer = FusedSGD([param], lr=1.0, momentum=momentum, backend=backend)
     for step in range(4):
@@ -223,7 +223,7 @@ def test_a_dense_gradient_of_any_size_may_get_the_negative_bit_after_some_steps(
 def test_a_parameter_and_its_state_may_get_the_negative_bit_in_place(
     backend, device, what, functions, monkeypatch
 ):
-    """Neither address nor strides tell."""
+    """The negative bit changes neither the address nor the strides."""
     if extension.missing_because() is not None:
         pytest.skip(extension.missing_because())
     module = extension.load_extension()
@@ -242,7 +242,7 @@ def test_a_parameter_and_its_state_may_get_the_negative_bit_in_place(
                     tensor = param if what == "parameter" else optimizer.state[param][what]
                     tensor.data = negate(tensor.data)
                     if what == "master_param":
-                        # Or the parameter would be taken for written by others.
+                        # A parameter that differs from its master counts as written by user code.
                         param.data = param.data.neg()
             for optimizer, param in zip(optimizers, params, strict=True):
                 param.grad = torch.ones_like(param)
@@ -262,7 +262,7 @@ def test_a_learning_rate_with_the_negative_bit_is_read_as_it_is(backend, device)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_that_change_between_steps_are_noticed(backend, device, dtype):
-    """Of the gradient, and of the parameter while its memory stays the same."""
+    """The strides of the gradient change, and those of the parameter while its memory stays the same."""
     param = Parameter(base(6, 6).to(device, dtype))
     expected = copies([param], wide(dtype))
     optimizer = FusedSGD([param], bias_decay=True, backend=backend, **OPTIONS)
@@ -351,7 +351,7 @@ def test_a_parameter_whose_data_moved_to_new_storage_is_updated_there(backend, d
 
 
 def test_a_parameter_resized_together_with_its_state_is_updated_at_its_new_size(backend, device):
-    """Pruning and vocabulary growth swap data of another shape in and drop the state."""
+    """Pruning and vocabulary growth replace the data by another shape, and drop the state."""
     param = Parameter(base(6).to(device))
     optimizer = FusedSGD([param], lr=0.5, momentum=0.9, backend=backend)
     set_gradients([param], [torch.ones(6)])
@@ -406,7 +406,7 @@ def test_loading_a_model_gives_the_loaded_weights_and_not_the_old_masters(backen
     [("rows with gaps", "contiguous"), ("transposed", "contiguous"), ("transposed", "reversed dimensions")],
 )
 def test_new_data_with_other_values_is_what_the_next_step_updates(backend, device, layout, gradient, dtype):
-    """Whether the kernels work on the parameter's own memory or on a stand-in."""
+    """The layouts include parameters that the kernels update in place, and parameters with a stand-in."""
     param = Parameter(strided_to(PARAMETERS[layout](), device, dtype))
     optimizer = FusedSGD([param], lr=0.5, backend=backend)
     for step in range(6):

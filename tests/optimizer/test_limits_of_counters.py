@@ -1,4 +1,4 @@
-"""Counters and trackers near their limits, on every backend alike."""
+"""Counters and trackers near their limits, with the same result on every backend."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAST_GOOD_STEP = 2**31 - 1
 
 
 def loaded(backend: str, device: torch.device, **numbers: int) -> FusedSGD:
-    """An optimizer without momentum buffers whose checkpoint had these numbers."""
+    """Returns an optimizer without momentum buffers, after it has loaded a checkpoint with these numbers."""
     optimizer = FusedSGD(
         parameters([(5,), (3,)], [torch.float16, torch.float32], device),
         lr=0.1,
@@ -50,7 +50,7 @@ def step(optimizer: FusedSGD, overflows: bool = False) -> None:
 
 
 def reloaded(optimizer: FusedSGD) -> dict[str, int]:
-    """The numbers of an optimizer's own checkpoint, which it accepts."""
+    """Loads an optimizer's own checkpoint, and returns its numbers."""
     saved = deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(saved)
     assert optimizer.state_dict()["param_groups"] == saved["param_groups"]
@@ -93,7 +93,7 @@ def test_counters_below_the_limit_count_on(backend, device):
 @pytest.mark.parametrize("before", [MOST_STEPS - 6])
 @pytest.mark.parametrize("scale", [None, 1.0], ids=["without a scan", "with one"])
 def test_momentum_begins_at_the_limit_as_anywhere_else(backend, device, before, scale):
-    """The kernels tell the first update of a buffer from others by its number."""
+    """The kernels identify the first update of a buffer by the update's number."""
     results = []
     for applied in (0, before):
         params = parameters([(40_000,), (3,)], [torch.float16, torch.float32], device)
@@ -104,7 +104,7 @@ def test_momentum_begins_at_the_limit_as_anywhere_else(backend, device, before, 
         for grads in gradients(params, 4):
             set_gradients(params, grads)
             optimizer.step()
-        # Reading the state tells the host what was written.
+        # Reading the state copies the notes of written buffers to the host.
         state = [optimizer.state[param]["momentum_buffer"] for param in params]
         results.append([*params, *state, optimizer.state[params[0]]["master_param"]])
     assert_all_same_bits(results[1], [tensor.detach() for tensor in results[0]])

@@ -38,7 +38,7 @@ def sequence(probability: float, length: int, seed: int) -> list[bool]:
 
 
 class DocumentedScale:
-    """The scale rules as documented, in Python: the model that the device code is compared with."""
+    """The documented scale rules in Python, for comparison with the device code."""
 
     def __init__(
         self, init_scale, growth_factor, backoff_factor, growth_interval, hysteresis, min_scale, max_scale

@@ -1,4 +1,4 @@
-"""Masters follow their parameters: through other dtypes, and after writes that go unnoticed when asked to."""
+"""Masters that follow their parameters: through other dtypes, and by `refresh_masters` after unnoticed writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOW = [torch.float16, torch.bfloat16]
 
 
 def trained(dtype: torch.dtype, backend: str, device: torch.device) -> tuple[FusedSGD, torch.nn.Module]:
-    """A model of one parameter whose master has more bits than its parameter."""
+    """Returns an optimizer, and a model of one parameter whose master has more bits than the parameter."""
     model = torch.nn.Module()
     model.weight = parameters([(2, 3)], dtype, device)[0]
     optimizer = FusedSGD(model.parameters(), lr=0.013, momentum=0.9, backend=backend)
@@ -42,7 +42,7 @@ def test_a_master_of_before_a_conversion_is_not_used_after_it(backend, device, d
     rates = optimizer.param_groups[0]
     model.weight.grad = None
     model.to(between)
-    # An update that the rounding to `dtype` does not show.
+    # This update is smaller than the rounding to `dtype`.
     rates["lr"] = 1e-9
     step(optimizer, model)
     model.weight.grad = None

@@ -1,4 +1,4 @@
-"""Tensors that have lost their memory, or never had any: meta tensors and those of a FakeTensorMode."""
+"""Tensors that have lost their memory, meta tensors, and tensors of a FakeTensorMode."""
 
 from __future__ import annotations
 

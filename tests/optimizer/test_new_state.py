@@ -20,7 +20,7 @@ DAMPED = {"lr": 0.5, "momentum": 0.5, "dampening": 0.5}
 
 
 def skipped_first_step(backend, device, dtype=torch.float16, **options):
-    """An optimizer whose only step was skipped, and its parameter of ones."""
+    """Returns an optimizer whose only step was skipped, and its parameter of ones."""
     param = Parameter(torch.ones(3, device=device, dtype=dtype))
     optimizer = FusedSGD([param], backend=backend, loss_scale=1.0, **{**DAMPED, **options})
     param.grad = torch.full_like(param, float("inf"))

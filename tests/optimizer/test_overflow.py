@@ -190,7 +190,7 @@ def test_every_kind_of_nan_counts(backend, device, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("limit", ["max", "min", "tiny", "smallest_normal"])
 def test_finite_extremes_do_not_count(backend, device, dtype, limit):
-    """An FP64 gradient that FP32 cannot hold is finite; so is one whose unscaled value underflows."""
+    """FP64 gradients beyond the range of FP32, and gradients whose unscaled values underflow, are finite."""
     params = parameters([(33,)], dtype, device)
     optimizer = FusedSGD(params, lr=0.0, loss_scale=8.0, backend=backend)
     step_with(optimizer, params, [torch.full((33,), getattr(torch.finfo(dtype), limit), dtype=dtype)])

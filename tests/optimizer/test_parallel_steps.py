@@ -12,7 +12,7 @@ from fused_tricks import FusedSGD
 from support import backends
 from support.comparison import assert_all_same_bits, copies, gradients, parameters, set_gradients
 
-# Beyond what one thread does alone, and beyond the last chunk's end.
+# More elements than one thread updates alone, with partial last chunks.
 SIZES = [(70_001,), (257, 129), (32_768,), (5,)]
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "loss_scale": 8.0}
 

@@ -1,4 +1,4 @@
-"""What a plan holds: addresses that may change, new state, and who keeps whom alive."""
+"""The contents of a plan: addresses that may change, new state, and the lifetimes of objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an optimizer shows of itself."""
+"""The text form of an optimizer."""
 
 from __future__ import annotations
 

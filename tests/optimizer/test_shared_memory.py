@@ -1,4 +1,4 @@
-"""Parameters, gradients and state that share memory: torch's result, one after the other, or a refusal."""
+"""Parameters, gradients and state that share memory: torch's result of one update after the other, or an error."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def both(
     device: torch.device,
     **options,
 ) -> tuple[tuple[FusedSGD, list[Parameter]], tuple[torch.optim.SGD, list[Parameter]]]:
-    """FusedSGD and torch.optim.SGD, each over a memory of its own that has the same values."""
+    """Returns FusedSGD and torch.optim.SGD, each over its own memory with the same values."""
     params, expected = layout(values(48, dtype, device)), layout(values(48, dtype, "cpu"))
     options = OPTIONS | options
     return (

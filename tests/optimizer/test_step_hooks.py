@@ -1,4 +1,4 @@
-"""Hooks of a step run once, whatever wraps it."""
+"""Hooks of a step: each hook runs once, whatever wraps the step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.comparison import assert_same_bits
 
 
 class Plain(FusedSGD):
-    """A class of its own that overrides nothing."""
+    """A subclass that overrides nothing."""
 
 
 class Overriding(FusedSGD):
@@ -30,14 +30,14 @@ class OverridingTwice(Overriding):
 
 
 class Inheriting(Overriding):
-    """A class that inherits an overridden step."""
+    """A subclass that inherits an overridden step."""
 
 
 class Wrapping(FusedSGD):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         return super().step(closure)
 
-    # As functools.wraps does.
+    # functools.wraps has the same effect.
     functools.update_wrapper(step, FusedSGD.step)
 
 
@@ -51,7 +51,7 @@ class Mixed(Mixin, Overriding):
 
 
 CLASSES = [FusedSGD, Plain, Overriding, OverridingTwice, Inheriting, Mixed, Wrapping]
-# Every class has been instantiated, and wrapped by torch, before the first test.
+# torch wraps the step of a class when the class is first instantiated, here before the first test.
 for kind in CLASSES:
     kind([Parameter(torch.ones(1))], lr=0.1)
 

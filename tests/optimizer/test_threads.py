@@ -1,4 +1,4 @@
-"""Several threads, and code that a step calls, use one optimizer: its results are those of one step after the other."""
+"""One optimizer in several threads, and in code that a step calls: the results of one step after the other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THREADS = 4
 
 @pytest.fixture(autouse=True)
 def frequent_switches() -> Iterator[None]:
-    """Lets threads take turns as often as Python can."""
+    """Switches threads as often as Python can."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -195,7 +195,7 @@ def test_a_process_forked_in_the_middle_of_a_step_can_step():
     held.wait()
     child = os.fork()
     if child == 0:
-        # A lock that cannot be had at once ends the child with another status.
+        # The child must not wait for a lock that its parent's thread held at the fork.
         is_free = optimizer._lock.acquire(blocking=False)
         if is_free:
             optimizer.step()
@@ -216,7 +216,7 @@ def test_a_hook_may_fork():
         optimizer.state_dict()
     finally:
         if children == [0]:
-            # A lock that the fork took from its holder makes the release raise, and skips this.
+            # In the child, the release raises if the fork has taken the lock from its holder.
             os._exit(0 if sys.exc_info()[0] is None else 1)
     _, status = os.waitpid(children[0], 0)
     assert os.waitstatus_to_exitcode(status) == 0

@@ -1,4 +1,4 @@
-"""FusedSGD behaves as a torch.optim.Optimizer wherever torch's own tests look at SGD."""
+"""FusedSGD as a torch.optim.Optimizer, in everything that torch's own tests check for SGD."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_torchs_choices_of_an_implementation_change_no_bit(backend, device, flag
 
 SCHEDULERS = SGD_INFO.scheduler_inputs
 RATES = [case for case in INPUTS if case.desc in ("default", "tensor lr", "momentum")]
-# Every scheduler with every type of rate, and every input with one of them.
+# Every scheduler with every type of rate, and every other input with one scheduler.
 SCHEDULED = [
     *((number, case) for number in range(len(SCHEDULERS)) for case in RATES),
     *((0, case) for case in INPUTS if case not in RATES),

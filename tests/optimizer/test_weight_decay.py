@@ -117,7 +117,7 @@ OPTIMIZERS = [
 @pytest.mark.parametrize("cls", [*OPTIMIZERS, FusedSGD], ids=lambda cls: cls.__name__)
 def test_every_optimizer_of_torch_takes_the_groups_and_keeps_the_names(cls):
     torch.manual_seed(0)
-    model = nn.Linear(2, 2, bias=cls.__name__ != "Muon")  # which updates matrices only
+    model = nn.Linear(2, 2, bias=cls.__name__ != "Muon")  # Muon updates matrices only
     groups = decay_groups(model, 0.1)
     expected = names(groups)
     optimizer = cls(groups, lr=0.1)

@@ -1,4 +1,4 @@
-"""The scheduler: which group gets which rate when, with any optimizer."""
+"""The scheduler: the rate of each group at each update, with any optimizer."""
 
 from __future__ import annotations
 
@@ -79,9 +79,6 @@ def test_last_rates_are_copies_of_those_that_are_set() -> None:
     assert schedule.get_last_lr() == rates(optimizer)
 
 
-# Late groups
-
-
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["float", "tensor"])
 @pytest.mark.parametrize("cls", [FusedSGD, torch.optim.SGD])
 def test_a_late_group_is_scheduled_at_once_from_its_own_rate(cls: Any, kind: Any) -> None:
@@ -146,9 +143,6 @@ def test_what_others_put_in_place_of_add_param_group_is_still_called() -> None:
     schedule = WarmupCosineLR(optimizer, 7, 4)
     optimizer.add_param_group({"params": parameter(), "lr": 1.0})
     assert [group["lr"] for group in added] == [schedule.curve.factor(0)]
-
-
-# torch's conventions
 
 
 def test_it_is_a_torch_scheduler_that_counts_updates_from_zero() -> None:
@@ -237,9 +231,6 @@ def test_a_sequence_resumes_on_schedule(updates: int, optimizer_first: bool) -> 
     assert run(resumed, resumed_schedule, 12 - updates) == [
         pytest.approx([factor, 2 * factor]) for factor in SEQUENCE[updates:]
     ]
-
-
-# Errors
 
 
 @pytest.mark.parametrize("argument", [{"warmup_steps": 8}, {"T_mult": 2}, {"min_ratio": -1.0}])

@@ -1,4 +1,4 @@
-"""A schedule that counts applied updates: the kernels take the rate that is due, however many steps are skipped."""
+"""A schedule that counts applied updates: kernels read the next update's rate, however many steps are skipped."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_any_kind_of_step_takes_the_rate_that_is_due(
         assert_same_bits(scheduled, expected)
 
 
-def test_a_steps_verdict_from_a_grad_scaler_counts_too(backend: str, device: torch.device) -> None:
+def test_found_inf_of_a_grad_scaler_counts_too(backend: str, device: torch.device) -> None:
     optimizer, schedule = build(parameters(device, torch.float32), backend, loss_scale=None)
     scaler = torch.amp.GradScaler(device.type)
     scaler.scale(torch.ones((), device=device))

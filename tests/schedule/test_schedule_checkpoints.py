@@ -1,4 +1,4 @@
-"""A schedule over checkpoints and copies: it resumes on its rates, whatever is loaded first."""
+"""A schedule over checkpoints and copies: the rates continue, whatever is loaded first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.scheduled import FACTORS, parameter, rates, run, two_groups
 
 
 def checkpoint(updates: int, **arguments: Any) -> tuple[dict[str, Any], dict[str, Any], list[list[float]]]:
-    """The states after some updates, and the rates of those that follow."""
+    """Returns the states after some updates, and the rates of the next updates."""
     optimizer = two_groups()
     schedule = WarmupCosineLR(optimizer, 7, 4, **arguments)
     run(optimizer, schedule, updates)
@@ -160,9 +160,6 @@ def test_its_steps_are_counted_as_torch_counts_them_over_a_resume_too() -> None:
     schedule.load_state_dict(state)
     schedule.step()
     assert schedule._step_count == 5
-
-
-# Copies
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

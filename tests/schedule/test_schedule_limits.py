@@ -1,4 +1,4 @@
-"""Where a schedule ends, where it resumes, and what it shows of itself."""
+"""The end, the resumption and the text form of a schedule."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_a_schedule_shows_its_arguments():
 
 
 def test_in_a_chained_scheduler_it_overwrites_those_before_it():
-    """As documented."""
+    """`WarmupCosineLR` computes each rate from the base rate."""
     optimizer = torch.optim.SGD(parameters([(2,)]), lr=1.0)
     halved = ConstantLR(optimizer, factor=0.5, total_iters=100)
     chained = ChainedScheduler([halved, WarmupCosineLR(optimizer, total_steps=7, warmup_steps=4)])

@@ -18,7 +18,7 @@ TOLERANCE = 5
 
 
 def exact_factor(curve: WarmupCosine, t: int) -> Any:
-    """The definition, read aloud; 200 bits where a cosine comes in."""
+    """Returns the factor by its definition, in exact arithmetic, and a cosine in 200 bits."""
     floor = Fraction(curve.min_ratio)
     if curve.total_steps is not None and t >= curve.total_steps:
         return _mpf(floor)
@@ -264,13 +264,13 @@ def test_a_table_of_factors_has_the_bits_of_single_ones(seed: int) -> None:
 @pytest.mark.parametrize("warmup_steps", [0, 3])
 @pytest.mark.parametrize("T_mult", [1 + 1e-7, 1 + 1e-4, 1 + 2.0**-20])
 def test_cycles_that_hardly_grow_have_their_exact_lengths(T_mult: float, warmup_steps: int) -> None:
-    """Found from the number of the cycle, by a logarithm and exact comparisons around it."""
+    """The number of the cycle comes from a logarithm, and from exact comparisons around the result."""
     curve = WarmupCosine(None, warmup_steps=warmup_steps, T_0=2, T_mult=T_mult, warmup_every_cycle=True)
     find = curve._cycles.find
     for t in (10**6, 10**7, 10**9):
         cycle, place, length = find(t)
         assert -warmup_steps <= place < length
-        # 2 T_mult**cycle, between bounds of 400 bits.
+        # 2 T_mult**cycle in fixed point with 400 bits.
         bits = 400
         power = base = 1 << bits
         factor = int(Fraction(T_mult) * 2**bits)

@@ -1,4 +1,4 @@
-"""These tests need nothing but torch, pytest and the package, so that they can run in any environment."""
+"""Tests that require torch, pytest and the package only, so that they run in any environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must work with every torch that one build serves, where nothing but torch, pytest and the package is there."""
+"""The basics, with every torch that one build serves, and with torch, pytest and the package only."""
 
 from __future__ import annotations
 

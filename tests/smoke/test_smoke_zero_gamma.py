@@ -1,4 +1,4 @@
-"""`zero_gamma_` reads graphs whose details are torch's own, so it runs with several torches."""
+"""`zero_gamma_` with several releases of torch, because the details of its graphs depend on torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Helpers of the tests: backends, exact comparison, and stand-ins for what a machine lacks."""
+"""Helpers of the tests: backends, exact comparison, and replacements for missing hardware."""
 
-# Before fused_tricks: chooses how Triton runs.
+# Before fused_tricks, because this import chooses how Triton runs.
 from . import interpreted  # noqa: F401

@@ -1,4 +1,4 @@
-"""Exact comparison of optimizers: bits, not tolerances."""
+"""Exact comparison of optimizers, by bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BOTH_SHAPES = ((5,), (4, 3), (1,), (2, 3, 3, 3))
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bit patterns of `tensor`, on the CPU, so that NaN equals NaN and -0 differs from 0."""
+    """Returns the bit patterns of `tensor` on the CPU, so that NaN equals NaN and -0 differs from 0."""
     plain = tensor.detach().cpu().resolve_neg().contiguous()
     return plain.view(_INTEGER_OF_WIDTH[plain.element_size()])
 
@@ -47,13 +47,13 @@ def assert_all_same_bits(actual: Iterable[Tensor], expected: Iterable[Tensor], w
 
 
 def wide_range(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """FP32 normal values whose magnitudes span four decades, so that every rounding shows."""
+    """Returns random FP32 values whose magnitudes span four decades, so that every rounding has an effect."""
     values = torch.randn(shape, generator=generator)
     return values * 10 ** (4 * torch.rand(shape, generator=generator) - 3)
 
 
 def rounding_cases(dtype: torch.dtype) -> torch.Tensor:
-    """FP32 values: random bit patterns, and around every representable value, midpoint and limit of `dtype`."""
+    """Returns FP32 values: random ones, and values around every midpoint and limit of the 16-bit `dtype`."""
     generator = torch.Generator().manual_seed(3)
     patterns = (
         torch.randint(-(2**31), 2**31, (60_000,), generator=generator).to(torch.int32).view(torch.float32)
@@ -80,7 +80,7 @@ def parameters(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> list[Parameter]:
-    """Random parameters; the same seed gives the same values on every device."""
+    """Returns random parameters. The same seed gives the same values on every device."""
     generator = torch.Generator().manual_seed(seed)
     shapes = list(shapes)
     if isinstance(dtypes, torch.dtype):
@@ -92,25 +92,25 @@ def parameters(
 
 
 def gradients(params: Sequence[Tensor], steps: int, seed: int = 1) -> list[list[Tensor]]:
-    """For each of `steps` steps one gradient a parameter, on the CPU, in the parameter's dtype."""
+    """Returns one gradient per parameter for each of `steps` steps, on the CPU, in the parameter's dtype."""
     generator = torch.Generator().manual_seed(seed)
     return [[wide_range(p.shape, generator).to(p.dtype) for p in params] for _ in range(steps)]
 
 
 def set_gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Give each parameter a fresh copy of its gradient, on the parameter's device."""
+    """Gives each parameter a fresh copy of its gradient, on the parameter's device."""
     for param, grad in zip(params, grads, strict=True):
         param.grad = None if grad is None else grad.to(param.device, copy=True)
 
 
 def fill_gradients(params: Iterable[Tensor], value: float = 1.0) -> None:
-    """Give each parameter a new gradient whose elements are all the same."""
+    """Gives each parameter a new gradient whose elements are all `value`."""
     for param in params:
         param.grad = torch.full_like(param, value)
 
 
 def copies(params: Iterable[Tensor], dtype: torch.dtype | None = None) -> list[Parameter]:
-    """Contiguous parameters on the CPU with the same values, for the optimizer compared with."""
+    """Returns contiguous parameters on the CPU with the same values, for the reference optimizer."""
     return [
         Parameter(p.detach().to("cpu", dtype, copy=True).contiguous().clone(), p.requires_grad)
         for p in params
@@ -118,7 +118,7 @@ def copies(params: Iterable[Tensor], dtype: torch.dtype | None = None) -> list[P
 
 
 def build(kind: str, params: Any, backend: str, **options: Any) -> torch.optim.Optimizer:
-    """FusedSGD or the torch.optim.SGD that it is compared with."""
+    """Returns FusedSGD, or with `kind="torch"` the torch.optim.SGD for comparison."""
     if kind == "torch":
         return torch.optim.SGD(params, foreach=False, **options)
     return FusedSGD(params, bias_decay=True, backend=backend, **options)
@@ -127,10 +127,10 @@ def build(kind: str, params: Any, backend: str, **options: Any) -> torch.optim.O
 def both(
     backend: str, device: torch.device, shapes: Any = BOTH_SHAPES, **options: Any
 ) -> tuple[tuple[torch.optim.Optimizer, list[Parameter]], tuple[torch.optim.Optimizer, list[Parameter]]]:
-    """FusedSGD and torch.optim.SGD over parameters of the same values."""
+    """Returns FusedSGD and torch.optim.SGD over parameters of the same values."""
     params = parameters(shapes, device=device)
     expected = copies(params)
-    # A scheduler writes to a learning rate that is a tensor, so each has its own.
+    # A scheduler writes to a learning rate that is a tensor, so each optimizer has its own.
     return (build("fused", params, backend, **deepcopy(options)), params), (
         build("torch", expected, backend, **deepcopy(options)),
         expected,
@@ -142,7 +142,7 @@ def drive(
     steps: int,
     between: Callable[[int, torch.optim.Optimizer, list[Parameter]], None] | None = None,
 ) -> None:
-    """Take the same steps with each pair of optimizer and parameters; then compare all bits."""
+    """Takes the same steps with each pair of optimizer and parameters, then compares all bits."""
     stream = gradients(pairs[0][1], steps)
     for optimizer, params in pairs:
         for index, grads in enumerate(stream):
@@ -162,7 +162,7 @@ def masters(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> list[
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """All that a refused or skipped step must leave alone: parameters, gradients, state, counters."""
+    """Returns everything that a refused step must not change: parameters, gradients, state, options, counters."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     dense = [p.grad for p in params if p.grad is not None and p.grad.layout == torch.strided]
     stats = optimizer.stats()
@@ -187,7 +187,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def assert_unchanged(
     optimizer: torch.optim.Optimizer, before: dict[str, Any], *, but: Sequence[str] = ()
 ) -> None:
-    """The optimizer is bit for bit as in `before`, except for the keys of `snapshot` in `but`."""
+    """Asserts that the optimizer equals `before` bit for bit, except for the keys of `snapshot` in `but`."""
     now = snapshot(optimizer)
     changed = [key for key in before if key not in but and not _equal(now[key], before[key])]
     assert not changed, f"changed: {', '.join(changed)}"
@@ -204,10 +204,10 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def fma(a: float | np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c of FP32 values with one rounding, whatever this machine's arithmetic does.
+    """Returns a * b + c of FP32 values with one rounding, on every machine.
 
-    The product is exact in FP64; the sum is rounded to odd there (Boldo and Melquiond 2008), which makes
-    the second rounding, to FP32, the only one.
+    The product is exact in FP64. The sum is rounded to odd in FP64 (Boldo and Melquiond 2008), so that its second
+    rounding, to FP32, gives the result of one rounding.
     """
     product = np.float64(a) * b.astype(np.float64)
     addend = c.astype(np.float64)

@@ -1,4 +1,4 @@
-"""A stand-in for what the benchmarks call of `torch.cuda`, so that their GPU mode runs on CPU tensors."""
+"""A fake of the functions of `torch.cuda` that the benchmarks call, so that their GPU mode runs on CPU tensors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from benchmarks.lib import gpu
 
 
 class FakeCuda:
-    """Notes in `log` what is asked of it, and takes every device for a GPU.
+    """A fake `torch.cuda`, which records calls in `log`. `gpu.is_gpu` is True for every device.
 
     Work runs at once, so an event has always happened.
 
     Args:
-        monkeypatch: puts everything back at the end.
-        replays: what `gpu.capture` returns runs the step again. Otherwise the graph is as torch's, and its replay does
-            nothing.
+        monkeypatch: Restores everything at the end.
+        replays: True if the result of `gpu.capture` runs the step again. With False, `gpu.capture` uses a fake of
+            torch's graph, whose replay does nothing.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, replays: bool = True) -> None:

@@ -21,7 +21,7 @@ def in_training(
     names: bool = False,
     **options: Any,
 ) -> tuple[FusedSGD, list[Parameter]]:
-    """An optimizer over two groups, some good steps into training, its gradients set for the next."""
+    """Returns an optimizer over two groups after some applied steps, with gradients for the next step."""
     params = parameters(
         [(4,), (2, 3), (5,), (6,)], [torch.float16, torch.float32, torch.float32, last], device
     )

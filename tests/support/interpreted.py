@@ -1,4 +1,4 @@
-"""Lets the Triton backend's tests run where there is no GPU: on Triton's interpreter, which runs kernels as Python."""
+"""Settings of Triton's interpreter, which runs kernels as Python, for tests of the Triton backend without a GPU."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    # Before the package is imported: Triton decides when a kernel is defined.
+    # Before the package is imported, because Triton reads the variable when a kernel is defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def speed_up() -> None:
-    """Has the interpreter replace Triton's language once, and not for each launch and each call of a function."""
+    """Makes the interpreter patch Triton's language once, instead of at each launch and each call of a function."""
     try:
         from triton.runtime import interpreter
     except ImportError:
@@ -24,7 +24,7 @@ def speed_up() -> None:
     served: set[str] = set()
 
     def replace_once(fn: Any) -> Any:
-        """For each module, because a module has its own names for the parts of the language."""
+        """Patches once per module, because a module has its own names for the parts of the language."""
         if fn.__module__ not in served:
             replace(fn)
             served.add(fn.__module__)
@@ -39,7 +39,7 @@ def speed_up() -> None:
 
 
 class _Kept:
-    """Stands for the record of what was replaced, and leaves it so."""
+    """A record of a patch whose `restore` keeps the patch."""
 
     @staticmethod
     def restore() -> None:
@@ -47,7 +47,7 @@ class _Kept:
 
 
 def silence_numpy() -> None:
-    """Hides that Triton's interpreter before 3.7 takes one-element arrays for numbers, of which NumPy warns."""
+    """Hides NumPy's warning that Triton's interpreter before 3.7 uses one-element arrays as numbers."""
     try:
         import triton
         from triton.runtime.interpreter import GridExecutor

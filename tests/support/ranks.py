@@ -1,4 +1,4 @@
-"""Runs functions on several processes at once, which have a process group (gloo), as torchrun starts them."""
+"""Functions that run on several processes with a process group (gloo), as under torchrun."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ import torch.distributed.fsdp
 import torch.distributed.optim
 import torch.distributed.tensor
 
-from support import backends  # noqa: F401  # here, so that each process finds it imported
+from support import backends  # noqa: F401  # so that each process has it imported
 
 PATIENCE = 3600
-"""Seconds until processes that hang are given up; more than any machine needs, however busy. One that dies is noticed
-at once."""
+"""Seconds until a process counts as hanging, more than any busy machine requires. A process that ends is noticed at
+once."""
 
 
 def run(count: int, body: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-    """Calls `body(*args, **options)` on `count` processes, which live on to be called again.
+    """Calls `body(*args, **options)` on `count` processes, which stay alive for the next call.
 
     Args:
-        count: How many processes.
+        count: The number of processes.
         body: A function of a module.
-        *args, **options: What it is called with, and what it returns, has to be picklable.
+        *args, **options: The arguments of `body`. Arguments and results must be picklable.
 
     Returns:
-        What each process returned, in the order of their ranks.
+        The result of each process, in the order of the ranks.
 
     Raises:
-        AssertionError: One of them failed; the message has its traceback.
+        AssertionError: If a process failed. The message contains the traceback.
     """
     answers = _processes(count).call(body, args, options)
     failed = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
     if failed:
-        # The others may wait for the one that failed.
+        # The other processes may wait for the failed process.
         _processes.cache_clear()
         raise AssertionError("\n".join(failed))
     return [value for _, value in answers]
@@ -58,14 +58,14 @@ def _processes(count: int) -> _Processes:
     return _Processes(count)
 
 
-# While modules that `__del__` needs are still there.
+# Before Python unloads the modules that `__del__` uses.
 atexit.register(_processes.cache_clear)
 
 
 def start_method() -> str:
-    """How processes start: forked from one that has imported torch and nothing else, which saves seconds.
+    """Returns the start method: a fork of a process that has imported torch saves seconds.
 
-    Where there is a GPU, that process has asked CUDA for it, and CUDA does not survive a fork.
+    With a GPU, the import calls CUDA, and CUDA does not survive a fork.
     """
     return "spawn" if torch.cuda.is_available() else "forkserver"
 
@@ -75,7 +75,7 @@ class _Processes:
 
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context(start_method())
-        # FSDP2 imports torch._dynamo when it is first used.
+        # The first use of FSDP2 imports torch._dynamo.
         context.set_forkserver_preload(["support.ranks", "torch._dynamo"])
         paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
         self._folder = tempfile.TemporaryDirectory()
@@ -93,7 +93,7 @@ class _Processes:
                 self._processes.append(process)
 
     def call(self, *call: Any) -> list[tuple[str, Any]]:
-        """What went wrong and what was returned, for each process."""
+        """Returns the error and the result of each process."""
         for connection in self._connections:
             connection.send_bytes(_packed(call))
         answers: dict[Any, tuple[str, Any]] = {}

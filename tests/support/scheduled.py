@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 FACTORS = [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.25, 0.0, 0.0]
-"""Of total_steps=7, warmup_steps=4: a cosine of three updates."""
+"""The factors for total_steps=7 and warmup_steps=4, which include a cosine of three updates."""
 
 
 def parameter() -> Parameter:
@@ -30,7 +30,7 @@ def rates(optimizer: Optimizer) -> list[float]:
 
 
 def run(optimizer: Optimizer, schedule: LRScheduler, updates: int) -> list[list[float]]:
-    """The rates of the next updates."""
+    """Runs the next updates, and returns their rates."""
     used = []
     for _ in range(updates):
         used.append(rates(optimizer))

@@ -21,7 +21,7 @@ if __name__ == "__main__":
         from support.fake_cuda import FakeCuda
 
         FakeCuda(pytest.MonkeyPatch())
-    # Benchmarks collect garbage again and again, of which modules are no part.
+    # Benchmarks collect garbage again and again, and modules stay alive.
     gc.collect()
     gc.freeze()
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

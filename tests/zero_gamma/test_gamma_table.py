@@ -1,4 +1,4 @@
-"""The table of what `zero_gamma_` finds in the libraries' networks."""
+"""The table of the norms that `zero_gamma_` finds in the libraries' networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`zero_gamma_` looks at a model wherever it is and however it is wrapped, and changes nothing but γ."""
+"""`zero_gamma_` on any device and under any wrapper: only γ changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ON_CUDA = pytest.param(
 
 
 class Network(nn.Module):
-    """A residual block whose forward pass writes to all that a forward pass can write to."""
+    """A residual block whose forward pass writes to everything that a forward pass can write to."""
 
     def __init__(self, in_channels: int = 3) -> None:
         super().__init__()
@@ -50,14 +50,14 @@ class Network(nn.Module):
 
 
 class DataDependent(Network):
-    """Takes the branch only if its input is positive."""
+    """A network that runs the branch only if the sum of its input is positive."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.sum() > 0 else self.stem(x)
 
 
 class Sum(nn.Module):
-    """Adds what `branch` makes of an input to the input's first channel."""
+    """A module that adds the output of `branch` to the input's first channel."""
 
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def random_states() -> tuple[object, ...]:
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
-    """All that a forward or backward pass can change of a `Network`, γ of the branch's norm apart."""
+    """Returns everything that a forward or backward pass can change in a `Network`, except γ of the branch's norm."""
     tensors = dict(model.state_dict(keep_vars=True))
     tensors.pop("branch.1.weight", None)
     return {
@@ -135,7 +135,7 @@ def test_a_model_whose_path_depends_on_data_runs_where_it_is(device: str) -> Non
 
 
 class OnlyOnMeta(TorchDispatchMode):
-    """Fails when anything is computed with values."""
+    """A mode that raises if an operation computes with values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

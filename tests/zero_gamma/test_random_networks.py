@@ -1,4 +1,4 @@
-"""In residual networks put together at random, every γ that `zero_gamma_` sets gets a gradient."""
+"""Random residual networks: every γ that `zero_gamma_` sets receives a gradient."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def norm() -> nn.Module:
 
 
 def after_the_norm() -> nn.Module:
-    """Something that may stand between a norm and an addition; a zero gets no gradient through some of it."""
+    """Returns a random module between a norm and an addition. Some modules pass no gradient back at zero."""
     makers: list[Callable[[], nn.Module]] = [
         nn.Identity,
         nn.ReLU,

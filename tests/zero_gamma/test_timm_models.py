@@ -1,4 +1,4 @@
-"""`zero_gamma_` on timm's ResNet-like networks, against what timm sets to zero itself and what its blocks say."""
+"""`zero_gamma_` on timm's ResNet-like networks, compared with timm's own zeros and with its blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fused_tricks import zero_gamma_names
 
 pytestmark = pytest.mark.slow
 
-# timm begins with γ = 0 in these, by rules of each family.
+# timm initialises γ = 0 in these networks, by a rule of each family.
 INITIALISED_BY_TIMM = [
     "cspresnet50",
     "ecaresnet26t",
@@ -54,10 +54,10 @@ INVERTED_RESIDUALS = [
     "mobilenetv3_small_100",
     "tf_efficientnetv2_b0",
 ]
-# Their branches end in a norm with an activation inside.
+# The branches of these networks end in a norm with an activation inside.
 ACTIVE_BEFORE_THE_ADDITION = ["cs3darknet_s", "cspdarknet53", "darknet21", "sedarknet21", "ese_vovnet19b_dw"]
 
-# Some of other kinds; FUSED_TRICKS_ALL_MODELS=1 tries every model of timm.
+# Networks of other kinds; FUSED_TRICKS_ALL_MODELS=1 runs every model of timm.
 TRIED = [
     "botnet26t_256",
     "convnextv2_atto",

@@ -1,4 +1,4 @@
-"""`zero_gamma_` on every classification model of torchvision, against what the models' own classes say."""
+"""`zero_gamma_` on every classification model of torchvision, compared with the models' own classes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ WITH_FLAG = [name for name in NAMES if "resne" in name]
 
 def build(name: str, **options: Any) -> nn.Module:
     if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = False  # takes seconds
+        options["init_weights"] = False  # the initialisation takes seconds
     with weightless():
         return models.get_model(name, **options)
 
 
 def last_norms(model: nn.Module) -> Iterator[str]:
-    """The last norm of every residual branch, by what is known about the classes of torchvision's blocks."""
+    """Yields the last norm of every residual branch, by the classes of torchvision's blocks."""
     for name, block in model.named_modules():
         if isinstance(block, resnet.BasicBlock):
             yield f"{name}.bn2"
@@ -44,7 +44,7 @@ def last_norms(model: nn.Module) -> Iterator[str]:
             yield f"{name}.layers.7"
         elif isinstance(block, swin_transformer.SwinTransformerBlockV2):
             yield from (f"{name}.norm1", f"{name}.norm2")
-        elif getattr(block, "use_res_connect", False):  # of MobileNets and EfficientNets
+        elif getattr(block, "use_res_connect", False):  # MobileNets and EfficientNets
             layers = [(n, m) for n, m in block.named_modules() if not isinstance(m, StochasticDepth)]
             last, layer = layers[-1]
             if isinstance(layer, nn.BatchNorm2d):

@@ -1,4 +1,4 @@
-"""Which norms `zero_gamma_` finds, in blocks of every form."""
+"""The norms that `zero_gamma_` finds, in blocks of every form."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Block(nn.Module):
     """A stem, and parts of a residual block that `forward` puts together.
 
     Attributes:
-        long: two convolutions and norms; the last is `long.3`.
-        short, other: one convolution and its norm, `short.1` and `other.1`.
+        long: Two convolutions and norms; the last norm is `long.3`.
+        short, other: One convolution and its norm, `short.1` and `other.1`.
     """
 
     def __init__(self, forward: Forward, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:

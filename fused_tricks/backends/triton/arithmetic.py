@@ -36,16 +36,17 @@ def two_sum(a, b):
 @triton.jit
 def product_error(a, b, product):
     """Returns the FP64 rounding error of `product`, computed from halves of the factors (Dekker)."""
-    a_high = high_half(a)
-    b_high = high_half(b)
+    a_high = rounded_to_26_bits(a)
+    b_high = rounded_to_26_bits(b)
     a_low = a - a_high
     b_low = b - b_high
     return ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
 @triton.jit
-def high_half(a):
-    scaled = a * 134217729.0  # 2**27 + 1 (Veltkamp)
+def rounded_to_26_bits(a):
+    """Returns FP64 numbers rounded to their 26 leading bits (Veltkamp)."""
+    scaled = a * 134217729.0  # 2**27 + 1
     return scaled - (scaled - a)
 
 

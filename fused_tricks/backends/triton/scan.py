@@ -39,7 +39,7 @@ SQUARES = tl.constexpr(PARTIALS.index("squares"))
 _TILES = 64 if IS_INTERPRETED else 1
 # 32-bit words of a tile: four 16-byte accesses a thread, or two where the squares use registers.
 SCAN_TILE = tl.constexpr(512 * _TILES)
-MEASURE_TILE = tl.constexpr(256 * _TILES)
+NORM_TILE = tl.constexpr(256 * _TILES)
 # Elements of a tile without 16-byte accesses.
 SCALAR_TILE = tl.constexpr(64 * _TILES)
 # The range in which a sum of squares from pairs of FP32 numbers is accurate.
@@ -104,10 +104,10 @@ def with_squares_in(high, low, word, kind: tl.constexpr):
 
 
 @triton.jit
-def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
-    """Returns 1 if any of `count` elements is not finite, otherwise 0; and the sum of squares if `measures`."""
+def scan_span(address, count, kind: tl.constexpr, wants_norm: tl.constexpr):
+    """Returns 1 if any of `count` elements is not finite, otherwise 0; and the sum of squares if `wants_norm`."""
     per_word: tl.constexpr = 2 if kind == FLOAT16 or kind == BFLOAT16 else 1
-    tile: tl.constexpr = MEASURE_TILE if measures else SCAN_TILE
+    tile: tl.constexpr = NORM_TILE if wants_norm else SCAN_TILE
     found = tl.full((tile,), 0, tl.int32)
     total = float64(0.0)
     vectors = tl.where(address % 16 == 0, count // (4 * per_word), 0)
@@ -119,9 +119,9 @@ def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
         for i in range(0, vectors * 4, tile):
             word = tl.load(words + (i + lane), mask=i + lane < vectors * 4, other=0)
             found |= carries(word, kind)
-            if measures:
+            if wants_norm:
                 high, low = with_squares_in(high, low, word, kind)
-        if measures:
+        if wants_norm:
             total = tl.sum(high.to(tl.float64)) + tl.sum(low.to(tl.float64))
             # Outside this range, squares may overflow or underflow in FP32. NaN also takes this branch.
             if not ((total >= LEAST_IN_FP32) & (total <= MOST_IN_FP32)):
@@ -141,10 +141,10 @@ def scan_span(address, count, kind: tl.constexpr, measures: tl.constexpr):
             element = tl.load(pointer_to(address, tl.int16) + (i + lane), mask=mask, other=0)
             word = element.to(tl.int32) & 0xFFFF
         tail_found |= carries(word, kind)
-        if measures:
+        if wants_norm:
             tail_squares += squares_in(word, kind)
     any_found = tl.maximum(tl.max((found != 0).to(tl.int32)), tl.max((tail_found != 0).to(tl.int32)))
-    if measures:
+    if wants_norm:
         total += tl.sum(tail_squares)
     return any_found, total
 

@@ -21,7 +21,7 @@ from .build import build
 
 
 class Traffic(NamedTuple):
-    """What the emulated kernels did: bytes by kind, sectors where they are counted, and launches."""
+    """The counts of the emulated kernels: bytes by kind, sectors under `counted_sectors`, and launches."""
 
     element_bytes_read: int
     element_bytes_written: int
@@ -33,10 +33,10 @@ class Traffic(NamedTuple):
 
 
 def unusable_because() -> str | None:
-    """Why the emulation cannot run here; None when it can.
+    """Returns the reason why the emulation cannot run here, or None.
 
     Raises:
-        RuntimeError: It does not compile, which must not pass for a reason to skip tests.
+        RuntimeError: If the emulation does not compile. This failure is not a reason to skip tests.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return "its fibers are written for x86-64"
@@ -49,7 +49,7 @@ def unusable_because() -> str | None:
 
 @functools.cache
 def load() -> ModuleType:
-    """Builds the module where that is needed and imports it."""
+    """Builds the emulation if a source has changed, and imports the module."""
     path = build(sanitize=os.environ.get("FUSED_TRICKS_SANITIZE") == "address")
     spec = importlib.util.spec_from_file_location("fused_tricks_emulation", path)
     assert spec is not None and spec.loader is not None
@@ -60,7 +60,7 @@ def load() -> ModuleType:
 
 
 def take_traffic() -> Traffic:
-    """What was done since the last call."""
+    """Returns the counts since the last call."""
     counted = (ctypes.c_int64 * len(Traffic._fields))()
     ctypes.CDLL(load().__file__).fused_tricks_take_traffic(counted)
     return Traffic(*counted)
@@ -79,7 +79,7 @@ def counted_sectors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_first_blocks(count: int) -> Iterator[None]:
-    """Runs only the first blocks of every launch, for tensors too large to be walked."""
+    """Runs only the first blocks of every launch, for tensors that are too large for all blocks."""
     limit = ctypes.CDLL(load().__file__).fused_tricks_limit_blocks
     limit.argtypes = [ctypes.c_int64]
     limit(count)
@@ -90,11 +90,11 @@ def only_first_blocks(count: int) -> Iterator[None]:
 
 
 class Graph:
-    """What `capture` put into it; there is one at a time."""
+    """A graph of captured launches. A new capture replaces the graph of the capture before."""
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        """As in a CUDA graph's capture, launches are not run but noted with their arguments."""
+        """Records launches with their arguments instead of running them, as a CUDA graph's capture."""
         capture = ctypes.CDLL(load().__file__).fused_tricks_capture
         with (
             mock.patch.object(gpu, "is_capturing", lambda device: True),
@@ -107,7 +107,7 @@ class Graph:
                 capture(False)
 
     def replay(self) -> None:
-        """Runs what was captured."""
+        """Runs the captured launches."""
         ctypes.CDLL(load().__file__).fused_tricks_replay()
 
 
@@ -119,5 +119,4 @@ class EmulatedCudaStepper(CudaStepper):
         return load()
 
 
-# Last, so that "auto" never takes it.
 BACKENDS["emulated_cuda"] = Backend(EmulatedCudaStepper, unusable_because, "cpu", is_automatic=False)

@@ -1,4 +1,4 @@
-"""Compiles the emulation, and again only when a source changed. Run as a program it shows the compiler's words."""
+"""Compiles the emulation if a source has changed. Run as a program, this file shows the compiler's errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pybind11
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[2]
 _CSRC = _ROOT / "csrc"
-# Without the kernels that need the flags of an instruction set.
+# Kernels that require the flags of an instruction set are left out.
 _SOURCES = [
     *(path for path in sorted(_CSRC.rglob("*.cpp")) if not path.stem.startswith("kernels_avx")),
     _HERE / "launch.cpp",
@@ -40,11 +40,11 @@ def build(sanitize: bool = False) -> Path:
     """Returns the path of the compiled module.
 
     Args:
-        sanitize: With AddressSanitizer and UndefinedBehaviorSanitizer, whose runtime must be loaded into Python first.
+        sanitize: True adds AddressSanitizer and UndefinedBehaviorSanitizer. Python must be started with their runtimes.
 
     Raises:
-        FileNotFoundError: There is no compiler.
-        RuntimeError: It failed; the message has its output.
+        FileNotFoundError: If there is no compiler.
+        RuntimeError: If the compiler fails. The message contains the compiler's output.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or [
         shutil.which("g++") or shutil.which("clang++") or ""
@@ -66,7 +66,7 @@ def build(sanitize: bool = False) -> Path:
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
-    # Under another name until it is whole: several test processes may build at once.
+    # Several test processes may build at once, so an incomplete module has another name.
     unfinished = module.with_suffix(suffix)
     _run([*compiler, *sanitizers, "-shared", *map(str, objects), "-o", str(unfinished)])
     for path in objects:

@@ -1,7 +1,7 @@
-// Stands in for the CUDA language, so that csrc/cuda/kernels.cuh compiles as C++ and runs on the CPU: the threads of a
-// block are fibers, and blocks run one after the other. What a GPU leaves open is made hard on the kernels: a warp runs
-// to its next barrier before another starts, forwards in one block and backwards in another; blocks come in any order;
-// shared memory holds garbage at first. Every access to global memory is checked for alignment and counted.
+// Replaces the CUDA language, so that csrc/cuda/kernels.cuh compiles as C++ and runs on the CPU: the threads of a block
+// are fibers, and blocks run one after the other. The order that a GPU leaves open is unfavourable here: a warp runs to
+// its next barrier before another warp starts, forwards in one block and backwards in another, and blocks are shuffled.
+// Shared memory is filled with garbage at first. Every access to global memory is checked for alignment and counted.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct Index {
 };
 extern Index threadIdx, blockIdx, gridDim;
 
-// Bytes by what they are, and the 32-byte sectors that each warp's instructions request for elements.
+// Bytes by kind, and the 32-byte sectors that each warp's instructions request for elements.
 struct Traffic {
   int64_t element_bytes_read;
   int64_t element_bytes_written;
@@ -97,7 +97,7 @@ void store_fresh(T* address, T value) {
   store(address, value);
 }
 
-// `line` tells the instructions of a kernel apart.
+// `line` identifies an instruction of a kernel.
 template <typename T>
 T load_element(const void* address, int line = __builtin_LINE()) {
   count_element_access(address, sizeof(T), alignof(T), {line, false});

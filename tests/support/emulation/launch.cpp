@@ -62,7 +62,7 @@ constexpr size_t kStackSize = 256 * 1024;
 constexpr unsigned kWarp = kWarpSize;
 constexpr uintptr_t kSectorSize = 32;
 
-// The n-th access of a thread at one instruction goes with the n-th of the other threads of its warp.
+// The n-th accesses of a warp's threads at one instruction are one request.
 struct Access {
   Instruction instruction;
   uintptr_t sector;
@@ -107,7 +107,7 @@ void fiber_main() {
 
 void prepare(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
-  // The functions that the fiber left last have not returned, and their variables are still guarded.
+  // The functions of the fiber's last run have not returned, so AddressSanitizer still guards their variables.
   __asan_unpoison_memory_region(fiber.stack.get(), kStackSize);
 #endif
   fiber.finished = false;
@@ -116,8 +116,8 @@ void prepare(Fiber& fiber) {
   fiber.exchanges = 0;
   fiber.votes = 0;
   fiber.accesses.clear();
-  // As fused_tricks_switch leaves a stack: six registers, then the address to return to, which enters a function with
-  // a stack pointer of 8 modulo 16.
+  // fused_tricks_switch expects six registers, then the return address. A function starts with a stack pointer of 8
+  // modulo 16.
   auto* top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackSize) & ~uintptr_t{15});
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&fiber_main);
@@ -132,8 +132,8 @@ void resume(unsigned thread) {
   if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
 }
 
-// Runs the threads [begin, end) to where they wait for each other, which must be the same place for all that have not
-// finished. Null: all have.
+// Returns the place where the unfinished threads of [begin, end) wait for each other, or null if all have finished.
+// Throws if the places differ.
 const char* common_place(unsigned begin, unsigned end) {
   const char* place = nullptr;
   for (unsigned thread = begin; thread < end; ++thread) {
@@ -147,7 +147,7 @@ const char* common_place(unsigned begin, unsigned end) {
   return place;
 }
 
-// To the next barrier of the block.
+// Runs a warp to the next barrier of the block.
 void run_warp(unsigned warp, bool backwards) {
   const unsigned begin = warp * kWarp, end = begin + kWarp;
   do {
@@ -187,7 +187,7 @@ void run_block(bool backwards) {
   for (unsigned warp = 0; counts_sectors && warp < kWarps; ++warp) count_sectors(warp);
 }
 
-// In an order that no kernel can rely on, the same in every run.
+// Returns the blocks in an order that no kernel can rely on. The order is the same in every run.
 std::vector<unsigned> shuffled(unsigned blocks) {
   std::vector<unsigned> order(blocks);
   std::iota(order.begin(), order.end(), 0u);
@@ -210,12 +210,12 @@ void run_grid(const Args& args, int64_t blocks) {
   const auto end = static_cast<unsigned>(limited ? block_limit : blocks);
   for (const unsigned block : shuffled(end)) {
     blockIdx.x = block;
-    // Neither a kernel nor a block of it meets the same direction every time.
+    // By the Thue-Morse sequence, every kernel and every block of a kernel runs in both directions.
     run_block(std::bitset<64>(blocks_run++).count() % 2 != 0);
   }
 }
 
-// Lets the other threads of the warp, or of the block, come to the same place.
+// Suspends the thread until the other threads of the warp, or of the block, have reached the same place.
 void synchronize(const char* place, bool of_block) {
   current().waits_at = place;
   current().waits_for_block = of_block;
@@ -226,8 +226,8 @@ void synchronize(const char* place, bool of_block) {
 
 void __syncthreads() { synchronize("__syncthreads", true); }
 
-// Two places take turns, here and below: a thread that is ahead has left its next value before the others have read
-// this one.
+// Two slots alternate, here and below: a thread that is ahead writes its next value before the other threads have read
+// this value.
 int __syncthreads_or(int predicate) {
   const int place = current().votes++ % 2;
   current().voted[place] = predicate != 0;
@@ -241,7 +241,7 @@ uint64_t exchange(uint64_t bits, int lane_mask) {
   synchronize("__shfl_xor_sync", false);
   const Fiber& partner = fibers[threadIdx.x ^ static_cast<unsigned>(lane_mask)];
   if (partner.exchanges < current().exchanges)
-    throw std::logic_error("a shuffle with a thread that takes no shard_class");
+    throw std::logic_error("a shuffle with a thread that does not take part");
   return partner.sent[place];
 }
 
@@ -254,7 +254,7 @@ void check_alignment(const void* address, size_t alignment) {
 void count_element_access(const void* address, size_t size, size_t alignment, Instruction instruction) {
   check_alignment(address, alignment);
   (instruction.is_store ? traffic.element_bytes_written : traffic.element_bytes_read) += static_cast<int64_t>(size);
-  // No element or vector is in two sectors, because they are aligned.
+  // An aligned element or vector lies in one sector.
   if (counts_sectors) {
     current().accesses.push_back({instruction, reinterpret_cast<uintptr_t>(address) / kSectorSize});
   }
@@ -285,18 +285,18 @@ template void launch_update<LargeArguments>(const LargeArguments&, int64_t, cons
 
 }  // namespace fused_tricks::cuda
 
-// Hands over what was counted since the last call, in the order of Traffic.
+// Copies the counts since the last call, in the order of Traffic, and resets the counts.
 extern "C" __attribute__((visibility("default"))) void fused_tricks_take_traffic(fused_tricks::cuda::Traffic* counted) {
   *counted = fused_tricks::cuda::traffic;
   fused_tricks::cuda::traffic = {};
 }
 
-// Sectors are counted only on demand, since that takes longer than the kernels.
+// Sectors are counted only on demand, because counting takes longer than the kernels.
 extern "C" __attribute__((visibility("default"))) void fused_tricks_count_sectors(bool counts) {
   fused_tricks::cuda::counts_sectors = counts;
 }
 
-// While `captures`, launches are not run but put into a graph, a new one each time; `replay` runs them.
+// While `captures` is true, launches go into a new graph instead of running. `replay` runs the graph.
 extern "C" __attribute__((visibility("default"))) void fused_tricks_capture(bool captures) {
   fused_tricks::cuda::captures = captures;
   if (captures) fused_tricks::cuda::graph.clear();
@@ -305,7 +305,7 @@ extern "C" __attribute__((visibility("default"))) void fused_tricks_replay() {
   for (const auto& launch : fused_tricks::cuda::graph) launch();
 }
 
-// Runs only the first `count` blocks of every launch, for tensors too large to be walked; -1 runs all.
+// Runs only the first `count` blocks of every launch, for tensors that are too large for all. -1 runs all blocks.
 extern "C" __attribute__((visibility("default"))) void fused_tricks_limit_blocks(int64_t count) {
   fused_tricks::cuda::block_limit = count;
 }

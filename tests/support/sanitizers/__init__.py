@@ -6,13 +6,13 @@ import ctypes
 import os
 from pathlib import Path
 
-# The sanitizer that this process runs under, as `python -m sanitizers` says to the tests: "address", "thread" or none.
+# The sanitizer of this process, set by `tests/support/sanitizers/__main__.py`: "address", "thread" or None.
 PRESENT = os.environ.get("FUSED_TRICKS_SANITIZE")
 THREADS = "FUSED_TRICKS_SANITIZE_THREADS"
 
 
 def install() -> None:
-    """Runs the extension's loops on threads that ThreadSanitizer understands, where it watches."""
+    """Runs the extension's loops on threads that ThreadSanitizer supports, if ThreadSanitizer is active."""
     if PRESENT != "thread":
         return
     from fused_tricks import extension

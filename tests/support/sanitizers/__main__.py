@@ -31,8 +31,8 @@ FLAGS = {
     "thread": ["-fsanitize=thread", "-g1", "-O1"],
 }
 RUNTIMES = {"address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}
-# Every kind of step over odd sizes, unaligned and strided tensors, changed plans and loaded state; tests that only
-# Python could fail would add time.
+# Every kind of step over odd sizes, unaligned and strided tensors, changed plans and loaded state. Tests of Python code
+# alone would only add time.
 TESTS = {
     "address": [
         "backends/test_cuda_emulated.py",
@@ -56,7 +56,7 @@ TESTS = {
 
 
 def main(kind: str, arguments: list[str]) -> int:
-    """Returns pytest's exit code."""
+    """Builds the copy, runs the tests, and returns pytest's exit code."""
     tree = copied_tree(kind)
     flags = " ".join(FLAGS[kind])
     environment = {
@@ -79,15 +79,15 @@ def main(kind: str, arguments: list[str]) -> int:
         subprocess.run([*compiler, *shared], check=True)
         environment["FUSED_TRICKS_SANITIZE_THREADS"] = str(threads)
     runtimes = [runtime(environment["CXX"], name) for name in (*RUNTIMES[kind], "libstdc++.so")]
-    # The last one, without which a sanitizer does not find the exceptions that it watches.
+    # Without libstdc++, a sanitizer does not find the functions of exceptions that it intercepts.
     environment["LD_PRELOAD"] = " ".join(runtimes)
-    # Python and torch keep memory until the end; fibers' stacks are not the system's.
+    # Python and torch keep memory until the end, and fibers have stacks of their own.
     environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
     environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
     # Torch's own threads are not instrumented.
     environment["TSAN_OPTIONS"] = "halt_on_error=1:ignore_noninstrumented_modules=1:report_signal_unsafe=0"
     pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    # ThreadSanitizer needs its addresses where it expects them.
+    # ThreadSanitizer requires fixed addresses, which random address layouts may occupy.
     fixed = ["setarch", platform.machine(), "-R"] if kind == "thread" else []
     return subprocess.run(
         [*fixed, *pytest, *TESTS[kind], *arguments], cwd=tree / "tests", env=environment
@@ -95,7 +95,7 @@ def main(kind: str, arguments: list[str]) -> int:
 
 
 def copied_tree(kind: str) -> Path:
-    """A copy of the checkout, whose unchanged files keep their times, so that little is compiled again."""
+    """Copies the checkout, and returns the copy. Files keep their times, so that little is compiled again."""
     tree = ROOT / "build" / "sanitizers" / kind
     for name in COPIED:
         source, copy = ROOT / name, tree / name
@@ -111,7 +111,7 @@ def copied_tree(kind: str) -> Path:
 
 
 def runtime(compiler: str, name: str) -> str:
-    """The path of a library that must be loaded before Python."""
+    """Returns the path of a library that must be loaded before Python."""
     command = [*compiler.split(), f"-print-file-name={name}"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(path):

@@ -1,5 +1,5 @@
-// Stands in for torch's thread pool where ThreadSanitizer watches, which cannot see how OpenMP's threads wait for each
-// other and would report every loop.
+// Replaces torch's thread pool under ThreadSanitizer, which does not detect how OpenMP's threads wait for each other
+// and would report every loop.
 #include <cstdint>
 #include <thread>
 #include <vector>
