@@ -44,7 +44,8 @@ class FusedSGD(PlannedSteps):
     """`torch.optim.SGD` for low-precision training, in one fused update.
 
     FP16 and BF16 parameters have FP32 masters and FP32 momentum buffers in the optimizer's state (Bag of Tricks, arXiv
-    1812.01187, section 3). FP32 and FP64 parameters are updated in place in their own dtype. Gradients are read and
+    1812.01187, section 3). FP32 and FP64 parameters are updated in place in their own dtype. A gradient may be FP32
+    beside an FP16 or BF16 parameter, and FP16 or BF16 beside an FP32 one (`Tensor.grad_dtype`). Gradients are read and
     never written. A step updates the weight `w` (the master, or the parameter without a master) and the momentum
     buffer `b`. Each operation is rounded as written, and `fma` is rounded once:
 
@@ -59,7 +60,7 @@ class FusedSGD(PlannedSteps):
         w = fma(-lr, d, w)
         param = round_to_nearest_even(w)                 parameters in FP16 and BF16
         e = w                                            with ema_decay, first update of this average
-        e = fma(1 - ema_decay, w - e, e)                 later updates
+        e = lerp(e, w, 1 - ema_decay)                    later updates
 
     With FP32 parameters, `loss_scale=None` and `bias_decay=True`, the result equals `torch.optim.SGD(foreach=False)`
     bit for bit. Expanded gradients (with a stride of 0) are an exception, because torch rounds them differently,
