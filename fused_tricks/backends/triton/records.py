@@ -6,7 +6,7 @@ Kernels take the addresses of the tables as INT64, so that every argument of a l
 import triton
 import triton.language as tl
 
-from ...step.parameters import EMA_PARAM, MASTER_PARAM, MOMENTUM_BUFFER, STATE_TENSORS
+from ...step.parameters import STATE_TENSORS
 from . import IS_INTERPRETED
 
 # Elements of a chunk, the work of one program of one warp.
@@ -22,9 +22,6 @@ KIND_COUNT = KINDS if IS_INTERPRETED else tl.constexpr(KINDS)
 # The words of a tensor's record. An address is 0 if the tensor is missing.
 PARAM = tl.constexpr(0)
 STATE = tl.constexpr(1)  # the first of STATE_TENSORS; the others follow
-MASTER = tl.constexpr(STATE.value + STATE_TENSORS.index(MASTER_PARAM))
-BUFFER = tl.constexpr(STATE.value + STATE_TENSORS.index(MOMENTUM_BUFFER))
-EMA = tl.constexpr(STATE.value + STATE_TENSORS.index(EMA_PARAM))
 # The distance from the word of a state tensor to the address of the note of the update that first wrote the tensor.
 FIRST_UPDATE = tl.constexpr(len(STATE_TENSORS))
 COUNT = tl.constexpr(STATE.value + 2 * len(STATE_TENSORS))
@@ -35,6 +32,11 @@ IS_MATRIX = tl.constexpr(COUNT.value + 3)
 GROUP = tl.constexpr(COUNT.value + 4)
 SHARD_CLASS = tl.constexpr(COUNT.value + 5)
 RECORD_WORDS = tl.constexpr(COUNT.value + 6)
+
+
+def word_of_state(key: str) -> tl.constexpr:
+    """Returns the word of a state tensor in a record."""
+    return tl.constexpr(STATE.value + STATE_TENSORS.index(key))
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...step.parameters import EMA_PARAM, MASTER_PARAM, MOMENTUM_BUFFER
 from . import IS_INTERPRETED
 from .decision import (
     APPLIED_STEPS,
@@ -21,8 +22,6 @@ from .decision import (
 )
 from .elements import high_half, low_half, rounded_bits
 from .records import (
-    BUFFER,
-    EMA,
     FIRST_UPDATE,
     FLOAT32,
     FLOAT64,
@@ -31,7 +30,6 @@ from .records import (
     IS_MATRIX,
     KIND,
     KIND_COUNT,
-    MASTER,
     PARAM,
     aligned_pointer_to,
     chunk_at,
@@ -40,9 +38,13 @@ from .records import (
     record_of,
     size_of,
     table_item,
+    word_of_state,
 )
 from .sgd_update import average, rounded_rule, rule_of, sgd_update
 
+MASTER = word_of_state(MASTER_PARAM)
+BUFFER = word_of_state(MOMENTUM_BUFFER)
+EMA = word_of_state(EMA_PARAM)
 # Large tiles are faster in the interpreter, whose time hardly depends on the tile's size.
 _TILES = 64 if IS_INTERPRETED else 1
 # Elements of a tile with 16-byte accesses.
