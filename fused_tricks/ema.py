@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .distributed.sharding import local_part, placed_like
 from .optimizer import FusedSGD
-from .step.model_weights import check_model, check_trains, with_weights
+from .step.model_weights import check_model, check_trains, register_shards, with_weights
 from .step.ordinary_tensors import outside_inference_mode
 from .step.parameters import EMA_PARAM, LOW_PRECISION, is_in_use
 
@@ -117,6 +117,8 @@ def ema_weights(model: nn.Module, optimizer: FusedSGD) -> Iterator[None]:
         yield
     finally:
         _write(former)
+        # A forward pass without a backward pass leaves the gathered averages in place.
+        register_shards(model)
         optimizer._take_weights_back()
 
 

@@ -69,10 +69,15 @@ def with_weights(
                 table[key] = tensor
 
 
+def register_shards(model: nn.Module) -> None:
+    """Has FSDP2 free its gathered parameters and register its shards as the modules' parameters."""
+    # The hook of FSDP2 does that in this call.
+    model.state_dict()
+
+
 def check_trains(optimizer: FusedSGD, model: nn.Module) -> None:
     """Raises ValueError if the optimizer has no parameter of the model. Registers the shards of FSDP."""
-    # FSDP registers its shards as the modules' parameters in this call.
-    model.state_dict()
+    register_shards(model)
     if {param for group in optimizer.param_groups for param in group["params"]}.isdisjoint(
         model.parameters()
     ):

@@ -18,7 +18,13 @@ from support.products import Products, inputs_of, mean_of, with_overflow
 
 pytestmark = pytest.mark.slow
 
-OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "dampening": 0.25}
+OPTIONS: dict[str, Any] = {
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 1e-2,
+    "dampening": 0.25,
+    "ema_decay": 0.5,
+}
 OVERFLOWS = (0, 3)
 STEPS = 6
 

@@ -22,7 +22,7 @@ from support.comparison import assert_all_same_bits
 
 pytestmark = pytest.mark.slow
 
-OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
+OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "ema_decay": 0.5}
 STEPS = 8
 
 
