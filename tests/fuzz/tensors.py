@@ -16,6 +16,8 @@ STORAGES = ("apart", "side by side", "in turns")
 GRADIENTS = (
     "dense",
     "fp32",
+    "fp16",
+    "bf16",
     "other strides",
     "gaps",
     "view",
@@ -107,7 +109,12 @@ def gradient(param: Tensor, kind: str, seed: int, exact: bool) -> Tensor | None:
     if kind in ("infinite", "nan") and dense.numel():
         dense.view(-1)[seed % dense.numel()] = math.nan if kind == "nan" else math.inf * (-1) ** seed
     low = param.dtype in (torch.float16, torch.bfloat16)
-    grad = dense.to(torch.float32 if kind == "fp32" and low else param.dtype)
+    dtype = param.dtype
+    if kind == "fp32" and low:
+        dtype = torch.float32
+    elif kind in ("fp16", "bf16") and dtype == torch.float32:
+        dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+    grad = dense.to(dtype)
     if kind == "other strides":
         return laid_out(grad, "transposed" if param.dim() != 4 else "channels_last")
     if kind in ("gaps", "view"):

@@ -146,6 +146,8 @@ class World:
                 if param.requires_grad:
                     grad = gradient(param, kind, seed + index, self.is_exact)
                 param.grad = None
+                if grad is not None and life.name == "torch" and grad.dtype != param.dtype:
+                    grad = grad.to(param.dtype)  # torch.optim.SGD would make a momentum buffer in 16 bits
                 if grad is not None:
                     param.grad_dtype = grad.dtype
                 param.grad = grad
