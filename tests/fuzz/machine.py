@@ -20,7 +20,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "maximize": st.booleans(),
     "bias_decay": st.booleans(),
     "decoupled_weight_decay": st.booleans(),
-    "ema_decay": st.sampled_from([None, 0.3, 0.99]),
+    "ema_decay": st.sampled_from([None, 0.0, 0.3, 0.5, 0.99, 1.0]),
     "ema_warmup": st.booleans(),
 }
 COMPARED_WITH_TORCH = {name: option for name, option in OPTIONS.items() if name not in OWN_OPTIONS}
