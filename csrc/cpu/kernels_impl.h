@@ -115,8 +115,8 @@ double sum_of_squares(const void* grad, DType type, int64_t count) {
   return 0;
 }
 
-// `Param` is float if the weight is the parameter itself.
-template <typename Simd, bool kStreams, typename Param, typename Grad>
+// `Param` is float if the weight is the parameter itself. `kAverages` is `rule.averages`.
+template <typename Simd, bool kStreams, bool kAverages, typename Param, typename Grad>
 void update_vector(const Grad* grad, float* weight, float* buffer, float* ema, Param* param, const Rule<float>& rule) {
   using V = typename Simd::Float;
   V w = Simd::load(weight);
@@ -124,7 +124,7 @@ void update_vector(const Grad* grad, float* weight, float* buffer, float* ema, P
   sgd_update(rule, Simd::load(grad), w, b);
   Simd::store(weight, w);
   if (rule.has_momentum) Simd::store(buffer, b);
-  if (rule.averages) {
+  if constexpr (kAverages) {
     V e = rule.is_first_average ? w : Simd::load(ema);
     average(rule, w, e);
     Simd::store(ema, e);
@@ -136,7 +136,7 @@ void update_vector(const Grad* grad, float* weight, float* buffer, float* ema, P
   }
 }
 
-template <typename Simd, typename Param, typename Grad>
+template <typename Simd, bool kAverages, typename Param, typename Grad>
 void update_span(const Span& span, const Rule<float>& shared_rule) {
   const Rule<float> rule = shared_rule;  // a local copy stays in registers, because no store can alias the copy
   const auto* grad = static_cast<const Grad*>(span.grad);
@@ -149,36 +149,42 @@ void update_span(const Span& span, const Rule<float>& shared_rule) {
   if constexpr (!std::is_same_v<Param, float>) {
     if (span.streams && reinterpret_cast<uintptr_t>(param) % (sizeof(Param) * Simd::kWidth) == 0) {
       for (; i + Simd::kWidth <= span.count; i += Simd::kWidth) {
-        update_vector<Simd, true, Param, Grad>(grad + i, weight + i, buffer + i, ema + i, param + i, rule);
+        update_vector<Simd, true, kAverages, Param, Grad>(grad + i, weight + i, buffer + i, ema + i, param + i, rule);
       }
       Simd::finish_streams();
     }
   }
   for (; i + Simd::kWidth <= span.count; i += Simd::kWidth) {
-    update_vector<Simd, false, Param, Grad>(grad + i, weight + i, buffer + i, ema + i, param + i, rule);
+    update_vector<Simd, false, kAverages, Param, Grad>(grad + i, weight + i, buffer + i, ema + i, param + i, rule);
   }
   for (; i < span.count; ++i) {
-    update_vector<Scalar, false, Param, Grad>(grad + i, weight + i, buffer + i, ema + i, param + i, rule);
+    update_vector<Scalar, false, kAverages, Param, Grad>(grad + i, weight + i, buffer + i, ema + i, param + i, rule);
+  }
+}
+
+template <typename Simd, bool kAverages>
+void update_types(const Span& span, const Rule<float>& rule) {
+  const DType grad_type = span.grad_type;
+  switch (span.param_type) {
+    case DType::kFloat16:
+      if (grad_type == DType::kFloat16) return update_span<Simd, kAverages, Half, Half>(span, rule);
+      return update_span<Simd, kAverages, Half, float>(span, rule);
+    case DType::kBFloat16:
+      if (grad_type == DType::kBFloat16) return update_span<Simd, kAverages, BFloat16, BFloat16>(span, rule);
+      return update_span<Simd, kAverages, BFloat16, float>(span, rule);
+    case DType::kFloat32:
+      if (grad_type == DType::kFloat16) return update_span<Simd, kAverages, float, Half>(span, rule);
+      if (grad_type == DType::kBFloat16) return update_span<Simd, kAverages, float, BFloat16>(span, rule);
+      return update_span<Simd, kAverages, float, float>(span, rule);
+    case DType::kFloat64:
+      return;
   }
 }
 
 template <typename Simd>
 void update(const Span& span, const Rule<float>& rule) {
-  const DType grad_type = span.grad_type;
-  switch (span.param_type) {
-    case DType::kFloat16:
-      if (grad_type == DType::kFloat16) return update_span<Simd, Half, Half>(span, rule);
-      return update_span<Simd, Half, float>(span, rule);
-    case DType::kBFloat16:
-      if (grad_type == DType::kBFloat16) return update_span<Simd, BFloat16, BFloat16>(span, rule);
-      return update_span<Simd, BFloat16, float>(span, rule);
-    case DType::kFloat32:
-      if (grad_type == DType::kFloat16) return update_span<Simd, float, Half>(span, rule);
-      if (grad_type == DType::kBFloat16) return update_span<Simd, float, BFloat16>(span, rule);
-      return update_span<Simd, float, float>(span, rule);
-    case DType::kFloat64:
-      return;
-  }
+  // A branch in the loops would slow down the updates without an average.
+  rule.averages ? update_types<Simd, true>(span, rule) : update_types<Simd, false>(span, rule);
 }
 
 void update_double(const Span& span, const Rule<double>& shared_rule) {
