@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_tricks import FusedSGD
+from fused_tricks.step.parameters import GRAD_DTYPES
 from support.backends import unusable_because
 from support.comparison import (
     VECTOR_EDGES,
@@ -48,15 +49,20 @@ def train(
     """
     dtypes = [dtype for dtype in chosen for _ in (*VECTOR_EDGES, 4099)]
     params = parameters([(n,) for n in (*VECTOR_EDGES, 4099)] * len(chosen), dtypes)
-    params[0].grad_dtype = torch.float32
+    for index, param in enumerate(params):
+        choices = GRAD_DTYPES[param.dtype]
+        param.grad_dtype = choices[index % len(choices)]
     optimizer = FusedSGD(
-        [{"params": params[::2]}, {"params": params[1::2], "nesterov": True, "maximize": True}],
+        [
+            {"params": params[::2], "ema_decay": 0.9},
+            {"params": params[1::2], "nesterov": True, "maximize": True, "ema_decay": 0.25},
+        ],
         lr=0.05, momentum=0.9, weight_decay=1e-3, bias_decay=True, loss_scale=48.0,
         max_grad_norm=max_grad_norm, backend=backend,
     )  # fmt: skip
     norms = []
     for grads in gradients(params, 6):
-        set_gradients(params, [grads[0].float(), *grads[1:]])
+        set_gradients(params, [grad.to(param.grad_dtype) for param, grad in zip(params, grads, strict=True)])
         optimizer.step()
         norms.append(optimizer.stats().grad_norm)
     state = [value for param in params for value in optimizer.state[param].values()]
