@@ -1,6 +1,7 @@
 """Low-precision training by the recipe of "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187)."""
 
 from .cast import cast_model, norm_layers
+from .ema import ema_state_dict, ema_weights
 from .fp32_weights import fp32_state_dict, load_fp32_state_dict
 from .linear_scaling import global_batch_size, scale_lr
 from .loss_scale import DynamicLossScale
@@ -19,6 +20,8 @@ __all__ = [
     "WarmupCosineLR",
     "cast_model",
     "decay_groups",
+    "ema_state_dict",
+    "ema_weights",
     "fp32_state_dict",
     "global_batch_size",
     "load_fp32_state_dict",
