@@ -76,7 +76,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"- {name}: {reason}" for name, reason in result["left_out"].items() if name not in failed
     )
     explanation = (
-        "Numbers are median (lower – upper quartile) over rounds; ratios are taken within each round."
+        "Numbers are median (lower – upper quartile) over rounds; ratios are taken within each round, and where a step "
+        "also averages the weights, to ours with an average."
     )
     return "\n\n".join(
         [

@@ -13,13 +13,15 @@ import torch
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
 from benchmarks.lib import gpu, parameter_sets
-from benchmarks.lib.names import FOR_LOOP, FUSED, GRAPH, OURS
+from benchmarks.lib.names import AVERAGE, AVERAGED_MODEL, FOR_LOOP, FUSED, GRAPH, OURS
 from benchmarks.step import __main__ as step
 from benchmarks.step import check as step_check
+from benchmarks.step import contestants as step_contestants
 from benchmarks.step import lineup as step_lineup
+from benchmarks.step import peers as step_peers
 from benchmarks.step import sizes as step_sizes
 from benchmarks.step.check import Check
-from benchmarks.step.contestants import CASTS, Entry
+from benchmarks.step.contestants import CASTS, TWIN, Entry
 from benchmarks.step.lineup import Candidate
 from benchmarks.train import check as train_check
 from benchmarks.train import contestants as train_contestants
@@ -34,7 +36,9 @@ STEP = ["--parameters", "synthetic:2:300", "--rounds", "1", "--host-rounds", "1"
 
 def lineup(name: str, change, parameters: str = SET) -> dict[str, str]:
     """Why a contestant of that name is left out when `change` is made to its first parameter with each step."""
-    candidates = step_lineup.of_a_model(parameters, torch.float16, CPU, ["cpu"])
+    if name == step_peers.MODEL_EMA:
+        pytest.importorskip("timm", reason="the average is timm's")
+    candidates = step_lineup.of_a_model(parameters, torch.float16, CPU, ["cpu"], averages=True)
     (candidate,) = (candidate for candidate in candidates if candidate.name == name)
 
     def build() -> Entry:
@@ -77,7 +81,27 @@ def test_a_wrong_weight_keeps_the_others_from_being_timed(change) -> None:
     assert reason.startswith("check failed: ") and reason.endswith(", FP64")
 
 
-@pytest.mark.parametrize("name", [OURS, FOR_LOOP, FUSED + CASTS])
+def test_one_wrong_bit_of_an_average_keeps_ours_from_being_timed() -> None:
+    name = OURS + AVERAGE
+    left_out = lineup(name, lambda trained: flip(trained.optimizer.state[trained.parameters[2]]["ema_param"]))
+    assert left_out == {name: "check failed: 1 elements differ, backend reference"}
+
+
+THEIR_AVERAGES = [FUSED + AVERAGED_MODEL, step_peers.MODEL_EMA, TWIN]
+
+
+@pytest.mark.parametrize("name", THEIR_AVERAGES)
+@pytest.mark.parametrize("decay", [1.0, 0.99])
+def test_a_wrong_average_keeps_the_others_from_being_timed(
+    name: str, decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for contestants in (step_contestants, step_peers):
+        monkeypatch.setattr(contestants, "EMA_DECAY", decay)
+    (reason,) = lineup(name, lambda trained: None).values()
+    assert reason.startswith("check failed: ") and reason.endswith(", FP64")
+
+
+@pytest.mark.parametrize("name", [OURS, FOR_LOOP, FUSED + CASTS, OURS + AVERAGE, *THEIR_AVERAGES])
 def test_a_contestant_that_is_right_passes(name: str) -> None:
     assert lineup(name, lambda trained: None) == {}
 
