@@ -210,16 +210,16 @@ def _distance(trained: Trained, start: Sequence[Tensor], chunk: Sequence[int]) -
             copies = step == 0 and trained.average.copies_first
             last = averages[-1] if averages else before
             averages.append(weight if copies else last + (1 - EMA_DECAY) * (weight - last))
-    distance = _beyond_rounding(found, weight, before)
+    distance = beyond_rounding(found, weight, before)
     if trained.average is not None:
         first = averages[0] if trained.average.copies_first else before
         # Its weights have been rounded as well.
         average = _flat(trained.average.tensors, chunk)
-        distance = torch.maximum(distance, _beyond_rounding(average, averages[-1], first, roundings=2))
+        distance = torch.maximum(distance, beyond_rounding(average, averages[-1], first, roundings=2))
     return float(distance)
 
 
-def _beyond_rounding(found: Tensor, expected: Tensor, before: Tensor, roundings: int = 1) -> Tensor:
+def beyond_rounding(found: Tensor, expected: Tensor, before: Tensor, roundings: int = 1) -> Tensor:
     """Returns the largest difference, beyond some roundings, over the largest change. A NaN stays a NaN."""
     rounding = roundings * torch.finfo(found.dtype).eps * expected.abs()
     difference = ((found.double() - expected).abs() - rounding).clamp(min=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -25,6 +26,9 @@ from benchmarks.step.contestants import CASTS, TWIN, Entry
 from benchmarks.step.lineup import Candidate
 from benchmarks.train import check as train_check
 from benchmarks.train import contestants as train_contestants
+from fused_tricks import WarmupCosineLR
+from support import emulation, recorded_graph  # adds a backend
+from support.comparison import assert_all_same_bits
 from support.fake_cuda import FakeCuda
 
 pytestmark = pytest.mark.slow
@@ -179,7 +183,7 @@ def trained(name: str, batch: tuple[torch.Tensor, torch.Tensor]) -> train_contes
     return trainer
 
 
-@pytest.mark.parametrize("name", [*train_contestants.names(RECIPE), FUSED + GRAPH, OURS + GRAPH])
+@pytest.mark.parametrize("name", train_contestants.names(replace(RECIPE, average=True, graph=True)))
 def test_the_last_update_of_a_training_is_checked(
     name: str, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,18 +207,79 @@ def test_a_wrong_update_of_a_training_is_found(
     assert not checked.passed and checked.text.startswith("check failed: ")
 
 
-def test_a_captured_training_follows_its_learning_rate(
+@pytest.mark.parametrize("name", [FUSED + AVERAGED_MODEL, FUSED + AVERAGED_MODEL + GRAPH])
+def test_a_wrong_average_of_a_training_is_found(
+    name: str, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeCuda(monkeypatch)
+    monkeypatch.setattr(train_contestants, "EMA_DECAY", 1.0)
+    checked = train_check.check(trained(name, batch), RECIPE, *batch)
+    assert not checked.passed and checked.text.startswith("check failed: ")
+
+
+WHOLE = replace(RECIPE, average=True, max_grad_norm=0.1, backend="emulated_cuda", steps=12)
+
+
+@pytest.mark.parametrize("name", [FUSED, OURS, FUSED + AVERAGED_MODEL, OURS + AVERAGE])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_graph_trains_as_without_it(
+    name: str,
+    dtype: torch.dtype,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With loss scaling, clipping, the average, and the schedule: ours counts its updates, torch's is set."""
+    if reason := emulation.unusable_because():
+        pytest.skip(f"backend emulated_cuda: {reason}")
+    recorded_graph.install(monkeypatch)
+    recipe = replace(WHOLE, dtype=dtype)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
+    graph, eager = (
+        train_contestants.build(name + suffix, copy.deepcopy(model), recipe) for suffix in (GRAPH, "")
+    )
+    schedule = None
+    if name.startswith(OURS):
+        total = recipe.steps + gpu.CAPTURE_WARMUP + 1
+        schedule = WarmupCosineLR(eager.optimizer, total, count="applied")
+
+    def step_eagerly(images: torch.Tensor) -> torch.Tensor:
+        loss = eager.forward(images, batch[1])
+        eager.backward(loss)
+        eager.update()
+        return loss.detach()
+
+    for number in range(6):
+        if schedule is None:
+            for trainer in (graph, eager):
+                train_contestants.set_lr(trainer, 0.1 / (number + 1))
+        images = batch[0] * (number + 1)
+        if number == 0:
+            for _ in range(gpu.CAPTURE_WARMUP):
+                step_eagerly(images)
+        assert torch.equal(graph.forward(images, batch[1]), step_eagerly(images))
+    assert_all_same_bits(graph.model.parameters(), eager.model.parameters())
+    if name == OURS + AVERAGE:
+        averages = [
+            [trainer.optimizer.state[param]["ema_param"] for param in trainer.model.parameters()]
+            for trainer in (graph, eager)
+        ]
+        assert_all_same_bits(*averages)
+    assert train_check.check(graph, recipe, *batch).passed
+
+
+def test_a_captured_training_of_torch_follows_its_learning_rate(
     batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakeCuda(monkeypatch)
-    trainer = trained(OURS + GRAPH, batch)
+    trainer = trained(FUSED + GRAPH, batch)
     before = trainer.model.weight.clone()
     # A graph reads the tensor that was there when it was captured.
     (rate,) = (group["lr"] for group in trainer.optimizer.param_groups)
-    train_contestants.set_lr(trainer.optimizer, 0.0)
+    train_contestants.set_lr(trainer, 0.0)
     assert trainer.optimizer.param_groups[0]["lr"] is rate
     trainer.forward(*batch)
     assert torch.equal(trainer.model.weight, before)
-    train_contestants.set_lr(trainer.optimizer, 1.0)
+    train_contestants.set_lr(trainer, 1.0)
     trainer.forward(*batch)
     assert not torch.equal(trainer.model.weight, before)
