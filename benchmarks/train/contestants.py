@@ -264,7 +264,7 @@ def averaged_model(model: nn.Module) -> tuple[Callable[[], object], Sequence[Ten
 
 def captured_average(model: nn.Module) -> tuple[Callable[[], object], Sequence[Tensor]]:
     """Returns the same by the operation alone: `AveragedModel` reads its counter on the host, and no graph can."""
-    weights = list(model.parameters())
+    weights: list[Tensor] = list(model.parameters())
     averages = [weight.detach().clone() for weight in weights]
 
     @torch.no_grad()
