@@ -75,4 +75,5 @@ class CapturedStep:
                 self._loss = self._step(*self._batch)
         except RuntimeError as error:
             # An error in the step also ends the capture with an error, which does not name the reason.
-            raise NotCapturable(str(error.__context__ or error)) from error
+            reason = str(error.__context__ or error).partition("\n")[0]
+            raise NotCapturable(reason) from error

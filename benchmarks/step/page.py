@@ -128,7 +128,8 @@ def picture(result: dict[str, Any], path: Path) -> None:
             decimals=decimals,
         )
         panels[panel].set_yticks(
-            range(len(names)), [re.sub(", (?=with|CUDA)", ",\n", name) for name in names]
+            range(len(names)),
+            [re.sub(" (?=with|CUDA|AveragedModel$|timm|of an)", "\n", name) for name in names],
         )
     report.save_figure(
         figure,

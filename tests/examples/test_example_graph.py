@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -135,6 +137,34 @@ def test_a_batch_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         assert step(torch.ones(2, 3)) == 6
     with pytest.raises(NotCapturable, match=r"a batch has the shape \[1, 3\], and the graph has \[2, 3\]"):
         step(torch.ones(1, 3))
+
+
+def test_the_reason_is_the_error_in_the_step_and_not_the_one_at_the_end_of_the_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded_graph.install(monkeypatch)
+
+    @contextlib.contextmanager
+    def capture(graph: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture failed due to a previous error\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    calls = []
+
+    def fails_in_the_capture() -> Tensor:
+        calls.append(1)
+        if len(calls) > WARMUP:
+            raise RuntimeError("operation not permitted\nFor debugging consider CUDA_LAUNCH_BLOCKING=1")
+        return torch.zeros(())
+
+    step = CapturedStep(fails_in_the_capture)
+    for _ in range(WARMUP):
+        step()
+    with pytest.raises(NotCapturable, match="^operation not permitted$"):
+        step()
 
 
 def test_a_replay_reads_the_new_batch_and_its_loss_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
