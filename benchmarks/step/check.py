@@ -19,10 +19,25 @@ from fused_tricks.backends import BACKENDS
 
 HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
 LOSS_SCALE = 65536.0
+EMA_DECAY = 0.999
 MOST_ELEMENTS = 2**27
 """The elements to check: of a larger set, parameters are drawn until they have about this number."""
 CHUNK = 2**24
 TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Average:
+    """The averages of a contestant's weights, with `EMA_DECAY`.
+
+    Attributes:
+        tensors: The averages, in the order of the module's parameters.
+        copies_first: True if the first update copies the weights; False if it moves the average away from the initial
+            weights.
+    """
+
+    tensors: Sequence[Tensor]
+    copies_first: bool
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,7 @@ class Trained:
         steps: The number of steps before the first timed call.
         optimizer: Our optimizer; None for other contestants.
         weights: The weights in the contestant's full precision; by default the parameters.
+        average: The averages of the weights; None without them, and for our optimizer, whose state has them.
         scale: The divisor of the gradients.
         tolerance: The limit of the largest difference of a tensor from FP64 over its largest change.
     """
@@ -44,6 +60,7 @@ class Trained:
     steps: int = 0
     optimizer: fused_tricks.FusedSGD | None = None
     weights: Sequence[Tensor] | None = None
+    average: Average | None = None
     scale: float = LOSS_SCALE
     tolerance: float = TOLERANCE
 
@@ -148,13 +165,18 @@ def other_backend(optimizer: fused_tricks.FusedSGD) -> str:
 
 
 def _differing(trained: Trained, start: Sequence[Tensor], chunk: Sequence[int], against: str) -> int:
-    """Returns the number of elements of weights, masters and momentum that differ in a bit."""
+    """Returns the number of elements of weights, masters, momentum and averages that differ in a bit."""
     assert trained.optimizer is not None
     dtype = trained.parameters[chunk[0]].dtype
     parameter = nn.Parameter(_flat(start, chunk).to("cpu", dtype))
     parameter.grad = _flat(trained.gradients, chunk).cpu()
     optimizer = fused_tricks.FusedSGD(
-        [parameter], **HYPERPARAMETERS, bias_decay=True, loss_scale=LOSS_SCALE, backend=against
+        [parameter],
+        **HYPERPARAMETERS,
+        bias_decay=True,
+        ema_decay=trained.optimizer.param_groups[0]["ema_decay"],
+        loss_scale=LOSS_SCALE,
+        backend=against,
     )
     optimizer.scale(torch.ones(()))
     for _ in range(trained.steps + 1):
@@ -172,18 +194,33 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def _distance(trained: Trained, start: Sequence[Tensor], chunk: Sequence[int]) -> float:
-    """Returns the largest difference from FP64, beyond rounding, over the largest change of a weight."""
+    """Returns the largest difference from FP64, beyond rounding, over the largest change: of weights, of averages."""
     found = _flat(trained.weights or trained.parameters, chunk)
     parameter = trained.parameters[chunk[0]]
     before = _flat(start, chunk).to(parameter).double()
     gradient = _flat(trained.gradients, chunk).double() / trained.scale
     weight, momentum = before, torch.zeros_like(before)
-    for _ in range(trained.steps + 1):
+    averages: list[Tensor] = []
+    for step in range(trained.steps + 1):
         momentum = (
             HYPERPARAMETERS["momentum"] * momentum + gradient + HYPERPARAMETERS["weight_decay"] * weight
         )
         weight = weight - HYPERPARAMETERS["lr"] * momentum
-    rounding = torch.finfo(found.dtype).eps * weight.abs()
-    # A NaN stays a NaN, and the check fails.
-    difference = ((found.double() - weight).abs() - rounding).clamp(min=0)
-    return float(difference.max() / (weight - before).abs().max())
+        if trained.average is not None:
+            copies = step == 0 and trained.average.copies_first
+            last = averages[-1] if averages else before
+            averages.append(weight if copies else last + (1 - EMA_DECAY) * (weight - last))
+    distance = beyond_rounding(found, weight, before)
+    if trained.average is not None:
+        first = averages[0] if trained.average.copies_first else before
+        # Its weights have been rounded as well.
+        average = _flat(trained.average.tensors, chunk)
+        distance = torch.maximum(distance, beyond_rounding(average, averages[-1], first, roundings=2))
+    return float(distance)
+
+
+def beyond_rounding(found: Tensor, expected: Tensor, before: Tensor, roundings: int = 1) -> Tensor:
+    """Returns the largest difference, beyond some roundings, over the largest change. A NaN stays a NaN."""
+    rounding = roundings * torch.finfo(found.dtype).eps * expected.abs()
+    difference = ((found.double() - expected).abs() - rounding).clamp(min=0)
+    return difference.max() / (expected - before).abs().max()

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_tricks
 from benchmarks.lib import gpu
 from benchmarks.lib.harness import Contestant
 from benchmarks.lib.names import FUSED
-from benchmarks.step.check import HYPERPARAMETERS, LOSS_SCALE, Check, Trained
+from benchmarks.step.check import EMA_DECAY, HYPERPARAMETERS, LOSS_SCALE, Average, Check, Trained
 
 CASTS = ", with casts"
 FUSED_CASTS = f"{FUSED}{CASTS}"
 FUSED_NEW_CASTS = f"{FUSED}, with casts into new tensors"
+TWIN = "AveragedModel of an FP32 twin"
 COPY = "copy loop"
 SCALE = "in-place loop"
 
 Casts = Callable[[Sequence[Tensor]], Callable[[], None]]
 """Returns, for parameters with gradients, the function that casts both."""
+
+Averages = Callable[[nn.Module], tuple[Callable[[], object], Average]]
+"""Returns, for a module, the function that updates the averages of its weights, and the averages."""
 
 GRADIENT_SIZE = LOSS_SCALE / 16
 """The deviation of scaled gradients: an update changes every weight, and stays below FP16's largest number."""
@@ -37,12 +44,14 @@ class Work:
         low_bytes: The bytes that its kernels must read and write for an element in FP16 or BF16 after `cast_model`.
         fp32_bytes: The same for an element that stays FP32.
         overflow: The place where gradients are unscaled and checked, and the place of the skip decision.
+        averages: True if the step also updates an average of the weights.
     """
 
     keeps: str
     low_bytes: float
     fp32_bytes: float
     overflow: str
+    averages: bool = False
 
     def traffic(self, parameters: Iterable[Tensor]) -> int:
         """Returns the bytes of a step over `parameters`, as `cast_model` leaves them."""
@@ -78,6 +87,31 @@ FUSED_WORK = Work("FP32 weights, FP32 momentum", 32, 32, "a pass before the step
 def with_casts(work: Work) -> Work:
     """Returns the work plus, for each 16-bit element, casts of the weight (4 → 2) and of the gradient (2 → 4)."""
     return replace(work, keeps="FP32 weights, 16-bit copies, FP32 momentum", low_bytes=work.low_bytes + 12)
+
+
+def with_average(work: Work, low_bytes: float, fp32_bytes: float) -> Work:
+    """Returns the work plus the bytes that the average of an element moves."""
+    return replace(
+        work,
+        keeps=f"{work.keeps}, FP32 averages",
+        low_bytes=work.low_bytes + low_bytes,
+        fp32_bytes=work.fp32_bytes + fp32_bytes,
+        averages=True,
+    )
+
+
+# The update also reads and writes the average (4 + 4): 30 bytes for a 16-bit element, 32 for an FP32 element.
+OUR_AVERAGE = (8, 8)
+
+# The reference reads the average and the weight and writes the average.
+REFERENCE_AVERAGE = (12, 12)
+
+# torch._foreach_lerp_ reads the average and the weight (4 + 4) and writes the average (4).
+LERP = (12, 12)
+
+# fp32_state_dict copies the master (4 + 4), and compares its rounding (4 + 2) with the weight (2 + 2 + 1, and 1 to
+# reduce). Then the twin is loaded (4 + 4) and averaged (12). An FP32 element: a copy (8), the load (8), the average.
+TWIN_AVERAGE = (40, 28)
 
 
 @dataclass(frozen=True)
@@ -136,6 +170,7 @@ def entry(
     work: Work,
     *,
     graph: bool = False,
+    first_steps: int = 0,
     **trained: Any,
 ) -> Entry:
     """Returns the step as a contestant: called each time, or captured in a CUDA graph once and replayed.
@@ -147,11 +182,16 @@ def entry(
         gradients: The gradients of these parameters.
         work: The work of the step.
         graph: True replays the step as a CUDA graph.
+        first_steps: The number of steps to take at once, before a capture. The first update of an average may copy.
         **trained: Attributes of `Trained` that differ from their defaults.
     """
+    for _ in range(first_steps):
+        step()
+        gradients.renew()
     run = gpu.capture(step, prepare=gradients.renew) if graph else step
     contestant = Contestant(name, run, gradients.renew)
-    computes_on = Trained(parameters, gradients.values, gpu.CAPTURE_WARMUP if graph else 0, **trained)
+    steps = first_steps + (gpu.CAPTURE_WARMUP if graph else 0)
+    computes_on = Trained(parameters, gradients.values, steps, **trained)
     return Entry(contestant, work, sum(parameter.nbytes for parameter in parameters), computes_on)
 
 
@@ -164,8 +204,20 @@ def ours(
     *,
     graph: bool = False,
     max_grad_norm: float | None = None,
+    average: bool = False,
 ) -> Entry:
-    """Returns `FusedSGD` with a dynamic loss scale over the module as `cast_model` leaves it."""
+    """Returns `FusedSGD` with a dynamic loss scale over the module as `cast_model` leaves it.
+
+    Args:
+        name: The name of the contestant.
+        module: The module with the parameters.
+        dtype: The dtype of low-precision weights.
+        device: The device of the parameters.
+        backend: The backend of fused_tricks.
+        graph: True replays the step as a CUDA graph.
+        max_grad_norm: The norm to clip to, or None.
+        average: True averages the weights in the update.
+    """
     module = fused_tricks.cast_model(module.to(device), dtype)
     parameters = list(module.parameters())
     optimizer = fused_tricks.FusedSGD(
@@ -174,12 +226,65 @@ def ours(
         bias_decay=True,
         loss_scale="dynamic",
         max_grad_norm=max_grad_norm,
+        ema_decay=EMA_DECAY if average else None,
         backend=backend,
     )
     optimizer.scale(torch.ones((), device=device))
     gradients = Gradients(parameters, in_place=graph)
-    work = REFERENCE_WORK if backend == "reference" else OUR_WORK
-    return entry(name, optimizer.step, parameters, gradients, work, graph=graph, optimizer=optimizer)
+    work, of_average = (
+        (REFERENCE_WORK, REFERENCE_AVERAGE) if backend == "reference" else (OUR_WORK, OUR_AVERAGE)
+    )
+    if average:
+        work = with_average(work, *of_average)
+    return entry(
+        name,
+        optimizer.step,
+        parameters,
+        gradients,
+        work,
+        graph=graph,
+        first_steps=int(average),
+        optimizer=optimizer,
+    )
+
+
+def averaged_twin(
+    name: str, module: nn.Module, dtype: torch.dtype, device: torch.device, backend: str
+) -> Entry:
+    """Returns `FusedSGD` and torch's average of its FP32 weights, which an FP32 twin of the module takes each step."""
+    module = fused_tricks.cast_model(module.to(device), dtype)
+    parameters = list(module.parameters())
+    optimizer = fused_tricks.FusedSGD(
+        parameters, **HYPERPARAMETERS, bias_decay=True, loss_scale="dynamic", backend=backend
+    )
+    optimizer.scale(torch.ones((), device=device))
+    twin = fused_tricks.cast_model(copy.deepcopy(module), torch.float32)
+    update_average, average = averaged_model(twin)
+    gradients = Gradients(parameters)
+
+    def step() -> None:
+        optimizer.step()
+        twin.load_state_dict(fused_tricks.fp32_state_dict(module, optimizer))
+        update_average()
+
+    work = with_average(REFERENCE_WORK if backend == "reference" else OUR_WORK, *TWIN_AVERAGE)
+    return entry(
+        name,
+        step,
+        parameters,
+        gradients,
+        replace(work, keeps=f"{work.keeps}, FP32 twin"),
+        first_steps=1,
+        weights=list(twin.parameters()),
+        average=average,
+    )
+
+
+def averaged_model(module: nn.Module) -> tuple[Callable[[], object], Average]:
+    """Returns the update of torch's average of a module's weights, by foreach operations, and the averages."""
+    average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    tensors = list(average.module.parameters())
+    return partial(average.update_parameters, module), Average(tensors, copies_first=True)
 
 
 def grad_scaler(
@@ -190,6 +295,7 @@ def grad_scaler(
     work: Work,
     *,
     casts: Casts | None = None,
+    averages: Averages | None = None,
     graph: bool = False,
     compiled: bool = False,
 ) -> Entry:
@@ -203,6 +309,7 @@ def grad_scaler(
         work: The work of a step.
         casts: Returns, for the parameters, the function that casts them and their gradients. It runs before each step,
             timed.
+        averages: Returns, for the module, the function that updates an average of the weights after each step, timed.
         graph: True replays the step as a CUDA graph.
         compiled: True compiles the optimizer's step with `torch.compile`.
     """
@@ -214,14 +321,26 @@ def grad_scaler(
     scaler.scale(torch.ones((), device=device))
     gradients = Gradients(parameters, in_place=graph)
     cast = casts(parameters) if casts else None
+    update_average, average = averages(module) if averages else (None, None)
 
     def step() -> None:
         if cast:
             cast()
         scaler.step(optimizer)
         scaler.update()
+        if update_average:
+            update_average()
 
-    return entry(name, step, parameters, gradients, work, graph=graph)
+    return entry(
+        name,
+        step,
+        parameters,
+        gradients,
+        work,
+        graph=graph,
+        first_steps=int(average is not None),
+        average=average,
+    )
 
 
 def casts_in_place(low: Sequence[bool], dtype: torch.dtype) -> Casts:

@@ -12,20 +12,26 @@ from torch import nn
 
 import fused_tricks
 from benchmarks.lib import gpu, memory, parameter_sets, progress
-from benchmarks.lib.names import FOR_LOOP, FOREACH, FUSED, GRAPH, OURS
+from benchmarks.lib.names import AVERAGE, AVERAGED_MODEL, FOR_LOOP, FOREACH, FUSED, GRAPH, OURS
 from benchmarks.step import check, peers
 from benchmarks.step.contestants import (
     CASTS,
     COMPILED_WORK,
     FUSED_NEW_CASTS,
     FUSED_WORK,
+    LERP,
     SEPARATE_WORK,
+    TWIN,
+    Averages,
     Casts,
     Entry,
+    averaged_model,
+    averaged_twin,
     casts_in_place,
     casts_to_new,
     grad_scaler,
     ours,
+    with_average,
     with_casts,
 )
 
@@ -67,6 +73,7 @@ def of_a_model(
     backends: Sequence[str],
     *,
     compiled: bool = False,
+    averages: bool = False,
 ) -> list[Candidate]:
     """Returns the candidates for this type of device.
 
@@ -76,6 +83,7 @@ def of_a_model(
         device: The device of the parameters.
         backends: The backends of fused_tricks, the first of them under the name `OURS`.
         compiled: True adds a contestant that `torch.compile` compiles.
+        averages: True adds contestants that average the weights.
     """
     module = partial(parameter_sets.build, parameters, device)
     meta = parameter_sets.build(parameters, torch.device("meta"))
@@ -94,7 +102,8 @@ def of_a_model(
         candidates.append(Candidate(COMPILED, lambda: build(module()), optional=True, module=module))
     if gpu.is_gpu(device):
         candidates += [_fused_graph(module, device), *_peers(module, dtype, device)]
-    return candidates + _ours(module, dtype, device, backends)
+    candidates += _ours(module, dtype, device, backends)
+    return candidates + (_averages(module, dtype, device, backends[0]) if averages else [])
 
 
 def of_tiny_parameters(
@@ -105,7 +114,8 @@ def of_tiny_parameters(
     candidates = _torch_amp(module, device)
     if gpu.is_gpu(device):
         candidates.append(_fused_graph(module, device))
-    return candidates + _ours(module, dtype, device, backends)
+    candidates += _ours(module, dtype, device, backends)
+    return candidates + _averages(module, dtype, device, backends[0])
 
 
 def fitting(
@@ -212,6 +222,38 @@ def _ours(
         for place, backend in enumerate(backends)
         for graph in graphs
     ]
+
+
+def _averages(
+    module: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device, backend: str
+) -> list[Candidate]:
+    """Returns contestants that also average the weights: by torch, by timm, ours by torch, and ours by itself."""
+
+    def amp(name: str, averages: Averages) -> Entry:
+        sgd, work = partial(torch.optim.SGD, fused=True), with_average(FUSED_WORK, *LERP)
+        return grad_scaler(name, module(), device, sgd, work, averages=averages)
+
+    of_ours = [(OURS + AVERAGE, False)] + [(OURS + AVERAGE + GRAPH, True)] * gpu.is_gpu(device)
+    builders: dict[str, Callable[[str], Entry]] = {
+        FUSED + AVERAGED_MODEL: lambda name: amp(name, averaged_model),
+        peers.MODEL_EMA: lambda name: amp(name, peers.model_ema),
+        TWIN: lambda name: averaged_twin(name, module(), dtype, device, backend),
+        **{
+            name: partial(
+                _our_average, module=module, dtype=dtype, device=device, backend=backend, graph=graph
+            )
+            for name, graph in of_ours
+        },
+    }
+    optional = {*builders} if gpu.is_gpu(device) else {peers.MODEL_EMA}
+    return [
+        Candidate(name, partial(build, name), optional=name in optional, module=module)
+        for name, build in builders.items()
+    ]
+
+
+def _our_average(name: str, module: Callable[[], nn.Module], **options: Any) -> Entry:
+    return ours(name, module(), average=True, **options)
 
 
 def _fused_graph(module: Callable[[], nn.Module], device: torch.device) -> Candidate:

@@ -76,7 +76,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"- {name}: {reason}" for name, reason in result["left_out"].items() if name not in failed
     )
     explanation = (
-        "Numbers are median (lower – upper quartile) over rounds; ratios are taken within each round."
+        "Numbers are median (lower – upper quartile) over rounds; ratios are taken within each round, and where a step "
+        "also averages the weights, to ours with an average."
     )
     return "\n\n".join(
         [
@@ -127,7 +128,8 @@ def picture(result: dict[str, Any], path: Path) -> None:
             decimals=decimals,
         )
         panels[panel].set_yticks(
-            range(len(names)), [re.sub(", (?=with|CUDA)", ",\n", name) for name in names]
+            range(len(names)),
+            [re.sub(" (?=with|CUDA|AveragedModel$|timm|of an)", "\n", name) for name in names],
         )
     report.save_figure(
         figure,

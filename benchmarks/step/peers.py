@@ -1,17 +1,20 @@
-"""The contestants of benchmarks.step from other packages: Apex, Transformer Engine and FlashOptim."""
+"""The contestants of benchmarks.step from other packages: timm, Apex, Transformer Engine and FlashOptim."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 import fused_tricks
-from benchmarks.step.check import HYPERPARAMETERS
+from benchmarks.lib.names import FUSED
+from benchmarks.step.check import EMA_DECAY, HYPERPARAMETERS, Average
 from benchmarks.step.contestants import Entry, Gradients, Work, entry, grad_scaler
 
+MODEL_EMA = f"{FUSED}, timm's ModelEmaV3"
 APEX = "Apex FusedSGD"
 APEX_MASTERS = "Apex kernels, with masters"
 TRANSFORMER_ENGINE = "Transformer Engine FusedSGD"
@@ -34,6 +37,16 @@ APEX_MASTERS_WORK = Work(
 # (2); the weight (2) and its correction (1 or 2) are read and written.
 FLASHOPTIM_WORK = Work("16-bit weights, 8-bit corrections, 8-bit momentum", 10.125, 14.125, "neither")
 FLASHOPTIM_32_WORK = Work("16-bit weights, 16-bit corrections, 8-bit momentum", 12.125, 14.125, "neither")
+
+
+def model_ema(module: nn.Module) -> tuple[Callable[[], object], Average]:
+    """Returns the update of timm's average of a module's weights and buffers, by foreach operations, and the averages.
+
+    timm begins with the initial weights, and torch with those after the first step.
+    """
+    average = importlib.import_module("timm.utils").ModelEmaV3(module, decay=EMA_DECAY)
+    tensors = list(average.module.parameters())
+    return partial(average.update, module), Average(tensors, copies_first=False)
 
 
 def apex(name: str, module: nn.Module, device: torch.device) -> Entry:

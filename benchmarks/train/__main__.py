@@ -14,7 +14,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,14 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
         "--graph",
         action="store_true",
         help="train fused_tricks and torch.amp, fused a second time, each with its whole step as one CUDA graph",
+    )
+    parser.add_argument(
+        "--average",
+        action="store_true",
+        help="train fused_tricks and torch.amp, fused a second time, each with an average of its weights",
+    )
+    parser.add_argument(
+        "--max-grad-norm", type=command_line.positive_number, help="clip gradients to this norm, for all"
     )
     backend_choice.add_to(parser)
     report.add_output_to(parser)
@@ -187,7 +195,7 @@ def train(
             for name in shuffled(list(trainers), dice):
                 trainer, record = trainers[name], records[name]
                 lr = recipe.lr * (1 + math.cos(math.pi * step / steps)) / 2
-                contestants.set_lr(trainer.optimizer, lr)
+                contestants.set_lr(trainer, lr)
                 clock.start()
                 loss = trainer.forward(pixels, labels)
                 clock.mark()
@@ -206,7 +214,7 @@ def train(
             records[name].accuracies.append(accuracy(trainer, images, recipe.device))
             trainer.model.train()
             # The last rate of the schedule changes hardly any weight.
-            contestants.set_lr(trainer.optimizer, recipe.lr)
+            contestants.set_lr(trainer, recipe.lr)
             records[name].check = train_check.check(trainer, recipe, pixels, labels)
     shown.close()
     return records, [section.device for section in loading]
@@ -265,6 +273,8 @@ def main(arguments: Sequence[str]) -> None:
         compile_mode=options.compile,
         backend=options.backends[0],
         graph=options.graph,
+        average=options.average,
+        max_grad_norm=options.max_grad_norm,
     )
     build_model = functools.partial(torchvision.models.get_model, options.model, num_classes=images.classes)
     shape = (options.batch_size, 3, options.image_size, options.image_size)
@@ -274,6 +284,7 @@ def main(arguments: Sequence[str]) -> None:
         steps, seeds = within(options.minutes, seconds_a_step(build_model, recipe, shape), steps, seeds)
         if (steps, seeds) != wanted:
             cut = f" (fewer than wanted, to last about {options.minutes} minutes)"
+    recipe = replace(recipe, steps=steps)
     records, loading = train(images, build_model, recipe, options, steps, seeds)
     measure_memory(records, build_model, recipe, shape)
     result: dict[str, Any] = {
@@ -283,6 +294,7 @@ def main(arguments: Sequence[str]) -> None:
             f"{options.model} on {options.dataset} at {options.image_size} × {options.image_size}, batch "
             f"{options.batch_size}, {steps} steps, {seeds} seeds{cut}, {dtype_name} on {device.type} "
             f"(backend {recipe.backend}), loss scale {options.loss_scale}"
+            + (f", clipped to {options.max_grad_norm:g}" if options.max_grad_norm else "")
             + (f", torch.compile(mode={options.compile!r})" if options.compile else "")
         ),
         "data_ms": asdict(Spread.of(seconds * 1e3 for seconds in loading)),

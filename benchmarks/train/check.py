@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import fused_tricks
-from benchmarks.step.check import TOLERANCE, Check, bits, other_backend
+from benchmarks.step.check import EMA_DECAY, TOLERANCE, Check, beyond_rounding, bits, other_backend
 from benchmarks.train.contestants import Recipe, Trainer
 
 
@@ -27,7 +27,10 @@ def check(trainer: Trainer, recipe: Recipe, images: Tensor, labels: Tensor) -> C
     optimizer = trainer.optimizer
     parameters = list(trainer.model.parameters())
     before = [_on_cpu(parameter) for parameter in parameters]
+    averages = [_on_cpu(average) for average in trainer.averages]
     scale = trainer.loss_scale()
+    if trainer.schedule is not None:
+        trainer.schedule.step()  # writes the rate, which replays do not
     if isinstance(optimizer, fused_tricks.FusedSGD):
         saved = tree_map(
             lambda value: _on_cpu(value) if isinstance(value, Tensor) else value, optimizer.state_dict()
@@ -48,10 +51,18 @@ def check(trainer: Trainer, recipe: Recipe, images: Tensor, labels: Tensor) -> C
         differing = _differing(optimizer, parameters, saved, before, gradients, against)
         return Check(f"backend {against}", differing, 0, elements, elements)
     lr = float(optimizer.param_groups[0]["lr"])
-    found = _distance(
-        [_on_cpu(parameter) for parameter in parameters], before, momenta, gradients, scale, lr, recipe
-    )
+    weights = [_on_cpu(parameter) for parameter in parameters]
+    found = _distance(weights, before, momenta, gradients, scale, lr, recipe)
+    if averages:
+        average, old, weight = (_flat(tensors) for tensors in (trainer.averages, averages, weights))
+        expected = old.double() + (1 - EMA_DECAY) * (weight.double() - old.double())
+        # A NaN stays a NaN.
+        found = float(torch.tensor(found).maximum(beyond_rounding(average, expected, old.double())))
     return Check("FP64", found, TOLERANCE, elements, elements)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([_on_cpu(tensor).reshape(-1) for tensor in tensors])
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -66,10 +77,12 @@ def _differing(
     gradients: Sequence[Tensor],
     against: str,
 ) -> int:
-    """Returns the number of elements of weights, masters and momentum that differ from another backend in a bit."""
+    """Returns the number of elements of weights and states that differ from another backend in a bit."""
     twins = [nn.Parameter(weight) for weight in before]
     scaled = "dynamic" if optimizer.loss_scale is not None else None
-    twin = fused_tricks.FusedSGD(twins, lr=1.0, loss_scale=scaled, backend=against)
+    twin = fused_tricks.FusedSGD(
+        twins, lr=1.0, loss_scale=scaled, max_grad_norm=optimizer.max_grad_norm, backend=against
+    )
     for group in saved["param_groups"]:
         group["lr"] = float(group["lr"])
     twin.load_state_dict(saved)
@@ -97,6 +110,9 @@ def _distance(
 ) -> float:
     """Returns the largest difference from FP64, beyond rounding, over the largest change of a weight."""
     overflowed = not all(bool(gradient.isfinite().all()) for gradient in gradients)
+    if recipe.max_grad_norm is not None and not overflowed:
+        norm = math.sqrt(sum(float((gradient.double() / scale).square().sum()) for gradient in gradients))
+        scale /= min(1.0, recipe.max_grad_norm / (norm + 1e-6))
     difference = change = 0.0
     for weight, old, momentum, gradient in zip(found, before, momenta, gradients, strict=True):
         expected = old.double()

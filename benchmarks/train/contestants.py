@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_tricks
 from benchmarks.lib import gpu
-from benchmarks.lib.names import FOR_LOOP, FOREACH, FUSED, GRAPH, OURS
+from benchmarks.lib.names import AVERAGE, AVERAGED_MODEL, FOR_LOOP, FOREACH, FUSED, GRAPH, OURS
+from benchmarks.step.check import EMA_DECAY
 
 TORCH_FORMS = {FOR_LOOP: "for-loop", FOREACH: "foreach", FUSED: "fused"}
 NAMES = (*TORCH_FORMS, OURS)
@@ -34,6 +37,9 @@ class Recipe:
             CUDA graphs on a GPU.
         backend: The backend of fused_tricks.
         graph: True adds ours and *torch.amp, fused* a second time, with the whole step as one CUDA graph.
+        average: True adds ours and *torch.amp, fused* a second time, with an average of the weights.
+        max_grad_norm: Gradients are clipped to this norm; None does not clip.
+        steps: The number of steps, for the schedule in our CUDA graph.
     """
 
     device: torch.device
@@ -45,19 +51,27 @@ class Recipe:
     compile_mode: str | None = None
     backend: str = "auto"
     graph: bool = False
+    average: bool = False
+    max_grad_norm: float | None = None
+    steps: int = 1000
 
 
 def names(recipe: Recipe) -> tuple[str, ...]:
     """Returns the names of the contestants. BF16 has a row without loss scaling, as in PyTorch's documentation."""
     unscaled = [UNSCALED] if recipe.dtype == torch.bfloat16 and recipe.loss_scaling else []
-    graphs = [FUSED + GRAPH, OURS + GRAPH] if recipe.graph else []
-    return (*TORCH_FORMS, *unscaled, OURS, *graphs)
+    twice = [FUSED + AVERAGED_MODEL, OURS + AVERAGE] if recipe.average else []
+    graphs = [name + GRAPH for name in (FUSED, OURS, *twice)] if recipe.graph else []
+    return (*TORCH_FORMS, *unscaled, OURS, *twice, *graphs)
 
 
 class Trainer(Protocol):
     """A contestant with its own model and optimizer."""
 
     model: nn.Module
+    averages: Sequence[Tensor]
+    """The averages of the weights that are no state of the optimizer, in the order of the parameters."""
+    schedule: fused_tricks.WarmupCosineLR | None
+    """The schedule of the learning rate, if the trainer has one of its own."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -83,10 +97,29 @@ class Trainer(Protocol):
 
 
 class TorchAmp:
-    """Autocast, `GradScaler` and `torch.optim.SGD`, as in PyTorch's "Automatic Mixed Precision examples"."""
+    """Autocast, `GradScaler` and `torch.optim.SGD`, as in PyTorch's "Automatic Mixed Precision examples".
 
-    def __init__(self, model: nn.Module, recipe: Recipe, form: str) -> None:
+    Args:
+        model: The model.
+        recipe: The settings.
+        form: The form of `torch.optim.SGD`.
+        average: Returns, for the model, the function that updates the averages of its weights, and the averages.
+    """
+
+    schedule: fused_tricks.WarmupCosineLR | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        form: str,
+        average: Callable[[nn.Module], tuple[Callable[[], object], Sequence[Tensor]]] | None = None,
+    ) -> None:
         self.model = model
+        self._update_average: Callable[[], object] | None = None
+        self.averages: Sequence[Tensor] = ()
+        if average:
+            self._update_average, self.averages = average(model)
         self.optimizer = torch.optim.SGD(
             model.parameters(),
             lr=recipe.lr,
@@ -110,8 +143,13 @@ class TorchAmp:
         self._scaler.scale(loss).backward()
 
     def apply(self) -> None:
+        if self._recipe.max_grad_norm is not None:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._recipe.max_grad_norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
+        if self._update_average:
+            self._update_average()
 
     def update(self) -> None:
         self.apply()
@@ -128,7 +166,10 @@ class TorchAmp:
 class FusedTricks:
     """`cast_model` and `FusedSGD`. Every parameter decays, as with `torch.optim.SGD`."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    schedule: fused_tricks.WarmupCosineLR | None = None
+    averages: Sequence[Tensor] = ()  # they are in the optimizer's state
+
+    def __init__(self, model: nn.Module, recipe: Recipe, *, average: bool = False) -> None:
         self.model = fused_tricks.cast_model(model, recipe.dtype)
         self.optimizer = fused_tricks.FusedSGD(
             self.model.parameters(),
@@ -136,7 +177,9 @@ class FusedTricks:
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             bias_decay=True,
+            ema_decay=EMA_DECAY if average else None,
             loss_scale="dynamic" if recipe.loss_scaling else None,
+            max_grad_norm=recipe.max_grad_norm,
             backend=recipe.backend,
         )
 
@@ -163,15 +206,21 @@ class FusedTricks:
 class Captured:
     """The whole training step of another trainer as one CUDA graph, which `forward` replays.
 
-    The capture uses the first batch, and trains three steps more on it than other trainers.
+    The capture uses the first batch, and trains three steps more on it than other trainers. A replay reads the learning
+    rate on the device: ours follows its own schedule, and torch's is a tensor that `set_lr` writes.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, recipe: Recipe) -> None:
         self._trainer = trainer
         self._replay: Callable[[], object] | None = None
-        self.model, self.optimizer = trainer.model, trainer.optimizer
+        self.model, self.optimizer, self.averages = trainer.model, trainer.optimizer, trainer.averages
+        self.schedule: fused_tricks.WarmupCosineLR | None = None
+        if isinstance(self.optimizer, fused_tricks.FusedSGD):
+            # The warm-up, and the step of the check.
+            total = recipe.steps + gpu.CAPTURE_WARMUP + 1
+            self.schedule = fused_tricks.WarmupCosineLR(self.optimizer, total, count="applied")
+            return
         for group in self.optimizer.param_groups:
-            # A replayed step reads the learning rate on the device.
             group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
 
     def _step(self) -> None:
@@ -207,9 +256,29 @@ class Captured:
         return self._trainer.predict(images)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of all groups; a tensor is written in place."""
-    for group in optimizer.param_groups:
+def averaged_model(model: nn.Module) -> tuple[Callable[[], object], Sequence[Tensor]]:
+    """Returns the update of torch's average of the weights, by foreach operations, and the averages."""
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    return functools.partial(average.update_parameters, model), list(average.module.parameters())
+
+
+def captured_average(model: nn.Module) -> tuple[Callable[[], object], Sequence[Tensor]]:
+    """Returns the same by the operation alone: `AveragedModel` reads its counter on the host, and no graph can."""
+    weights: list[Tensor] = list(model.parameters())
+    averages = [weight.detach().clone() for weight in weights]
+
+    @torch.no_grad()
+    def update() -> None:
+        torch._foreach_lerp_(averages, weights, 1 - EMA_DECAY)
+
+    return update, averages
+
+
+def set_lr(trainer: Trainer, lr: float) -> None:
+    """Sets the learning rate of all groups, unless the trainer follows a schedule; a tensor is written in place."""
+    if trainer.schedule is not None:
+        return
+    for group in trainer.optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
         else:
@@ -220,9 +289,16 @@ def build(name: str, model: nn.Module, recipe: Recipe) -> Trainer:
     """Returns the contestant of a name (one of `names`). It trains `model`, and may change it in place."""
     trainer: Trainer
     if name.endswith(GRAPH):
-        return Captured(build(name.removesuffix(GRAPH), model, recipe))
-    if name == OURS:
-        trainer = FusedTricks(model, recipe)
+        name = name.removesuffix(GRAPH)
+        if name == FUSED + AVERAGED_MODEL:
+            trainer = TorchAmp(model, recipe, TORCH_FORMS[FUSED], captured_average)
+        else:
+            trainer = build(name, model, recipe)
+        return Captured(trainer, recipe)
+    if name in (OURS, OURS + AVERAGE):
+        trainer = FusedTricks(model, recipe, average=name != OURS)
+    elif name == FUSED + AVERAGED_MODEL:
+        trainer = TorchAmp(model, recipe, TORCH_FORMS[FUSED], averaged_model)
     elif name == UNSCALED:
         trainer = TorchAmp(model, replace(recipe, loss_scaling=False), TORCH_FORMS[FUSED])
     else:

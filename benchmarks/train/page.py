@@ -50,7 +50,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     """Draws the table as panels of bars, the parts of a step's time, and the training loss."""
     rows = {name: row for name, row in result["contestants"].items() if row["passed"]}
     names = list(rows)
-    colour = report.colours(names, [OURS, OURS + GRAPH])
+    colour = report.colours(names, [name for name in names if name.startswith(OURS)])
     pyplot = report.plotting()
     figure, panels = pyplot.subplot_mosaic(
         [["speed", "optimizer", "memory", "accuracy"], ["time", "time", "loss", "loss"]],

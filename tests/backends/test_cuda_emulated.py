@@ -57,6 +57,21 @@ def test_a_scaled_step_of_16_bit_parameters_moves_22_bytes_an_element(dtype: tor
     assert traffic.element_bytes_written == 10 * sum(SIZES)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_scaled_step_with_an_average_moves_30_bytes_an_element(dtype: torch.dtype) -> None:
+    traffic = steady_step(parameters(SHAPES, dtype), loss_scale="dynamic", ema_decay=0.999)
+    assert traffic.element_bytes_read == (2 + 14) * sum(SIZES)
+    assert traffic.element_bytes_written == 14 * sum(SIZES)
+    assert traffic.launches == 2
+
+
+def test_an_average_adds_8_bytes_to_an_fp32_element_and_16_to_an_fp64_element() -> None:
+    for dtype, without in ((torch.float32, 20), (torch.float64, 40)):
+        traffic = steady_step(parameters(SHAPES, dtype), ema_decay=0.999)
+        moved = traffic.element_bytes_read + traffic.element_bytes_written
+        assert moved == (without + 2 * dtype.itemsize) * sum(SIZES)
+
+
 def test_a_step_of_fp32_parameters_without_a_scale_moves_20_bytes_an_element() -> None:
     traffic = steady_step(parameters(SHAPES, torch.float32))
     assert traffic.element_bytes_read == 12 * sum(SIZES)
@@ -93,9 +108,11 @@ def test_warps_request_whole_sectors(dtype: torch.dtype, grad_dtype: torch.dtype
     assert 32 * traffic.element_sectors_written <= 1.1 * traffic.element_bytes_written
 
 
-def test_a_skipped_step_reads_the_gradients_once_and_writes_no_element() -> None:
+@pytest.mark.parametrize("ema_decay", [None, 0.999])
+def test_a_skipped_step_reads_the_gradients_once_and_writes_no_element(ema_decay: float | None) -> None:
     params = parameters(SHAPES, torch.float16)
-    optimizer = FusedSGD(params, lr=0.1, momentum=0.9, loss_scale="dynamic", backend="emulated_cuda")
+    options = {"momentum": 0.9, "loss_scale": "dynamic", "ema_decay": ema_decay}
+    optimizer = FusedSGD(params, lr=0.1, **options, backend="emulated_cuda")
     for param in params:
         param.grad = torch.full_like(param, float("inf"))
     emulation.take_traffic()

@@ -107,9 +107,10 @@ def test_steps_do_not_allocate_once_a_plan_exists(gpu_backend: str) -> None:
 
 def test_a_captured_step_replays_with_its_scale_and_its_skips(gpu_backend: str) -> None:
     params = parameters(SHAPES, torch.float16, "cuda")
-    optimizer = FusedSGD(params, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
+    options = {**OPTIONS, "loss_scale": "dynamic", "ema_decay": 0.9, "ema_warmup": True}
+    optimizer = FusedSGD(params, backend=gpu_backend, **options)
     twins = [Parameter(param.detach().clone()) for param in params]
-    other = FusedSGD(twins, backend=gpu_backend, loss_scale="dynamic", **OPTIONS)
+    other = FusedSGD(twins, backend=gpu_backend, **options)
     set_gradients(params, gradients_of(params, 0))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -133,6 +134,11 @@ def test_a_captured_step_replays_with_its_scale_and_its_skips(gpu_backend: str) 
         graph.replay()
         other.step()
     assert_all_same_bits(params, twins)
+    averages = [
+        [of.state[param]["ema_param"] for param in updated]
+        for of, updated in ((optimizer, params), (other, twins))
+    ]
+    assert_all_same_bits(*averages)
     assert optimizer.stats() == other.stats()
     assert optimizer.stats().skipped_steps == 1
 

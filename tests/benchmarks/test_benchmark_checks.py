@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -13,16 +14,21 @@ import torch
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
 from benchmarks.lib import gpu, parameter_sets
-from benchmarks.lib.names import FOR_LOOP, FUSED, GRAPH, OURS
+from benchmarks.lib.names import AVERAGE, AVERAGED_MODEL, FOR_LOOP, FUSED, GRAPH, OURS
 from benchmarks.step import __main__ as step
 from benchmarks.step import check as step_check
+from benchmarks.step import contestants as step_contestants
 from benchmarks.step import lineup as step_lineup
+from benchmarks.step import peers as step_peers
 from benchmarks.step import sizes as step_sizes
 from benchmarks.step.check import Check
-from benchmarks.step.contestants import CASTS, Entry
+from benchmarks.step.contestants import CASTS, TWIN, Entry
 from benchmarks.step.lineup import Candidate
 from benchmarks.train import check as train_check
 from benchmarks.train import contestants as train_contestants
+from fused_tricks import WarmupCosineLR
+from support import emulation, recorded_graph  # adds a backend
+from support.comparison import assert_all_same_bits
 from support.fake_cuda import FakeCuda
 
 pytestmark = pytest.mark.slow
@@ -34,7 +40,9 @@ STEP = ["--parameters", "synthetic:2:300", "--rounds", "1", "--host-rounds", "1"
 
 def lineup(name: str, change, parameters: str = SET) -> dict[str, str]:
     """Why a contestant of that name is left out when `change` is made to its first parameter with each step."""
-    candidates = step_lineup.of_a_model(parameters, torch.float16, CPU, ["cpu"])
+    if name == step_peers.MODEL_EMA:
+        pytest.importorskip("timm", reason="the average is timm's")
+    candidates = step_lineup.of_a_model(parameters, torch.float16, CPU, ["cpu"], averages=True)
     (candidate,) = (candidate for candidate in candidates if candidate.name == name)
 
     def build() -> Entry:
@@ -77,7 +85,27 @@ def test_a_wrong_weight_keeps_the_others_from_being_timed(change) -> None:
     assert reason.startswith("check failed: ") and reason.endswith(", FP64")
 
 
-@pytest.mark.parametrize("name", [OURS, FOR_LOOP, FUSED + CASTS])
+def test_one_wrong_bit_of_an_average_keeps_ours_from_being_timed() -> None:
+    name = OURS + AVERAGE
+    left_out = lineup(name, lambda trained: flip(trained.optimizer.state[trained.parameters[2]]["ema_param"]))
+    assert left_out == {name: "check failed: 1 elements differ, backend reference"}
+
+
+THEIR_AVERAGES = [FUSED + AVERAGED_MODEL, step_peers.MODEL_EMA, TWIN]
+
+
+@pytest.mark.parametrize("name", THEIR_AVERAGES)
+@pytest.mark.parametrize("decay", [1.0, 0.99])
+def test_a_wrong_average_keeps_the_others_from_being_timed(
+    name: str, decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for contestants in (step_contestants, step_peers):
+        monkeypatch.setattr(contestants, "EMA_DECAY", decay)
+    (reason,) = lineup(name, lambda trained: None).values()
+    assert reason.startswith("check failed: ") and reason.endswith(", FP64")
+
+
+@pytest.mark.parametrize("name", [OURS, FOR_LOOP, FUSED + CASTS, OURS + AVERAGE, *THEIR_AVERAGES])
 def test_a_contestant_that_is_right_passes(name: str) -> None:
     assert lineup(name, lambda trained: None) == {}
 
@@ -155,7 +183,7 @@ def trained(name: str, batch: tuple[torch.Tensor, torch.Tensor]) -> train_contes
     return trainer
 
 
-@pytest.mark.parametrize("name", [*train_contestants.names(RECIPE), FUSED + GRAPH, OURS + GRAPH])
+@pytest.mark.parametrize("name", train_contestants.names(replace(RECIPE, average=True, graph=True)))
 def test_the_last_update_of_a_training_is_checked(
     name: str, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,18 +207,79 @@ def test_a_wrong_update_of_a_training_is_found(
     assert not checked.passed and checked.text.startswith("check failed: ")
 
 
-def test_a_captured_training_follows_its_learning_rate(
+@pytest.mark.parametrize("name", [FUSED + AVERAGED_MODEL, FUSED + AVERAGED_MODEL + GRAPH])
+def test_a_wrong_average_of_a_training_is_found(
+    name: str, batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeCuda(monkeypatch)
+    monkeypatch.setattr(train_contestants, "EMA_DECAY", 1.0)
+    checked = train_check.check(trained(name, batch), RECIPE, *batch)
+    assert not checked.passed and checked.text.startswith("check failed: ")
+
+
+WHOLE = replace(RECIPE, average=True, max_grad_norm=0.1, backend="emulated_cuda", steps=12)
+
+
+@pytest.mark.parametrize("name", [FUSED, OURS, FUSED + AVERAGED_MODEL, OURS + AVERAGE])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_graph_trains_as_without_it(
+    name: str,
+    dtype: torch.dtype,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With loss scaling, clipping, the average, and the schedule: ours counts its updates, torch's is set."""
+    if reason := emulation.unusable_because():
+        pytest.skip(f"backend emulated_cuda: {reason}")
+    recorded_graph.install(monkeypatch)
+    recipe = replace(WHOLE, dtype=dtype)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
+    graph, eager = (
+        train_contestants.build(name + suffix, copy.deepcopy(model), recipe) for suffix in (GRAPH, "")
+    )
+    schedule = None
+    if name.startswith(OURS):
+        total = recipe.steps + gpu.CAPTURE_WARMUP + 1
+        schedule = WarmupCosineLR(eager.optimizer, total, count="applied")
+
+    def step_eagerly(images: torch.Tensor) -> torch.Tensor:
+        loss = eager.forward(images, batch[1])
+        eager.backward(loss)
+        eager.update()
+        return loss.detach()
+
+    for number in range(6):
+        if schedule is None:
+            for trainer in (graph, eager):
+                train_contestants.set_lr(trainer, 0.1 / (number + 1))
+        images = batch[0] * (number + 1)
+        if number == 0:
+            for _ in range(gpu.CAPTURE_WARMUP):
+                step_eagerly(images)
+        assert torch.equal(graph.forward(images, batch[1]), step_eagerly(images))
+    assert_all_same_bits(graph.model.parameters(), eager.model.parameters())
+    if name == OURS + AVERAGE:
+        averages = [
+            [trainer.optimizer.state[param]["ema_param"] for param in trainer.model.parameters()]
+            for trainer in (graph, eager)
+        ]
+        assert_all_same_bits(*averages)
+    assert train_check.check(graph, recipe, *batch).passed
+
+
+def test_a_captured_training_of_torch_follows_its_learning_rate(
     batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakeCuda(monkeypatch)
-    trainer = trained(OURS + GRAPH, batch)
+    trainer = trained(FUSED + GRAPH, batch)
     before = trainer.model.weight.clone()
     # A graph reads the tensor that was there when it was captured.
     (rate,) = (group["lr"] for group in trainer.optimizer.param_groups)
-    train_contestants.set_lr(trainer.optimizer, 0.0)
+    train_contestants.set_lr(trainer, 0.0)
     assert trainer.optimizer.param_groups[0]["lr"] is rate
     trainer.forward(*batch)
     assert torch.equal(trainer.model.weight, before)
-    train_contestants.set_lr(trainer.optimizer, 1.0)
+    train_contestants.set_lr(trainer, 1.0)
     trainer.forward(*batch)
     assert not torch.equal(trainer.model.weight, before)

@@ -20,13 +20,14 @@ pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm
 
 from benchmarks import cast_models
 from benchmarks.lib import data, machine, parameter_sets, report
-from benchmarks.lib.names import FOR_LOOP, FOREACH, FUSED, OURS
+from benchmarks.lib.names import AVERAGE, AVERAGED_MODEL, FOR_LOOP, FOREACH, FUSED, OURS
 from benchmarks.step import __main__ as step
 from benchmarks.step import contestants as step_contestants
 from benchmarks.step import lineup as step_lineup
 from benchmarks.step import sizes as step_sizes
-from benchmarks.step.contestants import CASTS, COPY, FUSED_CASTS, FUSED_NEW_CASTS, SCALE
+from benchmarks.step.contestants import CASTS, COPY, FUSED_CASTS, FUSED_NEW_CASTS, SCALE, TWIN
 from benchmarks.step.lineup import FORMS
+from benchmarks.step.peers import MODEL_EMA
 from benchmarks.train import __main__ as train
 from benchmarks.train import contestants as train_contestants
 
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.slow
 
 TRAIN = ["--dataset", "digits", "--image-size", "16", "--batch-size", "8", "--device", "cpu", "--seeds", "1"]
 STEP = ["--rounds", "2", "--host-rounds", "2", "--loop-mib", "1", "--device", "cpu"]
+AVERAGES = {FUSED + AVERAGED_MODEL, TWIN, OURS + AVERAGE}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -74,10 +76,12 @@ def test_training_in_fp32_gives_the_losses_of_torch_sgd_bit_for_bit(trained: Pat
 
 
 def test_training_in_low_precision_starts_from_the_same_weights_and_batch(tmp_path: Path) -> None:
-    train.main([*TRAIN, "--steps", "2", "--dtype", "bfloat16", "--output", str(tmp_path)])
+    options = ["--average", "--max-grad-norm", "1", "--dtype", "bfloat16"]
+    train.main([*TRAIN, "--steps", "2", *options, "--output", str(tmp_path)])
     rows = read(tmp_path, "train")["contestants"]
+    assert all(row["passed"] for row in rows.values())
     expected = pytest.approx(rows["torch.amp, fused"]["losses"][0][0], rel=0.02)
-    for name in (OURS, train_contestants.UNSCALED):
+    for name in (OURS, train_contestants.UNSCALED, OURS + AVERAGE, FUSED + AVERAGED_MODEL):
         assert rows[name]["losses"][0][0] == expected
 
 
@@ -180,11 +184,11 @@ def test_a_limit_of_minutes_takes_seeds_first_then_steps_and_leaves_some_to_time
 
 def test_step_reports_every_contestant(stepped: Path) -> None:
     result = read(stepped, "step")
-    names = {*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS}
-    assert set(result["contestants"]) == names
-    assert set(result["bandwidth"]) == {OURS, COPY, SCALE}
-    assert set(result["host"]) == {*FORMS, OURS}
-    assert not result["left_out"]
+    names = {*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS, *AVERAGES}
+    assert set(result["contestants"]) - {MODEL_EMA} == names
+    assert set(result["bandwidth"]) == {OURS, OURS + AVERAGE, COPY, SCALE}
+    assert set(result["host"]) - {MODEL_EMA} == {*FORMS, OURS, *AVERAGES}
+    assert set(result["left_out"]) | set(result["contestants"]) == names | {MODEL_EMA}
     assert all(row["peak_memory_bytes"] > 0 for row in result["contestants"].values())
     page = (stepped / "step.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in page for name in names)
@@ -195,8 +199,9 @@ def test_the_ratios_of_a_step_can_be_taken_anew_from_its_samples(stepped: Path) 
     result = read(stepped, "step")
     samples = result["samples_ms"]
     assert set(samples) == {*result["contestants"], COPY, SCALE}
-    ratio = statistics.median(a / b for a, b in zip(samples[FUSED], samples[OURS]))
-    assert ratio == pytest.approx(result["contestants"][FUSED]["ours_is_faster_by"]["median"], rel=1e-5)
+    for name, ours in ((FUSED, OURS), (FUSED + AVERAGED_MODEL, OURS + AVERAGE)):
+        ratio = statistics.median(a / b for a, b in zip(samples[name], samples[ours]))
+        assert ratio == pytest.approx(result["contestants"][name]["ours_is_faster_by"]["median"], rel=1e-5)
 
 
 def test_step_sizes_reports_every_set_and_its_limit(tmp_path: Path) -> None:
@@ -292,6 +297,11 @@ def test_a_step_moves_22_bytes_for_a_low_precision_element_and_24_for_an_fp32_on
     assert step_contestants.OUR_WORK.traffic([torch.zeros(7)]) == 7 * 24
 
 
+def test_an_average_adds_8_bytes_to_ours() -> None:
+    work = step_contestants.with_average(step_contestants.OUR_WORK, *step_contestants.OUR_AVERAGE)
+    assert (work.low_bytes, work.fp32_bytes, work.averages) == (30, 32, True)
+
+
 class CountedBytes(TorchDispatchMode):
     """Adds up what operations read and write: arguments that are not just overwritten; what they change or make."""
 
@@ -320,8 +330,8 @@ class CountedBytes(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *((name, torch.float32) for name in (*FORMS, OURS)),
-        *((name, torch.float16) for name in (*FORMS, OURS, FUSED_NEW_CASTS)),
+        *((name, torch.float32) for name in (*FORMS, OURS, *sorted(AVERAGES), MODEL_EMA)),
+        *((name, torch.float16) for name in (*FORMS, OURS, FUSED_NEW_CASTS, *sorted(AVERAGES), MODEL_EMA)),
         *((f"{form}{CASTS}", torch.float16) for form in FORMS),
     ],
 )
@@ -329,7 +339,11 @@ def test_the_bytes_stated_of_plain_operations_are_those_that_they_are_called_wit
     name: str, dtype: torch.dtype
 ) -> None:
     """Ours is the reference here, which is made of torch's operations as well."""
-    candidates = step_lineup.of_a_model("synthetic:1:100000", dtype, torch.device("cpu"), ["reference"])
+    if name == MODEL_EMA:
+        pytest.importorskip("timm", reason="the average is timm's")
+    candidates = step_lineup.of_a_model(
+        "synthetic:1:100000", dtype, torch.device("cpu"), ["reference"], averages=True
+    )
     (candidate,) = (candidate for candidate in candidates if candidate.name == name)
     ((entry,), _) = step_lineup.assemble([candidate], torch.device("cpu"))
     entry.contestant.prepare()

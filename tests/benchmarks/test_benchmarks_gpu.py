@@ -19,7 +19,7 @@ pytest.importorskip("torchvision", reason="the benchmarks take their networks fr
 
 from benchmarks.lib import backend_choice, gpu
 from benchmarks.lib.harness import Clock, Contestant, interleave
-from benchmarks.lib.names import FUSED, OURS
+from benchmarks.lib.names import AVERAGE, AVERAGED_MODEL, FUSED, OURS
 from benchmarks.step import __main__ as step
 from benchmarks.step import contestants as step_contestants
 from benchmarks.step import lineup as step_lineup
@@ -30,6 +30,7 @@ from benchmarks.step.contestants import (
     COPY,
     FUSED_NEW_CASTS,
     SCALE,
+    TWIN,
     Entry,
     Gradients,
 )
@@ -44,6 +45,7 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 GRAPH = step_lineup.GRAPH
+AVERAGES = {FUSED + AVERAGED_MODEL, TWIN}
 PEERS = [
     step_peers.APEX,
     step_peers.APEX_MASTERS,
@@ -66,7 +68,9 @@ MODULES = (
 
 def run(folder: Path, *arguments: str) -> dict[str, Any]:
     size = ["--parameters", "synthetic:2:300", "--rounds", "2", "--host-rounds", "2", "--loop-mib", "1"]
-    step.main([*size, "--device", "cpu", "--output", str(folder), *arguments])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "HOST_REPEATS", 2)
+        step.main([*size, "--device", "cpu", "--output", str(folder), *arguments])
     return json.loads((folder / "step.json").read_text(encoding="utf-8"))
 
 
@@ -87,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         FakeCuda(patch)
         patch.setenv("PATH", str(folder), prepend=os.pathsep)
-        for name in MODULES:
+        for name in (*MODULES, "timm.utils"):
             patch.setitem(sys.modules, name, None)
         run(folder, "--backend", "emulated_cuda", "--backend", "cpu")
     return folder
@@ -104,11 +108,11 @@ def page(folder: Path) -> str:
 
 
 def test_one_command_measures_every_backend_and_its_graph(result: dict[str, Any]) -> None:
-    ours = {f"{name}{graph}" for name in (OURS, f"{OURS}, cpu") for graph in ("", GRAPH)}
-    theirs = {*FORMS, *(f"{form}{CASTS}" for form in FORMS), f"{FUSED}{GRAPH}", FUSED_NEW_CASTS}
+    ours = {f"{name}{graph}" for name in (OURS, f"{OURS}, cpu", OURS + AVERAGE) for graph in ("", GRAPH)}
+    theirs = {*FORMS, *(f"{form}{CASTS}" for form in FORMS), f"{FUSED}{GRAPH}", FUSED_NEW_CASTS, *AVERAGES}
     assert set(result["contestants"]) == ours | theirs
     assert set(result["bandwidth"]) == ours | {COPY, SCALE}
-    assert set(result["host"]) == ours | {*FORMS, f"{FUSED}{GRAPH}"}
+    assert set(result["host"]) == ours | {*FORMS, f"{FUSED}{GRAPH}", *AVERAGES}
     assert "(backend emulated_cuda)" in result["setting"]
 
 
@@ -121,8 +125,8 @@ def test_the_page_and_the_picture_have_every_contestant(
 
 
 def test_peers_that_are_not_installed_are_listed_as_such(result: dict[str, Any], page: str) -> None:
-    assert list(result["left_out"]) == PEERS
-    assert all(f"- {name}: not installed (no module " in page for name in PEERS)
+    assert sorted(result["left_out"]) == sorted([*PEERS, step_peers.MODEL_EMA])
+    assert all(f"- {name}: not installed (no module " in page for name in result["left_out"])
 
 
 def test_a_result_names_the_gpu_its_driver_and_the_versions_of_cuda(
@@ -224,9 +228,12 @@ def test_a_step_that_cannot_be_captured_is_listed_with_the_reason(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     candidates = step_lineup.of_tiny_parameters("synthetic:2:3", torch.float16, CPU, ["reference"])
     entries, left_out = step_lineup.assemble(candidates, CPU)
-    assert [entry.contestant.name for entry in entries] == [*FORMS, OURS]
     reason = "RuntimeError: operation not permitted when stream is capturing"
-    assert left_out == {f"{FUSED}{GRAPH}": reason, f"{OURS}{GRAPH}": reason}
+    graphs = {candidate.name for candidate in candidates if candidate.name.endswith(GRAPH)}
+    refused = {name: why for name, why in left_out.items() if name != step_peers.MODEL_EMA}
+    assert refused == dict.fromkeys([f"{FUSED}{GRAPH}", f"{OURS}{GRAPH}", f"{OURS}{AVERAGE}{GRAPH}"], reason)
+    assert {entry.contestant.name for entry in entries} | {*left_out} == {c.name for c in candidates}
+    assert graphs == {*refused}
 
 
 def test_a_contestant_that_everybody_needs_is_never_left_out() -> None:
@@ -298,7 +305,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_peers_that_are_installed_take_part(tmp_path: Path, fake_cuda: FakeCuda, peers: None) -> None:
     result = run(tmp_path, "--backend", "reference", "--host-rounds", "1")
-    assert result["left_out"] == {}
+    assert set(result["left_out"]) <= {step_peers.MODEL_EMA}
     assert set(PEERS) < set(result["contestants"])
 
 

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 pytest.importorskip("sklearn", reason="the example takes its smallest data set from scikit-learn")
 pytest.importorskip("torchvision", reason="the example takes its networks from torchvision")
@@ -22,7 +22,7 @@ pytest.importorskip("tqdm", reason="the example shows its progress with tqdm")
 from PIL import Image
 from torchvision import models
 
-from examples import train
+import train
 from fused_tricks import DynamicLossScale, FusedSGD, zero_gamma_names
 from fused_tricks.schedule.curve import WarmupCosine
 from support.comparison import assert_all_same_bits, assert_same_bits
@@ -35,14 +35,16 @@ SMALL = [*DIGITS, "--model", "squeezenet1_1"]
 
 
 def test_torchrun_trains_two_epochs_and_exports_weights_in_fp32(tmp_path: Path) -> None:
-    options = ["--batch-size", "128", "--epochs", "2", "--output", str(tmp_path)]
+    options = ["--batch-size", "128", "--epochs", "2", "--ema", "0.9", "--output", str(tmp_path)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     finished = subprocess.run([*torchrun, str(SCRIPT), *SMALL, *options], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("test accuracy") == 2
-    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    models.squeezenet1_1(num_classes=10).load_state_dict(weights)
+    assert finished.stdout.count(": test accuracy ") == 2
+    assert finished.stdout.count(", test accuracy of the average ") == 2
+    for name in ("weights", "weights_ema"):
+        weights = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        models.squeezenet1_1(num_classes=10).load_state_dict(weights)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2 * (1437 // 256)
 
 
@@ -58,7 +60,8 @@ def test_help_needs_none_of_the_packages_of_a_run() -> None:
     code = (
         "import runpy, sys\n"
         "sys.modules.update(dict.fromkeys(['torchvision', 'tqdm', 'mlxtend', 'fused_tricks']))\n"
-        f"sys.argv = [{str(SCRIPT)!r}, '--help']\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+        f"sys.path[0], sys.argv = {str(SCRIPT.parent)!r}, [{str(SCRIPT)!r}, '--help']\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.returncode == 0 and "--bias-decay" in finished.stdout
@@ -99,6 +102,7 @@ def test_a_run_without_a_package_says_in_one_line_what_to_install(
         (["--momentum", "0"], "--momentum 0 requires --no-nesterov"),
         (["--label-smoothing", "1.5"], "argument --label-smoothing: must be from 0 to 1, got 1.5"),
         (["--mixup", "inf"], "argument --mixup: must be at least 0, got inf"),
+        (["--ema", "1.5"], "argument --ema: must be from 0 to 1, got 1.5"),
         (["--max-grad-norm", "0"], "argument --max-grad-norm: must be at least 1e-06, got 0"),
         (["--image-size", "28"], "argument --image-size: must be at least 32, got 28"),
         (["--warmup-epochs", "5"], "--warmup-epochs 5 must be less than --epochs 5"),
@@ -156,6 +160,8 @@ DEFAULTS = {
     "nesterov": True,
     "bias_decay": False,
     "max_grad_norm": math.inf,
+    "ema_decay": None,
+    "ema_warmup": False,
     "dynamic": False,
 }
 
@@ -171,6 +177,7 @@ DEFAULTS = {
         (["--weight-decay", "0.1"], {"weight_decay": 0.1}),
         (["--no-nesterov"], {"nesterov": False}),
         (["--bias-decay"], {"bias_decay": True}),
+        (["--ema", "0.99"], {"ema_decay": 0.99, "ema_warmup": True}),
         (["--max-grad-norm", "2"], {"max_grad_norm": 2}),
         (["--low-precision", "float16"], {"dynamic": True}),
         (["--low-precision", "none"], {}),
@@ -286,7 +293,7 @@ def test_images_and_labels_are_mixed_by_the_same_share(arguments: list[str]) -> 
     seen = []
     trainer.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    trainer.backward(images, labels)
+    trainer.train(images, labels)
     trained_on = trainer.criterion.call_args.args[1]
     if "0" in arguments:
         assert_same_bits(trained_on, labels)
@@ -370,20 +377,43 @@ def test_a_run_may_go_on_with_other_options_that_do_not_change_it(tmp_path: Path
     assert resumed.step == 7
 
 
+def test_the_average_is_evaluated_and_saved_beside_the_weights(tmp_path: Path) -> None:
+    command = [*SMALL, "--batch-size", "479", "--epochs", "2", "--ema", "0.5", "--output", str(tmp_path)]
+    evaluated = []
+
+    def accuracy(model: nn.Module, *others: Any) -> float:
+        evaluated.append([param.detach().clone() for param in model.parameters()])
+        return 0.0
+
+    with mock.patch.object(train, "accuracy", accuracy):
+        trained = train.main(command)
+    optimizer = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]
+    *_, weights, averages = evaluated
+    for index, name in enumerate(trained["weights"]):
+        state = optimizer["state"][index]
+        for key, shown, of in (
+            ("master_param", weights, trained["weights"]),
+            ("ema_param", averages, trained["weights_ema"]),
+        ):
+            assert_same_bits(of[name], state[key])
+            assert_same_bits(shown[index], state[key].to(shown[index].dtype))
+    assert not torch.equal(weights[0], averages[0])
+
+
 def test_curves_of_a_run_that_was_killed_have_each_step_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="it reads what was written for it")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     command = [*SMALL, "--batch-size", "479", "--epochs", "2", "--log-every", "1", "--output", str(tmp_path)]
     command += ["--tensorboard", str(tmp_path / "curves")]
-    update = train.Trainer.update
+    step = train.Trainer.train
 
-    def update_or_die(trainer: train.Trainer) -> None:
+    def step_or_die(trainer: train.Trainer, *batch: Tensor) -> None:
         if trainer.step == 5:
             raise KeyboardInterrupt
-        update(trainer)
+        step(trainer, *batch)
 
-    with mock.patch.object(train.Trainer, "update", update_or_die), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(train.Trainer, "train", step_or_die), pytest.raises(KeyboardInterrupt):
         train.main(command)
     train.main(command)
     curves = EventAccumulator(str(tmp_path / "curves"))

@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("sklearn", reason="the example takes its smallest data set from scikit-learn")
 pytest.importorskip("torchvision", reason="the example takes its networks from torchvision")
@@ -27,30 +27,16 @@ pytest.importorskip("tqdm", reason="the example shows its progress with tqdm")
 import sklearn.datasets  # noqa: F401  # here, so that each process finds it imported
 from torch.utils._pytree import tree_flatten
 
-from examples import train
+import train
 from support import ranks
 from support.comparison import assert_same_bits
+from support.networks import Tiny
 
 pytestmark = pytest.mark.slow
 
 OPTIONS = ["--dataset", "digits", "--batch-size", "96", "--epochs", "2", "--device", "cpu", "--workers", "0"]
-OPTIONS += ["--low-precision", "float16", "--checkpoint-every", "4", "--log-every", "4"]
+OPTIONS += ["--low-precision", "float16", "--checkpoint-every", "4", "--log-every", "4", "--ema", "0.9"]
 STEPS = 28
-
-
-class Tiny(nn.Module):
-    """A residual block, running statistics, random numbers, and gradients that overflow at first in FP16."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        # Not in the order of use, so that DDP packs the gradients otherwise once it has seen in what order they come.
-        self.head = nn.Sequential(nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(512, num_classes))
-        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-
-    def forward(self, images: Tensor) -> Tensor:
-        images = self.stem(images)
-        return 64 * self.head(images + self.block(images))
 
 
 @functools.cache
@@ -123,27 +109,28 @@ def _run(
     progress: Any,
     environment: dict[str, str],
 ) -> None:
-    update = train.Trainer.update
+    step = train.Trainer.train
 
-    def update_and_tell(trainer: train.Trainer) -> None:
-        update(trainer)
+    def step_and_tell(trainer: train.Trainer, *batch: Tensor) -> None:
+        step(trainer, *batch)
         progress.value = trainer.step
 
     os.environ.update(environment)
     torch.set_num_threads(1)
-    mock.patch.object(train.Trainer, "update", update_and_tell).start()
+    mock.patch.object(train.Trainer, "train", step_and_tell).start()
     mock.patch.object(train.models, "get_model", lambda name, num_classes: Tiny(num_classes)).start()
     meanwhile()
     rank = environment["RANK"]
     with open(folder / f"printed{rank}.txt", "w", encoding="utf-8") as printed:
         sys.stdout = sys.stderr = printed
-        weights = train.main([*OPTIONS, "--output", str(folder), *options])
-    torch.save(weights, folder / f"returned{rank}.pt")
+        trained = train.main([*OPTIONS, "--output", str(folder), *options])
+    torch.save(trained["weights"], folder / f"returned{rank}.pt")
 
 
 def left_in(folder: Path) -> dict[str, Any]:
-    """The weights, and all that the last checkpoint has: masters, momentum, scale, counters, schedule."""
-    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("weights", "checkpoint")}
+    """The weights, their averages, and the last checkpoint: masters, momentum, scale, counters, schedule."""
+    names = ("weights", "weights_ema", "checkpoint")
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in names}
 
 
 def assert_equal(value: Any, expected: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_tricks import FusedSGD, cast_model, fp32_state_dict
+from fused_tricks import FusedSGD, cast_model, ema_state_dict, ema_weights, fp32_state_dict
 from support.comparison import assert_all_same_bits, assert_same_bits
 
 REASON = "needs timm: pip install fused_tricks[integrations]"
@@ -139,6 +139,31 @@ def test_low_precision_weights_are_trained_through_masters(dtype: torch.dtype) -
         optimizer.zero_grad()
     assert optimizer.stats().applied_steps == 3
     assert all(not torch.equal(b, p) for b, p in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("way", ["with steps", "without"])
+def test_the_average_of_the_update_is_that_of_model_ema_v3(way: str) -> None:
+    """From timm's second average on: without steps its first one mixes the initial weights with the new ones."""
+    model = network()
+    optimizer = timm_optim.create_optimizer_v2(model, "fusedtricks", ema_decay=0.9, **OPTIONS)
+    ema = timm_utils.ModelEmaV3(model, decay=0.9)
+    for step, (images, targets) in enumerate(batches(4), start=1):
+        nn.functional.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if way == "with steps":
+            ema.update(model, step)
+        elif step == 1:
+            ema.set(model)
+        else:
+            ema.update(model)
+    ours = ema_state_dict(model, optimizer)
+    assert_all_same_bits([ours[name] for name, _ in model.named_parameters()], ema.module.parameters())
+    images = batches(1)[0][0]
+    ema.module.load_state_dict({**ours, **dict(model.named_buffers())})  # timm averages buffers too
+    model.eval()
+    with ema_weights(model, optimizer):
+        assert_same_bits(model(images), ema(images))
 
 
 EMAS: dict[str, Any] = {

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from fused_tricks import FusedSGD, cast_model, fp32_state_dict
+from fused_tricks import FusedSGD, cast_model, ema_state_dict, ema_weights, fp32_state_dict
 from support.comparison import (
     assert_all_same_bits,
     assert_same_bits,
@@ -107,6 +107,23 @@ def test_averages_of_fp32_weights_have_the_bits_of_torchs(kind: str) -> None:
     assert_all_same_bits(*results)
 
 
+def test_the_average_of_the_update_is_that_of_averaged_model() -> None:
+    model = Network()
+    optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, ema_decay=0.9)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for step in range(5):
+        train_step(model, optimizer, step)
+        average.update_parameters(model)
+    expected = average.module.state_dict()
+    assert_all_same_bits(ema_state_dict(model, optimizer).values(), expected.values())
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    for module in (model, average):
+        module.eval()
+    with ema_weights(model, optimizer):
+        assert_same_bits(model(inputs(9)), average(inputs(9)))
+    assert_all_same_bits(model.state_dict().values(), before)
+
+
 @pytest.mark.parametrize("kind", ["mean", "ema"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_an_fp32_twin_averages_the_masters_of_low_precision_weights(dtype: torch.dtype, kind: str) -> None:
@@ -128,7 +145,7 @@ def test_an_fp32_twin_averages_the_masters_of_low_precision_weights(dtype: torch
 
 
 def test_an_average_of_the_low_precision_weights_themselves_stands_still() -> None:
-    """An exponential average in FP16 rounds small changes away, and an average of an FP32 twin keeps the changes."""
+    """An exponential average in FP16 rounds small changes away, and ema_decay or an FP32 twin keeps the changes."""
     model = cast_model(Network(), torch.float16)
     optimizer = FusedSGD(model.parameters(), lr=1e-2, loss_scale=128.0)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9999))
