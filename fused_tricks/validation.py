@@ -110,10 +110,9 @@ def check_numbers(group: dict[str, Any]) -> None:
         if isinstance(value, Tensor) and option.takes_tensor:
             if value.numel() != 1:
                 raise ValueError(f"Tensor {name} must be 1-element")
-            # Reading a value on another device would synchronise.
-            if value.device.type != "cpu":
+            if not is_readable(value):
                 continue
-            value = value.item()
+            value = _value_of(value)
         elif value is None and option.takes_none:
             continue
         else:
@@ -170,10 +169,9 @@ def check_range(group: dict[str, Any]) -> None:
     for name in NUMBERS:
         value = group[name]
         if isinstance(value, Tensor):
-            # Reading a value on another device would synchronise.
-            if value.device.type != "cpu":
+            if not is_readable(value):
                 continue
-            value = value.item()
+            value = _value_of(value)
         if value is not None and math.isinf(to_float32(as_double(value))):
             raise ValueError(f"{name}={value} does not fit FP32, in which the group's parameters are updated")
 
@@ -212,11 +210,18 @@ def as_float(value: Any) -> float:
 def is_zero(value: Any) -> bool:
     """True if an option is 0 and readable without a sync: a number, or a tensor on the CPU."""
     if isinstance(value, Tensor):
-        if value.device.type != "cpu" or not has_memory(value) or value.numel() != 1:
-            return False
-        with outside_all_modes():
-            return float(value) == 0
+        return is_readable(value) and _value_of(value) == 0
     return isinstance(value, Real) and value == 0
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """True if a tensor has one element that the host can read without a sync."""
+    return tensor.device.type == "cpu" and has_memory(tensor) and tensor.numel() == 1
+
+
+def _value_of(tensor: Tensor) -> float:
+    with outside_all_modes():
+        return float(tensor)
 
 
 def check_max_grad_norm(max_grad_norm: Any) -> None:

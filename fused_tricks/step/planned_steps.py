@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from .._torch import is_asked_for_state
 from ..backends import BACKENDS, REFERENCE, choose_backend
 from ..distributed.found_inf_reduction import find_reduction
 from ..validation import check_numbers, check_range, check_readable, is_zero
+from .options import NUMBERS
 from .parameters import named_parameters
 from .plan import build_plan
 from .request import Outcome, StepRequest, step_request
 from .saved_state import Prepared, SavedState
 from .shared_memory import device_of
+
+_PLAIN = (Real, Tensor, str, type(None))
 
 
 class PlannedSteps(SavedState):
@@ -47,8 +51,12 @@ class PlannedSteps(SavedState):
             redistributed: dict[Tensor, Tensor] = {}
             outcome = self._run(request, redistributed)
             if outcome == Outcome.STALE:
-                # A new plan changes state, so that a malformed option must be refused before.
-                self._check_options()
+                # A new plan changes state, so that a malformed option must be refused before. The conversion of other
+                # objects may run user code, which belongs to the step.
+                if all(
+                    isinstance(group.get(name), _PLAIN) for group in self.param_groups for name in NUMBERS
+                ):
+                    self._check_options()
                 self._prepared = self._prepare()
                 outcome = self._run_first(self._prepared, request, redistributed)
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
