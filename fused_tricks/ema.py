@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .distributed.sharding import local_part, placed_like
 from .optimizer import FusedSGD
-from .step.model_weights import check_model, check_trains, register_shards, with_weights
+from .step.model_weights import (
+    check_model,
+    check_trains,
+    full_precision,
+    register_shards,
+    with_weights,
+)
 from .step.ordinary_tensors import outside_inference_mode
-from .step.parameters import EMA_PARAM, LOW_PRECISION, is_in_use
+from .step.parameters import EMA_PARAM, check_state, is_in_use, named_parameters, state_dtype
 
 
 @outside_inference_mode()
@@ -22,8 +28,8 @@ def ema_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
 
     Keys, order and metadata are those of `model.state_dict()`. A parameter with `ema_decay` is replaced by its average,
     which is FP32 (FP64 for an FP64 parameter). Until the first update of a parameter, the average is the parameter
-    itself. Parameters without `ema_decay` and buffers keep their values; FP16 and BF16 are converted to FP32. All
-    tensors are copies. Synchronises with the device.
+    itself. All other parameters and buffers are those of `fp32_state_dict`. All tensors are copies. Synchronises with
+    the device.
 
     Args:
         model: The model, on any device.
@@ -58,10 +64,9 @@ def ema_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
 
     def value_of(tensor: Tensor, own_state: dict[str, Any]) -> Tensor:
         average = averages.get(tensor)
-        if average is not None:
-            return placed_like(average.detach(), tensor).clone()
-        value = tensor.detach().clone()
-        return value.float() if value.dtype in LOW_PRECISION else value
+        if average is None:
+            return full_precision(tensor, own_state)
+        return placed_like(average.detach(), tensor).to(state_dtype(tensor), copy=True)
 
     with torch.no_grad(), with_weights(model, optimizer, value_of):
         state: dict[str, Any] = model.state_dict()
@@ -77,13 +82,17 @@ def ema_weights(model: nn.Module, optimizer: FusedSGD) -> Iterator[None]:
     other state do not change. Parameters without an average and buffers keep their values. The context requires memory
     for one copy of the averaged parameters. The next step builds a new plan.
 
+    The writes invalidate a graph of autograd: call `backward` before the context, not after it. Save checkpoints
+    outside the context, because `model.state_dict()` has the rounded averages inside.
+
     Args:
         model: The model.
         optimizer: The optimizer of the model's parameters, with `ema_decay` in at least one group.
 
     Raises:
-        RuntimeError: The contexts of one optimizer are nested. Inside, `optimizer.step`, `refresh_masters`,
-            `fp32_state_dict` and `load_fp32_state_dict` raise as well.
+        RuntimeError: The contexts of one optimizer are nested. Inside, a step, `refresh_masters`, `state_dict` and
+            copies of the optimizer raise as well, and so do `fp32_state_dict`, `load_fp32_state_dict` and
+            `ema_state_dict`.
         TypeError: `model` is not a module, or `optimizer` is not a `FusedSGD`.
         ValueError: `optimizer` has no parameter of `model`, or no average.
 
@@ -109,35 +118,64 @@ def ema_weights(model: nn.Module, optimizer: FusedSGD) -> Iterator[None]:
         averages = {
             param: averages[param] for param in dict.fromkeys(model.parameters()) if param in averages
         }
-        rounded = [(local_part(param), local_part(placed_like(a, param))) for param, a in averages.items()]
-        former = [(param, param.detach().clone()) for param, _ in rounded]
+        swaps = [_Swap.of(param) for param in averages]
+        rounded = [local_part(placed_like(average, param)) for param, average in averages.items()]
     optimizer._lend_weights()
     try:
-        _write(rounded)
+        with outside_inference_mode():
+            for swap, value in zip(swaps, rounded, strict=True):
+                swap.memory.copy_(value)
         yield
     finally:
-        _write(former)
-        # A forward pass without a backward pass leaves the gathered averages in place.
-        register_shards(model)
-        optimizer._take_weights_back()
+        try:
+            with outside_inference_mode():
+                for swap in swaps:
+                    swap.undo()
+            # A forward pass without a backward pass leaves the gathered averages of FSDP2 in place.
+            register_shards(model)
+        finally:
+            optimizer._take_weights_back()
 
 
-@outside_inference_mode()
-def _write(values: list[tuple[Tensor, Tensor]]) -> None:
-    for param, value in values:
-        param.detach().copy_(value)
+class _Swap(NamedTuple):
+    """A parameter, the memory of its local part, and the former values of the memory."""
+
+    param: Tensor
+    memory: Tensor
+    former: Tensor
+
+    @classmethod
+    def of(cls, param: Tensor) -> _Swap:
+        memory = local_part(param).detach()
+        return cls(param, memory, memory.clone())
+
+    def undo(self) -> None:
+        """Writes the former values, also if user code has given the parameter other memory meanwhile."""
+        self.memory.copy_(self.former)
+        local = local_part(self.param)
+        if local is self.param and local.data_ptr() != self.memory.data_ptr():
+            self.param.data = self.memory
 
 
 def _averages(optimizer: FusedSGD) -> dict[Tensor, Tensor]:
     """Returns the averages that an update has written, by parameter.
 
     Raises:
+        TypeError: The state of a parameter is malformed.
         ValueError: The optimizer has no average, and no group with `ema_decay`.
     """
-    held = {param: own[EMA_PARAM] for param, own in optimizer.state.items() if own.get(EMA_PARAM) is not None}
+    state = optimizer.state
+    held: dict[Tensor, Tensor] = {}
+    for name, param, _ in named_parameters(optimizer.param_groups):
+        own = state.get(param, {})
+        check_state(name, own)
+        average = own.get(EMA_PARAM)
+        if average is not None and average.shape == param.shape:
+            held[param] = average
     if not held and not any(is_in_use(EMA_PARAM, group) for group in optimizer.param_groups):
         raise ValueError(
-            "optimizer has no average of the weights; set ema_decay, as in FusedSGD(..., ema_decay=0.999)"
+            "optimizer has no average of the weights; set ema_decay, as in FusedSGD(..., ema_decay=0.999), or in each "
+            "group of optimizer.param_groups after a checkpoint without an average was loaded"
         )
     with optimizer._lock:
         unwritten = optimizer._unwritten()

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ._torch import run_load_state_dict_hooks
-from .distributed.sharding import is_distributed, local_part, placed_like
+from .distributed.sharding import is_distributed
 from .optimizer import FusedSGD
 from .step.masters import masters_in_use
-from .step.model_weights import check_model, with_weights
+from .step.model_weights import check_model, full_precision, with_weights
 from .step.ordinary_tensors import outside_inference_mode
 from .step.parameters import LOW_PRECISION, MASTER_PARAM
-from .step.plan import adopt_foreign_values
 from .step.shared_memory import missing_bytes
 
 
@@ -57,7 +56,7 @@ def fp32_state_dict(model: nn.Module, optimizer: FusedSGD) -> dict[str, Any]:
         ```
     """
     check_model(model, optimizer)
-    with with_weights(model, optimizer, _full_precision):
+    with with_weights(model, optimizer, full_precision):
         state: dict[str, Any] = model.state_dict()
     return state
 
@@ -103,7 +102,7 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
             raise ValueError(f"the {name} to load has no memory: its storage was resized")
     with (
         _shards_found_again(model),
-        with_weights(model, optimizer, _full_precision) as copies,
+        with_weights(model, optimizer, full_precision) as copies,
         _extra_states_kept(model),
     ):
         model.load_state_dict(state)
@@ -125,18 +124,6 @@ def load_fp32_state_dict(model: nn.Module, optimizer: FusedSGD, state: Mapping[s
             else:
                 # The module resizes this buffer to the checkpoint's size.
                 tensor.data = value.to(tensor.dtype)
-
-
-@torch.no_grad()
-def _full_precision(tensor: Tensor, own_state: dict[str, Any]) -> Tensor:
-    if tensor.dtype not in LOW_PRECISION:
-        return tensor.detach().clone()
-    master: Tensor | None = own_state.get(MASTER_PARAM)
-    if master is None or master.shape != tensor.shape:
-        return tensor.detach().to(torch.float32)
-    value = placed_like(master.detach(), tensor).to(tensor.device, torch.float32, copy=True)
-    adopt_foreign_values(local_part(value), local_part(tensor))
-    return value
 
 
 @contextmanager

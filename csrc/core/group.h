@@ -56,7 +56,7 @@ constexpr Option<bool> kFlags[] = {
 // The type of a parameter, not an option, determines whether the parameter has a master.
 FUSED_TRICKS_INLINE bool uses(const Group& group, size_t tensor) {
   if (tensor == kBuffer) return group.momentum != 0;
-  return tensor == kMaster || group.ema_decay != kNone;
+  return tensor == kMaster || group.ema_decay >= 0;  // false for NaN
 }
 
 // Returns the decay of the average in update number `applied`, which is 1 for the first applied update.

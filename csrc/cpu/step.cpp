@@ -23,10 +23,10 @@ bool is_first_update(const Entry& entry, const Group& group, size_t tensor) {
 }
 
 template <typename T>
-Rule<T> rule_of(const Plan& plan, const Entry& entry, const StepRequest& request) {
+Rule<T> rule_of(const Plan& plan, const Entry& entry, const StepRequest& request, bool may_be_new) {
   const Group& group = plan.groups[entry.group];
-  bool is_first[kStateTensors];
-  for (size_t i = 0; i < kStateTensors; ++i) is_first[i] = is_first_update(entry, group, i);
+  bool is_first[kStateTensors] = {};
+  for (size_t i = 0; i < kStateTensors && may_be_new; ++i) is_first[i] = is_first_update(entry, group, i);
   return make_rule<T>(group, group.lr, entry.is_matrix, is_first, *plan.state, request);
 }
 
@@ -52,14 +52,22 @@ Span span_of(const Entry& entry, const Chunk& chunk, bool streams) {
   return span;
 }
 
-// Runs after the update, because every thread reads `first_update` during the update.
-void note_first_updates(const Plan& plan) {
+// Runs after the update, because every thread reads `first_update` during the update. Returns true if a state tensor
+// of the plan is still unwritten.
+bool note_first_updates(const Plan& plan) {
+  bool any_left = false;
   for (const Entry& entry : plan.entries) {
-    if (entry.grad == nullptr) continue;
     for (size_t i = 0; i < kStateTensors; ++i) {
-      if (is_first_update(entry, plan.groups[entry.group], i)) *entry.first_update[i] = plan.state->applied_steps;
+      int64_t* first_update = entry.first_update[i];
+      if (first_update == nullptr || *first_update >= 0) continue;
+      if (entry.grad != nullptr && uses(plan.groups[entry.group], i)) {
+        *first_update = plan.state->applied_steps;
+      } else {
+        any_left = true;
+      }
     }
   }
+  return any_left;
 }
 
 // Reduces `partials` over the processes, in place.
@@ -117,15 +125,15 @@ void Step::update(const Plan& plan, const StepRequest& request) const {
       if (entry.grad == nullptr) continue;
       const Span span = span_of(entry, chunk, streams);
       if (entry.type == DType::kFloat64) {
-        kernels.update_double(span, rule_of<double>(plan, entry, request));
+        kernels.update_double(span, rule_of<double>(plan, entry, request, may_be_new_));
       } else {
-        kernels.update(span, rule_of<float>(plan, entry, request));
+        kernels.update(span, rule_of<float>(plan, entry, request, may_be_new_));
       }
     }
   });
 }
 
-bool Step::run(const Plan& plan, StepRequest request) const {
+bool Step::run(const Plan& plan, StepRequest request) {
   std::vector<double> partials(kSquares);
   if (request.scans()) {
     partials = scan(plan, request);
@@ -136,7 +144,7 @@ bool Step::run(const Plan& plan, StepRequest request) const {
   decide_step(*plan.state, partials[kFoundInf] != 0, squares, request);
   if (plan.state->skip) return false;
   update(plan, request);
-  note_first_updates(plan);
+  if (may_be_new_) may_be_new_ = note_first_updates(plan);
   return true;
 }
 

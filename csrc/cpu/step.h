@@ -21,7 +21,7 @@ class Step {
   explicit Step(const Plan& plan);
 
   // Scans (if the request requires a scan), decides and updates. Returns true if the update was applied.
-  bool run(const Plan& plan, StepRequest request) const;
+  bool run(const Plan& plan, StepRequest request);
 
  private:
   std::vector<double> scan(const Plan& plan, const StepRequest& request) const;
@@ -29,6 +29,7 @@ class Step {
 
   std::vector<Chunk> chunks_;
   int64_t total_count_ = 0;
+  bool may_be_new_ = true;  // false once updates have written every state tensor of the plan
 };
 
 }  // namespace fused_tricks::cpu

@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..distributed.sharding import local_part, placed_like
 from ..optimizer import FusedSGD
 from ..validation import check_module
 from .masters import masters_in_use
+from .parameters import LOW_PRECISION, MASTER_PARAM
+from .plan import adopt_foreign_values
 from .shared_memory import missing_bytes
 
 
@@ -25,7 +29,10 @@ def check_model(model: nn.Module, optimizer: FusedSGD) -> None:
     """
     check_module(model)
     if not isinstance(optimizer, FusedSGD):
-        raise TypeError(f"optimizer must be a FusedSGD, got {type(optimizer).__name__}, which has no masters")
+        raise TypeError(
+            f"optimizer must be a FusedSGD, got {type(optimizer).__name__}; give the FusedSGD that updates the "
+            "parameters, such as zero.optim of a ZeroRedundancyOptimizer"
+        )
     optimizer._check_has_its_weights()
     masters = masters_in_use(optimizer.param_groups, optimizer.state)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -94,3 +101,19 @@ def _places(model: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, T
                     raise ValueError(f"{name} has no shape yet; run a forward pass first")
                 if tensor is not None:
                     yield table, key, tensor
+
+
+@torch.no_grad()
+def full_precision(tensor: Tensor, own_state: dict[str, Any]) -> Tensor:
+    """Returns a copy of a parameter or buffer: its master if it has one, with the values of later writes by user code.
+
+    Without a master, FP16 and BF16 tensors are converted to FP32.
+    """
+    if tensor.dtype not in LOW_PRECISION:
+        return tensor.detach().clone()
+    master = own_state.get(MASTER_PARAM) if isinstance(own_state, dict) else None
+    if master is None or master.shape != tensor.shape:
+        return tensor.detach().to(torch.float32)
+    value = placed_like(master.detach(), tensor).to(tensor.device, torch.float32, copy=True)
+    adopt_foreign_values(local_part(value), local_part(tensor))
+    return value

@@ -148,22 +148,6 @@ class PlannedSteps(SavedState):
         grad_scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         return step_request(self._loss_scale, self._max_grad_norm, grad_scale, found_inf)
 
-    def _lend_weights(self) -> None:
-        """Notes that the parameters have other values for a while. Steps raise until `_take_weights_back`."""
-        self._check_has_its_weights()
-        self._replan()
-        self._lends_weights = True
-
-    def _take_weights_back(self) -> None:
-        self._lends_weights = False
-
-    def _check_has_its_weights(self) -> None:
-        """Raises RuntimeError between `_lend_weights` and `_take_weights_back`."""
-        if self._lends_weights:
-            raise RuntimeError(
-                "the model has the averages in place of its weights; leave the context of ema_weights first"
-            )
-
     def _replan(self) -> None:
         """Marks the plan as stale, so that the next step builds a new plan."""
         if self._prepared is not None:

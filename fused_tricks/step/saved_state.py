@@ -91,6 +91,23 @@ class SavedState(Optimizer):
             # The plan uses the masters and buffers of the former state.
             self._prepared = None
 
+    def _lend_weights(self) -> None:
+        """Notes that the parameters have other values for a while. Steps raise until `_take_weights_back`."""
+        self._check_has_its_weights()
+        # The next step must see that the weights are lent.
+        self._prepared = None
+        self._lends_weights = True
+
+    def _take_weights_back(self) -> None:
+        self._lends_weights = False
+
+    def _check_has_its_weights(self) -> None:
+        """Raises RuntimeError between `_lend_weights` and `_take_weights_back`."""
+        if self._lends_weights:
+            raise RuntimeError(
+                "the model has the averages in place of its weights; leave the context of ema_weights first"
+            )
+
     def _unwritten(self) -> set[int]:
         """Returns the ids of the state tensors that no update has written. Synchronises if the state is new."""
         return (
@@ -114,9 +131,10 @@ class SavedState(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state in the format of `torch.optim.SGD`, which can load the result. Synchronises.
 
-        `state` has a `momentum_buffer` for each parameter with momentum, in FP32 (FP64 for an FP64 parameter), and a
-        `master_param` for each FP16 or BF16 parameter, in FP32. State that no update has written yet, as after a
-        skipped first step, is left out. `optimizer.state` may therefore have more tensors.
+        `state` has a `momentum_buffer` for each parameter with momentum and an `ema_param` for each parameter with
+        `ema_decay`, in FP32 (FP64 for an FP64 parameter), and a `master_param` for each FP16 or BF16 parameter, in
+        FP32. State that no update has written yet, as after a skipped first step, is left out. `optimizer.state` may
+        therefore have more tensors.
 
         Each group also has `applied_steps`, `skipped_steps` and, with a loss scale, `loss_scale`, `growth_tracker` and
         `hysteresis_tracker`. These numbers are in the groups because some tools save only `state` and `param_groups`.
@@ -124,6 +142,9 @@ class SavedState(Optimizer):
 
         Returns:
             A dict with `state` and `param_groups`.
+
+        Raises:
+            RuntimeError: The call is inside `ema_weights` of this optimizer.
 
         Example:
             ```python
@@ -136,6 +157,7 @@ class SavedState(Optimizer):
             optimizer.load_state_dict(saved)
             ```
         """
+        self._check_has_its_weights()
         self._drop_progress()
         progress = progress_of(self._step_state, with_scale=self._loss_scale is not None)
 
@@ -203,6 +225,7 @@ class SavedState(Optimizer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_has_its_weights()
         return {
             **super().__getstate__(),
             "_max_grad_norm": self._max_grad_norm,
@@ -218,7 +241,8 @@ class SavedState(Optimizer):
         # The base class updates __dict__ directly and would bypass the property `state`.
         super().__setstate__({"_state" if key == "state" else key: value for key, value in state.items()})
         self._prepared = None
-        self._lends_weights = False
+        # `load_state_dict` calls this method, too.
+        self.__dict__.setdefault("_lends_weights", False)
         # The pickle may be older than an option.
         for options in (self.defaults, *self.param_groups):
             for name in (*NUMBERS, *FLAGS):

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...step.options import NONE as NONE_VALUE
 from .arithmetic import fma
 from .groups import FLAGS, bit_of, index_of, learning_rate_of, option_of, word_of
 
@@ -18,7 +17,6 @@ BIAS_DECAY = bit_of("bias_decay")
 DECOUPLED = bit_of("decoupled_weight_decay")
 EMA_DECAY = index_of("ema_decay")
 EMA_WARMUP = bit_of("ema_warmup")
-NONE = tl.constexpr(NONE_VALUE)
 
 
 class Rule(NamedTuple):
@@ -69,7 +67,7 @@ def rule_of(groups, group, is_matrix, applied, inverse_scale, clip, GROUPS: tl.c
     ema_decay = option_of(groups, group, EMA_DECAY, GROUPS)
     # Via int32: the interpreter mis-types a broadcast FP64 comparison.
     has_momentum = (momentum != 0).to(tl.int32) != 0
-    averages = (ema_decay != NONE).to(tl.int32) != 0
+    averages = (ema_decay >= 0).to(tl.int32) != 0  # false for NONE and NaN
     updates = (applied + 1).to(tl.float64)
     ramp = (1.0 + updates) / (10.0 + updates)
     ema_decay = tl.where(((flags & EMA_WARMUP) != 0) & (ramp < ema_decay), ramp, ema_decay)
