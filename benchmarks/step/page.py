@@ -112,6 +112,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
         figsize=(13, max(5.8, 1.6 + 0.5 * len(result["contestants"]))),
         layout="constrained",
         width_ratios=(1.15, 1),
+        height_ratios=(len(result["bandwidth"]), len(result["host"])),
     )
     for panel, rows, column, title, better, decimals in (
         ("time", result["contestants"], "ms", "Time of a step (ms)", "lower", 2 if on_gpu else 1),
