@@ -131,7 +131,7 @@ py::object gradient_addresses(PlanGuard& guard, const py::list& groups, const py
 
 cpu::Step make_cpu_step(const PlanGuard& guard) { return cpu::Step(guard.plan); }
 
-int cpu_step(const cpu::Step& step, PlanGuard& guard, const py::list& groups, const py::dict& state,
+int cpu_step(cpu::Step& step, PlanGuard& guard, const py::list& groups, const py::dict& state,
              const py::object& asked) {
   StepRequest request = request_of(asked);
   if (request.external) request.grad_scale = static_cast<float>(number(asked.attr(names().grad_scale)));

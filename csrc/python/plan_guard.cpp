@@ -83,6 +83,7 @@ bool has_state(PyObject* state, PyObject* const* held) {
         if (key != names().state[i]) continue;
         found[i] = value;
         is_known = true;
+        break;
       }
     }
     if (is_known) return std::equal(found, found + kStateTensors, held);
@@ -175,7 +176,7 @@ void PlanGuard::add_entry(const py::handle& item) {
     for (size_t i = 0; i < kStateTensors; ++i) {
       entry.state[i] = data_of(state[i]);
       entry.first_update[i] = static_cast<int64_t*>(data_of(first_update[i]));
-      guarded.has_state[i] = !state[i].is_none();
+      if (!state[i].is_none()) guarded.state_tensors |= 1u << i;
       guarded.own[i] = state[i].ptr();
     }
     entry.shard_class = item.attr("shard_class").cast<int32_t>();
@@ -266,9 +267,7 @@ bool PlanGuard::refresh_entry(Entry& entry, GuardedEntry& guarded) {
   // A wrapper subclass has elements but no address.
   if (gradient.data == nullptr && entry.count > 0) return false;
   if (gradient.type != entry.grad_type) return false;
-  for (size_t i = 0; i < kStateTensors; ++i) {
-    if (i != kMaster && !guarded.has_state[i] && uses(plan.groups[entry.group], i)) return false;
-  }
+  if ((required_ & ~guarded.state_tensors) != 0) return false;
   if (guarded.watches_version && version_of(guarded.object) != guarded.version) return false;
   // An empty tensor may have no address, and has no elements to update.
   entry.grad = entry.count == 0 ? nullptr : gradient.data;
@@ -350,6 +349,10 @@ bool PlanGuard::refresh(const py::list& group_dicts, const py::dict& optimizer_s
     for (size_t i = 0; i < std::size(kFlags); ++i) group.*kFlags[i].field = truth(dict, names().flags[i]);
     group.fits_float = fits_float(group.lr);
     for (const auto& option : kNumbers) group.fits_float = group.fits_float && fits_float(group.*option.field);
+    required_ = 0;
+    for (size_t i = 0; i < kStateTensors; ++i) {
+      if (i != kMaster && uses(group, i)) required_ |= 1u << i;
+    }
     plan.groups.push_back(group);
     if (!refresh_group(dict, index)) return false;
   }

@@ -31,8 +31,8 @@ struct GuardedEntry {
   PyObject* alias = nullptr;   // shares the parameter's version counter; null for a stand-in
   Layout layout;
   dlpack::Device device{};
-  bool has_state[kStateTensors] = {};  // true for an empty tensor, too, whose address is null
-  bool watches_version = false;        // a new version means that user code wrote to the parameter
+  unsigned state_tensors = 0;    // a bit for each state tensor, also for an empty one, whose address is null
+  bool watches_version = false;  // a new version means that user code wrote to the parameter
   int64_t version = 0;
   int64_t version_step = 1;   // growth in one update; more than 1 if parameters are views that share the counter
   PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and the tensors in the dict
@@ -93,6 +93,7 @@ class PlanGuard {
 
   std::vector<GuardedEntry> guarded_;
   bool reads_lr_;
+  unsigned required_ = 0;         // of the group that is read: a bit for each state tensor that an option requires
   std::vector<DeviceLR> rates_;   // by group
   py::list updated_;              // aliases of the parameters that the last step updated
   std::vector<PyObject*> grads_;  // owned during a step, which releases the interpreter lock
