@@ -115,6 +115,8 @@ def check_numbers(group: dict[str, Any]) -> None:
             value = _value_of(value)
         elif value is None and option.takes_none:
             continue
+        elif option.takes_none and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise TypeError(f"{name} must be None or a number, got {shown(value)}")
         else:
             check_number(name, value)
         number = as_double(value)

@@ -89,8 +89,11 @@ def sources() -> Iterator[tuple[str, ASTSource]]:
         grad_bits = kind_bits(grad_kind for _, grad_kind in pairs)
         yield f"scan ({kinds})", scan_source(grad_bits, False, 0)
         yield f"scan with norm ({kinds})", scan_source(grad_bits, True, 0)
-        yield f"scan with norms of two parts ({kinds})", scan_source(grad_bits, True, 2)
+        if kinds == "all":
+            yield f"scan with norms of two parts ({kinds})", scan_source(grad_bits, True, 2)
         for groups, averages in ((0, False), (1, False), (1, True), (8, False)):
+            if groups != 1 and kinds != "all":
+                continue
             name = f"update ({kinds}), {groups or 'a table of'} groups{', averages' if averages else ''}"
             yield name, update_source(bits, groups, averages)
     yield "decide", decide_source(True, 2)

@@ -268,7 +268,7 @@ def test_a_decay_outside_its_range_is_refused(decay):
 
 @pytest.mark.parametrize("decay", ["0.9", True, torch.tensor(0.9)], ids=str)
 def test_a_decay_that_is_no_number_is_refused(decay):
-    with pytest.raises(TypeError, match="ema_decay must be a number"):
+    with pytest.raises(TypeError, match="ema_decay must be None or a number"):
         FusedSGD(parameters([(2,)]), lr=0.1, ema_decay=decay)
 
 

@@ -157,6 +157,8 @@ def test_an_average_that_was_switched_off_is_still_in_use(backend, device):
     [
         lambda model, optimizer: optimizer.step(),
         lambda model, optimizer: optimizer.refresh_masters(),
+        lambda model, optimizer: optimizer.state_dict(),
+        lambda model, optimizer: copy.deepcopy(optimizer),
         lambda model, optimizer: ft.fp32_state_dict(model, optimizer),
         lambda model, optimizer: ft.load_fp32_state_dict(model, optimizer, model.state_dict()),
         lambda model, optimizer: ft.ema_state_dict(model, optimizer),
@@ -165,6 +167,8 @@ def test_an_average_that_was_switched_off_is_still_in_use(backend, device):
     ids=[
         "step",
         "refresh_masters",
+        "state_dict",
+        "deepcopy",
         "fp32_state_dict",
         "load_fp32_state_dict",
         "ema_state_dict",
@@ -203,3 +207,82 @@ def test_an_optimizer_of_another_model_is_refused(backend, device):
         ft.ema_weights(network(torch.float16, device), optimizer).__enter__()
     with pytest.raises(TypeError, match="optimizer must be a FusedSGD"):
         ft.ema_state_dict(nn.Linear(2, 2), torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+
+
+def test_a_checkpoint_may_be_loaded_within_and_the_step_is_still_refused(backend, device):
+    model = network(torch.float16, device)
+    optimizer = optimizer_of(model, backend)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    before = everything(model, optimizer)
+    with ft.ema_weights(model, optimizer):
+        optimizer.load_state_dict(saved)
+        with pytest.raises(RuntimeError, match="leave the context of ema_weights"):
+            optimizer.step()
+    assert_all_same_bits(everything(model, optimizer), before)
+    train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("shape", [(4,), (5,)])
+def test_new_data_of_a_parameter_within_are_replaced_and_the_others_put_back(backend, device, shape):
+    model = network(torch.float16, device)
+    optimizer = optimizer_of(model, backend)
+    train(model, optimizer, 2)
+    before = everything(model, optimizer)
+    with ft.ema_weights(model, optimizer):
+        model[0].bias.data = torch.zeros(shape, device=device, dtype=torch.float16)
+    assert_all_same_bits(everything(model, optimizer), before)
+    train(model, optimizer, 1)
+
+
+def test_a_hook_that_fails_at_the_end_leaves_the_weights_and_a_usable_optimizer(backend, device):
+    model = network(torch.float16, device)
+    optimizer = optimizer_of(model, backend)
+    train(model, optimizer, 2)
+    before = everything(model, optimizer)
+    calls = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyError("hook")
+
+    handle = model.register_state_dict_pre_hook(fail)
+    with pytest.raises(KeyError, match="hook"), ft.ema_weights(model, optimizer):
+        pass
+    handle.remove()
+    assert_all_same_bits(everything(model, optimizer), before)
+    train(model, optimizer, 1)
+
+
+def test_the_export_has_the_masters_of_parameters_without_an_average(backend, device):
+    full = network(torch.float32, device)
+    model = network(torch.bfloat16, device)
+    optimizer = optimizer_of(model, backend)
+    state = {key: value + 1e-4 for key, value in full.state_dict().items() if value.is_floating_point()}
+    ft.load_fp32_state_dict(model, optimizer, {**full.state_dict(), **state})
+    for name, value in ft.ema_state_dict(model, optimizer).items():
+        if name in state and "running" not in name:
+            assert_same_bits(value, state[name])
+
+
+def test_an_average_of_another_shape_is_left_out(backend, device):
+    model = network(torch.float16, device)
+    optimizer = optimizer_of(model, backend)
+    train(model, optimizer, 2)
+    optimizer.state[model[0].bias]["ema_param"] = torch.ones(1, device=device)
+    before = everything(model, optimizer)
+    with ft.ema_weights(model, optimizer):
+        assert_same_bits(model[0].bias.detach(), before[1])
+    assert ft.ema_state_dict(model, optimizer)["0.bias"].shape == (4,)
+
+
+def test_malformed_state_is_refused_by_name(backend, device):
+    model = network(torch.float16, device)
+    optimizer = optimizer_of(model, backend)
+    train(model, optimizer, 2)
+    optimizer.state["other"] = 5
+    ft.ema_state_dict(model, optimizer)
+    optimizer.state[model[0].bias]["ema_param"] = 3.0
+    with pytest.raises(TypeError, match="the ema_param of parameter '0.bias' must be a tensor"):
+        ft.ema_state_dict(model, optimizer)
