@@ -157,12 +157,6 @@ TRICKS = (
         edits=(Edit("python/plan_guard.cpp", "if (!same) {\n    updated_", "{\n    updated_"),),
     ),
     Trick(
-        "the range of unwritten addresses around a gradient is kept between steps",
-        "unwritten in csrc/python/plan_guard.cpp",
-        "a cheaper search than 9 comparisons for each gradient",
-        edits=(Edit("python/plan_guard.cpp", "if (is_within(guarded.unwritten)) return true;", ""),),
-    ),
-    Trick(
         "a second owner of each state tensor in C++",
         "_owner_of in fused_tricks/backends/compiled.py",
         "reading state and aliases without their Python objects",

@@ -281,10 +281,8 @@ bool PlanGuard::refresh_entry(Entry& entry, GuardedEntry& guarded) {
   if (entry.grad == entry.param && gradient.type == entry.type) return true;
   const auto begin = reinterpret_cast<uintptr_t>(entry.grad);
   const uintptr_t end = begin + static_cast<uintptr_t>(entry.count * size_of(gradient.type));
-  const auto is_within = [&](const Range& range) { return range.begin <= begin && end <= range.end; };
-  if (is_within(guarded.unwritten)) return true;
-  guarded.unwritten = unwritten_around(begin);
-  return is_within(guarded.unwritten);
+  const Range around = unwritten_around(begin);
+  return around.begin <= begin && end <= around.end;
 }
 
 bool PlanGuard::refresh_group(PyObject* dict, size_t& index) {

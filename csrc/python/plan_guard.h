@@ -38,7 +38,6 @@ struct GuardedEntry {
   PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and the tensors in the dict
   PyObject* held[kStateTensors] = {};
   PyObject* own[kStateTensors] = {};  // the tensors of the plan: `held`, or the local parts of `held`
-  Range unwritten{0, 0};              // addresses around the last gradient that no step writes
 };
 
 // A learning rate that follows the number of applied updates. If `object` is a group's `lr`, the rate is `base` times
