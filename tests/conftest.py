@@ -28,7 +28,7 @@ collect_ignore_glob = [] if torch.distributed.is_available() else ["distributed/
 
 # The most instances of a test on Triton's interpreter, where a step takes 50 ms: with the plan guard of the extension,
 # and with the plan guard in Python.
-INTERPRETED = {"triton": 5, backends.WITHOUT_EXTENSION: 3}
+INTERPRETED = {"triton": 4, backends.WITHOUT_EXTENSION: 2}
 
 
 def spread(items: list[pytest.Item], count: int) -> list[pytest.Item]:
@@ -125,7 +125,7 @@ def long_run(backend: str) -> int:
     """Returns the number of steps of a test that compares a long run."""
     if backends.is_slow(backend):
         return 3
-    return 5 if backends.is_interpreted(backend) else 100
+    return 5 if backends.is_interpreted(backend) else 60
 
 
 @pytest.fixture

@@ -30,8 +30,6 @@ from support.comparison import (
     snapshot,
 )
 
-pytestmark = pytest.mark.both_watches
-
 SHAPES = [(65,), (3, 5), (4,), (0,), (9,)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float16, torch.float64]
 STEPS = 12
