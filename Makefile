@@ -34,13 +34,14 @@ TORCHES ?= 2.10.0 2.11.0 2.14.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test test-fast test-gpu fuzz sanitize test-torches bench gpu-report lint format clean FORCE
+.PHONY: help build test test-fast test-gpu test-triton fuzz sanitize test-torches bench gpu-report lint format clean FORCE
 
 help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
 	@echo "make test     run the tests; PYTEST_ARGS='-k overflow' selects some"
 	@echo "make test-fast  run the quick tests: no training, no other processes, no interpreted kernels"
 	@echo "make test-gpu   run the tests that require a GPU; without a GPU they are skipped"
+	@echo "make test-triton  run every instance of the tests of the Triton backend; make test runs a choice"
 	@echo "make fuzz     compare every backend with the reference on random histories, for SECONDS=60"
 	@echo "make sanitize run tests of the extension and the emulated kernels under AddressSanitizer,"
 	@echo "              UndefinedBehaviorSanitizer and ThreadSanitizer"
@@ -69,6 +70,9 @@ test-fast: test
 
 test-gpu: PYTEST_ARGS += -m gpu
 test-gpu: test
+
+test-triton: PYTEST_ARGS += --backend triton -k triton
+test-triton: test
 
 fuzz: $(STAMPS)/build $(STAMPS)/test
 	cd tests && PYTHONPATH=.:.. ../$(IN_VENV) -m fuzz --seconds $(SECONDS)

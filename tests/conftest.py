@@ -28,7 +28,7 @@ collect_ignore_glob = [] if torch.distributed.is_available() else ["distributed/
 
 # The most instances of a test on Triton's interpreter, where a step takes 50 ms: with the plan guard of the extension,
 # and with the plan guard in Python.
-INTERPRETED = {"triton": 4, backends.WITHOUT_EXTENSION: 2}
+INTERPRETED = {"triton": 2, backends.WITHOUT_EXTENSION: 1}
 
 
 def spread(items: list[pytest.Item], count: int) -> list[pytest.Item]:
