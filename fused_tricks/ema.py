@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from .step.model_weights import (
 )
 from .step.ordinary_tensors import outside_inference_mode
 from .step.parameters import EMA_PARAM, check_state, is_in_use, named_parameters, state_dtype
+from .step.shared_memory import missing_bytes
 
 
 @outside_inference_mode()
@@ -121,20 +122,17 @@ def ema_weights(model: nn.Module, optimizer: FusedSGD) -> Iterator[None]:
         swaps = [_Swap.of(param) for param in averages]
         rounded = [local_part(placed_like(average, param)) for param, average in averages.items()]
     optimizer._lend_weights()
-    try:
+    # Every callback runs, in the reverse order, even if another one raises.
+    with ExitStack() as undone:
+        undone.callback(optimizer._take_weights_back)
+        # A forward pass without a backward pass leaves the gathered averages of FSDP2 in place.
+        undone.callback(register_shards, model)
+        for swap in swaps:
+            undone.callback(swap.undo)
         with outside_inference_mode():
             for swap, value in zip(swaps, rounded, strict=True):
                 swap.memory.copy_(value)
         yield
-    finally:
-        try:
-            with outside_inference_mode():
-                for swap in swaps:
-                    swap.undo()
-            # A forward pass without a backward pass leaves the gathered averages of FSDP2 in place.
-            register_shards(model)
-        finally:
-            optimizer._take_weights_back()
 
 
 class _Swap(NamedTuple):
@@ -149,8 +147,12 @@ class _Swap(NamedTuple):
         memory = local_part(param).detach()
         return cls(param, memory, memory.clone())
 
+    @outside_inference_mode()
     def undo(self) -> None:
-        """Writes the former values, also if user code has given the parameter other memory meanwhile."""
+        """Writes the former values, also if user code has freed the memory or given the parameter other memory."""
+        if missing_bytes(self.memory):
+            self.param.data = self.former
+            return
         self.memory.copy_(self.former)
         local = local_part(self.param)
         if local is self.param and local.data_ptr() != self.memory.data_ptr():

@@ -27,7 +27,7 @@ struct Group {
   bool fits_float;  // no finite option overflows FP32
 };
 
-// The value of an option that is None. Same as NONE in fused_tricks/step/options.py.
+// The value of an option that is None.
 constexpr double kNone = -1.0;
 
 // An option and its key in a group's dict. `lr` is not an Option, because `lr` may be a tensor.

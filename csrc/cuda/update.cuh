@@ -239,9 +239,9 @@ __device__ inline T update_element(const Rule<T>& rule, T grad, T* weight, T* bu
   return w;
 }
 
-// `Param` is the element type of a 16-bit parameter. If the weight is the parameter itself, `Param` is the type of the
-// gradient, and `work.param` is null: FP32 parameters then share the code of 16-bit ones, because more instances of
-// this function would not fit in 64 registers.
+// `Param` is the element type of a 16-bit parameter; float for an FP32 parameter with an FP32 gradient. An FP32
+// parameter with a 16-bit gradient takes the gradient's type and a null `work.param`, because more instances of this
+// function would not fit in 64 registers.
 template <typename Param, typename Grad>
 __device__ inline void update_span(const BlockWork& work) {
   const Rule<float> rule = work.rule;

@@ -44,4 +44,4 @@ FLAGS = ("nesterov", "maximize", "bias_decay", "decoupled_weight_decay", "ema_wa
 """The boolean options."""
 
 NONE = -1.0
-"""The number that kernels read for None. Same as kNone in csrc/core/group.h."""
+"""The number that Triton's kernels read for None, as kNone in csrc/core/group.h."""

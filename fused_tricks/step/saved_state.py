@@ -70,8 +70,8 @@ class SavedState(Optimizer):
 
         The keys are `momentum_buffer`, `master_param` and `ema_param`. A parameter has its state from its first step
         on. A momentum buffer is zero and an average is NaN until the first applied update. Until then, `state_dict`
-        leaves the tensor out, and the first update ignores values that user code writes into it. A
-        tensor that user code puts in its place counts as written. Assigning a dict replaces the state.
+        leaves the tensor out, and the first update ignores values that user code writes into it. A tensor that user
+        code puts in its place counts as written. Assigning a dict replaces the state.
         """
         if is_asked_for_state():
             with self._lock:

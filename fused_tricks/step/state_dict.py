@@ -107,7 +107,7 @@ def finish_state_dict(
         else:
             del packed["state"][index]
     # A plan adds empty entries beside others. Without others, torch.optim.SGD has no entry either.
-    if left_out and not any(packed["state"].values()):
+    if left_out and all(isinstance(own, dict) and not own for own in packed["state"].values()):
         packed["state"].clear()
 
 

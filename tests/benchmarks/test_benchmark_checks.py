@@ -39,7 +39,7 @@ STEP = ["--parameters", "synthetic:2:300", "--rounds", "1", "--host-rounds", "1"
 
 
 def lineup(name: str, change, parameters: str = SET) -> dict[str, str]:
-    """Why a contestant of that name is left out when `change` is made to its first parameter with each step."""
+    """Returns why a contestant is left out when `change` is made to its first parameter with each step."""
     if name == step_peers.MODEL_EMA:
         pytest.importorskip("timm", reason="the average is timm's")
     candidates = step_lineup.of_a_model(parameters, torch.float16, CPU, ["cpu"], averages=True)

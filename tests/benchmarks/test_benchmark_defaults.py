@@ -1,4 +1,4 @@
-"""What the benchmarks do unless told otherwise: what they measure, where results go, what they need."""
+"""The defaults of the benchmarks: measurements, output folders, requirements."""
 
 from __future__ import annotations
 

@@ -14,17 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from fused_tricks import DynamicLossScale, FusedSGD
 from support import ranks
 from support.comparison import assert_all_same_bits
-from support.products import Products, inputs_of, mean_of, with_overflow
+from support.products import OPTIONS, Products, inputs_of, mean_of, with_overflow
 
 pytestmark = pytest.mark.slow
 
-OPTIONS: dict[str, Any] = {
-    "lr": 0.1,
-    "momentum": 0.9,
-    "weight_decay": 1e-2,
-    "dampening": 0.25,
-    "ema_decay": 0.5,
-}
 OVERFLOWS = (0, 3)
 STEPS = 6
 
@@ -52,6 +45,10 @@ def assert_same_everywhere(model: Module) -> None:
         assert_all_same_bits(everywhere, [param] * len(everywhere))
 
 
+def averages_of(optimizer: FusedSGD) -> list[Tensor]:
+    return [optimizer.state[param]["ema_param"] for param in optimizer.param_groups[0]["params"]]
+
+
 def train(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Trains on several processes, and compares every step with one process that has the whole batch."""
     model, alone = Products(dtype), Products(dtype)
@@ -66,6 +63,8 @@ def train(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
             of.scale(network(inputs)).backward()
             of.step()
         assert_all_same_bits(model.parameters(), alone.parameters())
+        if expected.stats().applied_steps:
+            assert_all_same_bits(averages_of(optimizer), averages_of(expected))
         assert optimizer.stats() == expected.stats()
     assert optimizer.stats().skipped_steps == len(OVERFLOWS)
     assert_same_everywhere(model)
@@ -95,6 +94,8 @@ def accumulate(max_norm: float | None) -> None:
         for of in (optimizer, expected):
             of.step()
         assert_all_same_bits(model.parameters(), alone.parameters())
+        if expected.stats().applied_steps:
+            assert_all_same_bits(averages_of(optimizer), averages_of(expected))
         assert optimizer.stats() == expected.stats()
     assert optimizer.stats().skipped_steps == len(OVERFLOWS)
     assert_same_everywhere(model)

@@ -28,7 +28,7 @@ from torch.nn import Module, Parameter
 from fused_tricks import DynamicLossScale, FusedSGD
 from support import ranks
 from support.comparison import assert_all_same_bits, assert_same_bits
-from support.products import Products, inputs_of, with_overflow
+from support.products import OPTIONS, Products, inputs_of, with_overflow
 
 # torch gives this warning when a process saves or loads alone.
 pytestmark = [
@@ -36,13 +36,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 
-OPTIONS: dict[str, Any] = {
-    "lr": 0.1,
-    "momentum": 0.9,
-    "weight_decay": 1e-2,
-    "dampening": 0.25,
-    "ema_decay": 0.5,
-}
 OVERFLOWS = (0, 4, 7)
 FORMATS = {"nested": StateDictOptions(), "flat": StateDictOptions(flatten_optimizer_state_dict=True)}
 

@@ -23,17 +23,10 @@ from fused_tricks.distributed import found_inf_reduction
 from fused_tricks.step import planned_steps
 from support import ranks
 from support.comparison import assert_all_same_bits, assert_same_bits
-from support.products import SHAPES, Products, Shapes, inputs_of, mean_of, with_overflow
+from support.products import OPTIONS, SHAPES, Products, Shapes, inputs_of, mean_of, with_overflow
 
 pytestmark = pytest.mark.slow
 
-OPTIONS: dict[str, Any] = {
-    "lr": 0.1,
-    "momentum": 0.9,
-    "weight_decay": 1e-2,
-    "dampening": 0.25,
-    "ema_decay": 0.5,
-}
 OVERFLOWS = (0, 3)
 STEPS = 6
 

@@ -234,17 +234,22 @@ CAUSES: dict[str, tuple[Callable[[Names], None], dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("cause", CAUSES)
-def test_the_lines_for_skipped_steps_tell_the_causes_apart(cause, capsys):
-    breaks, expected = CAUSES[cause]
-    names = names_of()
-    breaks(names)
+def found_by_the_page(names: Names, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Runs the lines for skipped steps after a backward pass, and returns what they print."""
     names["optimizer"] = FusedSGD(names["model"].named_parameters(), lr=0.1, loss_scale=1.0)
     names["loss"] = loss_of(names)
     names["optimizer"].scale(names["loss"]).backward()
     (block,) = code_of("the last 25 optimizer steps were skipped")
     run(block, names)
-    found = findings(capsys.readouterr().out)
+    return findings(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_the_lines_for_skipped_steps_tell_the_causes_apart(cause, capsys):
+    breaks, expected = CAUSES[cause]
+    names = names_of()
+    breaks(names)
+    found = found_by_the_page(names, capsys)
     assert {name: found[name] for name in expected} == expected
     assert "body.weight" in found["gradients"]
 
@@ -252,12 +257,7 @@ def test_the_lines_for_skipped_steps_tell_the_causes_apart(cause, capsys):
 def test_a_gradient_of_the_norm_at_zero_is_the_cause_where_all_else_is_finite(capsys):
     names = names_of()
     names["criterion"] = lambda outputs, labels: (outputs * 0).square().sum().sqrt()
-    names["optimizer"] = FusedSGD(names["model"].named_parameters(), lr=0.1, loss_scale=1.0)
-    names["loss"] = loss_of(names)
-    names["optimizer"].scale(names["loss"]).backward()
-    (block,) = code_of("the last 25 optimizer steps were skipped")
-    run(block, names)
-    found = findings(capsys.readouterr().out)
+    found = found_by_the_page(names, capsys)
     assert found["loss"] == "0.0" and found["inputs"] == "True" and found["weights and buffers"] == "[]"
     assert "fc.weight" in found["gradients"]
 

@@ -21,7 +21,7 @@ import train
 from cuda_graph import WARMUP, CapturedStep, NotCapturable
 from fused_tricks import FusedSGD
 from support import emulation, recorded_graph
-from support.comparison import assert_same_bits
+from support.comparison import assert_same_tree
 from support.networks import Tiny
 
 pytestmark = pytest.mark.slow
@@ -55,22 +55,11 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def assert_equal(value: Any, expected: Any) -> None:
-    items, structure = torch.utils._pytree.tree_flatten(value)
-    expected_items, expected_structure = torch.utils._pytree.tree_flatten(expected)
-    assert structure == expected_structure
-    for item, expected_item in zip(items, expected_items):
-        if isinstance(expected_item, Tensor):
-            assert_same_bits(item, expected_item)
-        else:
-            assert item == expected_item
-
-
 def test_replayed_steps_are_those_of_a_training_without_a_graph(tmp_path: Path, fake_gpu: None) -> None:
     graph, without = tmp_path / "graph", tmp_path / "without"
     trained = train.main([*OPTIONS, "--cuda-graph", "--output", str(graph)])
-    assert_equal(trained, train.main([*OPTIONS, "--output", str(without)]))
-    assert_equal(checkpoint(graph), checkpoint(without))
+    assert_same_tree(trained, train.main([*OPTIONS, "--output", str(without)]))
+    assert_same_tree(checkpoint(graph), checkpoint(without))
     (group,) = checkpoint(graph)["optimizer"]["param_groups"]
     assert 0 < group["skipped_steps"] < 25 and group["applied_steps"] == 28 - group["skipped_steps"]
 
@@ -87,8 +76,8 @@ def test_a_run_that_was_killed_resumes_with_a_graph_of_its_own(tmp_path: Path, f
 
     with mock.patch.object(train.Trainer, "train", step_or_die), pytest.raises(KeyboardInterrupt):
         train.main([*command, str(resumed)])
-    assert_equal(train.main([*command, str(resumed)]), train.main([*command, str(whole)]))
-    assert_equal(checkpoint(resumed), checkpoint(whole))
+    assert_same_tree(train.main([*command, str(resumed)]), train.main([*command, str(whole)]))
+    assert_same_tree(checkpoint(resumed), checkpoint(whole))
 
 
 class ReadsANumber(Tiny):
@@ -187,5 +176,5 @@ def test_a_gpu_trains_with_a_graph_as_without_it(
     graph, without = tmp_path / "graph", tmp_path / "without"
     command = [*OPTIONS, "--low-precision", precision, "--output"]
     trained = train.main([*command, str(graph), "--cuda-graph"])
-    assert_equal(trained, train.main([*command, str(without)]))
-    assert_equal(checkpoint(graph), checkpoint(without))
+    assert_same_tree(trained, train.main([*command, str(without)]))
+    assert_same_tree(checkpoint(graph), checkpoint(without))

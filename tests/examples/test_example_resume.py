@@ -25,11 +25,10 @@ pytest.importorskip("torchvision", reason="the example takes its networks from t
 pytest.importorskip("tqdm", reason="the example shows its progress with tqdm")
 
 import sklearn.datasets  # noqa: F401  # here, so that each process finds it imported
-from torch.utils._pytree import tree_flatten
 
 import train
 from support import ranks
-from support.comparison import assert_same_bits
+from support.comparison import assert_same_bits, assert_same_tree
 from support.networks import Tiny
 
 pytestmark = pytest.mark.slow
@@ -133,20 +132,9 @@ def left_in(folder: Path) -> dict[str, Any]:
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in names}
 
 
-def assert_equal(value: Any, expected: Any) -> None:
-    """Compares nested containers, and the tensors in them bit for bit."""
-    (items, structure), (expected_items, expected_structure) = tree_flatten(value), tree_flatten(expected)
-    assert structure == expected_structure
-    for item, expected_item in zip(items, expected_items):
-        if isinstance(expected_item, Tensor):
-            assert_same_bits(item, expected_item)
-        else:
-            assert item == expected_item
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run leaves that nothing happens to."""
+    """Returns the results of a run without an interruption."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     assert launch(folder) == [0]
     return left_in(folder)
@@ -157,7 +145,7 @@ def test_a_run_killed_twice_at_random_moments_ends_with_the_same_bits(tmp_path, 
         print(f"killed after {moment:.2f} steps")
         assert launch(tmp_path, killed_at=moment) == [-signal.SIGKILL]
     assert launch(tmp_path) == [0]
-    assert_equal(left_in(tmp_path), uninterrupted)
+    assert_same_tree(left_in(tmp_path), uninterrupted)
     (group,) = uninterrupted["checkpoint"]["optimizer"]["param_groups"]
     assert group["skipped_steps"] > 0, "this is to be about steps that overflow, too"
 
@@ -195,13 +183,13 @@ def test_a_run_killed_in_a_save_ends_with_the_same_bits(tmp_path, moment, uninte
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert saved["step"] == (12 if moment == "after it replaced" else 8)
     assert launch(tmp_path) == [0]
-    assert_equal(left_in(tmp_path), uninterrupted)
+    assert_same_tree(left_in(tmp_path), uninterrupted)
 
 
 def test_processes_that_load_images_change_nothing(tmp_path, uninterrupted):
     assert launch(tmp_path, "--workers", "2", killed_at=9.5) == [-signal.SIGKILL]
     assert launch(tmp_path, "--workers", "1") == [0]
-    assert_equal(left_in(tmp_path), uninterrupted)
+    assert_same_tree(left_in(tmp_path), uninterrupted)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -213,7 +201,7 @@ def test_a_run_of_several_processes_ends_with_the_same_bits_after_one_was_killed
     assert launch(uninterrupted, *options, count=count) == [0] * count
     assert launch(resumed, *options, count=count, killed_at=17.5)[0] == -signal.SIGKILL
     assert launch(resumed, *options, count=count) == [0] * count
-    assert_equal(left_in(resumed), left_in(uninterrupted))
+    assert_same_tree(left_in(resumed), left_in(uninterrupted))
     # Of the running statistics each process has its own.
     learned = [name for name, _ in Tiny(10).named_parameters()]
     for rank in range(count):

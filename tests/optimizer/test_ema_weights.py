@@ -235,6 +235,17 @@ def test_new_data_of_a_parameter_within_are_replaced_and_the_others_put_back(bac
     train(model, optimizer, 1)
 
 
+def test_memory_that_is_freed_within_is_replaced_and_the_others_are_put_back(backend, device):
+    model = network(torch.float16, device)
+    optimizer = optimizer_of(model, backend)
+    train(model, optimizer, 2)
+    before = everything(model, optimizer)
+    with ft.ema_weights(model, optimizer):
+        model[0].bias.untyped_storage().resize_(0)
+    assert_all_same_bits(everything(model, optimizer), before)
+    train(model, optimizer, 1)
+
+
 def test_a_hook_that_fails_at_the_end_leaves_the_weights_and_a_usable_optimizer(backend, device):
     model = network(torch.float16, device)
     optimizer = optimizer_of(model, backend)

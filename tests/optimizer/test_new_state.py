@@ -281,6 +281,13 @@ def test_a_skipped_first_step_adds_no_empty_entries_to_the_state_dict(backend, d
     assert optimizer.state_dict()["state"] == {}
 
 
+@pytest.mark.parametrize("value", [torch.zeros(3), 0], ids=["tensor", "number"])
+def test_entries_of_user_code_are_saved_after_a_skipped_first_step(backend, device, value):
+    optimizer, _ = skipped_first_step(backend, device)
+    optimizer.state["of user code"] = value
+    assert list(optimizer.state_dict()["state"]) == ["of user code"]
+
+
 def test_a_malformed_option_is_refused_before_a_new_plan_changes_state(backend, device):
     param = Parameter(torch.ones(3, device=device, dtype=torch.float16))
     optimizer = FusedSGD([param], lr=0.5, loss_scale=1.0, backend=backend)

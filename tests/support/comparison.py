@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._pytree import tree_flatten
 
 from fused_tricks import FusedSGD
 
@@ -44,6 +45,17 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> 
 def assert_all_same_bits(actual: Iterable[Tensor], expected: Iterable[Tensor], what: str = "tensor") -> None:
     for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
         assert_same_bits(one, other, f"{what} {index}")
+
+
+def assert_same_tree(actual: Any, expected: Any) -> None:
+    """Compares nested containers, and the tensors in them bit for bit."""
+    (items, structure), (expected_items, expected_structure) = tree_flatten(actual), tree_flatten(expected)
+    assert structure == expected_structure
+    for item, expected_item in zip(items, expected_items, strict=True):
+        if isinstance(expected_item, Tensor):
+            assert_same_bits(item, expected_item)
+        else:
+            assert item == expected_item
 
 
 def wide_range(shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,13 @@ from torch.nn import Module, ParameterList
 
 Shapes = Sequence[tuple[int, ...]]
 
+OPTIONS: dict[str, Any] = {
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 1e-2,
+    "dampening": 0.25,
+    "ema_decay": 0.5,
+}
 # Over four processes: uneven shards and empty shards.
 SHAPES: Shapes = ((5, 3), (1,), (4, 2), (3,), (9, 2, 1))
 

@@ -18,7 +18,9 @@ from .fake_cuda import FakeCuda
 
 
 class RecordedGraph:
-    """As `torch.cuda.CUDAGraph`: a replay reads and writes the memory of the capture, and no Python of the step runs.
+    """A stand-in for `torch.cuda.CUDAGraph`.
+
+    A replay reads and writes the memory of the capture, and no Python of the step runs.
 
     Our launches come after all operations of torch, as in a training step. Only one graph can have such launches.
     """
