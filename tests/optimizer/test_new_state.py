@@ -228,10 +228,10 @@ def test_a_new_master_that_changes_its_layout_is_saved_only_if_user_code_wrote_i
     )
 
 
-def pair_after_a_skipped_step(backend, device):
-    """An optimizer whose first step was skipped and whose second step updated the first of two parameters."""
+def pair_after_a_skipped_step(backend, device, **options):
+    """Returns an optimizer whose first step was skipped and whose second step updated one of two parameters."""
     params = [Parameter(torch.ones(3, device=device, dtype=torch.float16)) for _ in range(2)]
-    optimizer = FusedSGD(params, lr=0.5, loss_scale=1.0, backend=backend)
+    optimizer = FusedSGD(params, loss_scale=1.0, backend=backend, **{"lr": 0.5, **options})
     for param in params:
         param.grad = torch.full_like(param, float("inf"))
     optimizer.step()
@@ -245,6 +245,15 @@ def test_the_update_of_one_parameter_writes_no_master_of_another(backend, device
     assert list(optimizer.state_dict()["state"]) == [0]
     del optimizer.param_groups[0]["params"][1]
     assert list(optimizer.state_dict()["state"]) == [0]
+
+
+def test_a_parameter_that_an_update_leaves_out_has_its_own_first_update_later(backend, device):
+    optimizer, params = pair_after_a_skipped_step(backend, device, **DAMPED, ema_decay=0.5)
+    params[0].grad = None
+    step(optimizer, params[1])
+    state = optimizer.state[params[1]]
+    assert state["momentum_buffer"].tolist() == [1.0] * 3
+    assert_same_bits(state["ema_param"], state["master_param"])
 
 
 def test_a_parameter_may_change_its_shape_before_its_own_first_update(backend, device):
