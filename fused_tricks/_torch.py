@@ -39,6 +39,9 @@ NormBase = _NormBase
 # The oldest supported torch has no public module for pytrees.
 leaves_of = tree_leaves
 
+# Copies each tensor of a list. torch has no public function for a list.
+copy_all: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy_
+
 # True for a tensor whose elements are in other tensors. torch has no public check.
 is_wrapper_subclass: Callable[[object], bool] = is_traceable_wrapper_subclass
 
@@ -81,6 +84,12 @@ def is_fake(tensor: Tensor) -> bool:
     # A FakeTensor exists only after an import of the module. The import takes long.
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def wrapped_by(tensor: Tensor) -> tuple[Tensor, object]:
+    """Returns the local tensor of a `DTensor`, and its `DTensorSpec`. The public method returns a new view."""
+    parts: Any = tensor
+    return parts._local_tensor, parts._spec
 
 
 def has_step_hooks(optimizer: Optimizer) -> bool:

@@ -97,7 +97,11 @@ bool has_state(PyObject* state, PyObject* const* held) {
 // True if a tensor of the state, and the local part of the tensor, are still at the plan's address.
 bool is_in_place(PyObject* held, PyObject* own, const void* address) {
   if (held == nullptr || address == nullptr) return true;
-  return is_at(held, address) && (own == held || is_at(own, address));
+  PyObject* const local = local_part_of(held);
+  if (own == held || local == own) return is_at(own, address);
+  // The local part has been replaced, unless it was pending when the plan was made.
+  if (local != nullptr && is_plain(local)) return false;
+  return is_at(held, address) && is_at(own, address);
 }
 
 }  // namespace
@@ -162,11 +166,13 @@ void PlanGuard::add_entry(const py::handle& item) {
   guarded.object = item.attr("param").ptr();
   guarded.source = item.attr("source").ptr();
   if (entry.live) {
-    const py::object alias = item.attr("alias");
+    guarded.home = item.attr("home").ptr();
+    const py::object spec = item.attr("spec");
+    if (!spec.is_none()) guarded.spec = spec.ptr();
     const py::tuple state = item.attr("state");
     const py::tuple first_update = item.attr("first_update");
     TensorView tensor;
-    if (!read_tensor(guarded.source, tensor)) throw std::invalid_argument("a parameter's dtype is not supported");
+    if (!read_tensor(guarded.home, tensor)) throw std::invalid_argument("a parameter's dtype is not supported");
     entry.type = tensor.type;
     entry.grad_type = dtype_of(item.attr("grad_dtype"));
     entry.count = 1;
@@ -180,12 +186,16 @@ void PlanGuard::add_entry(const py::handle& item) {
       guarded.own[i] = state[i].ptr();
     }
     entry.shard_class = item.attr("shard_class").cast<int32_t>();
-    if (!alias.is_none()) guarded.alias = alias.ptr();
+    const py::tuple counted = item.attr("counted");
+    const py::tuple watched = item.attr("watched");
+    for (size_t i = 0; i < counted.size(); ++i) guarded.counters[i].tensor = counted[i].ptr();
+    for (size_t i = 0; i < watched.size(); ++i) {
+      guarded.counters[i].watched = watched[i].ptr();
+      guarded.counters[i].version = version_of(guarded.counters[i].watched);
+    }
     guarded.layout.shape.assign(tensor.shape, tensor.shape + tensor.dimensions);
     guarded.layout.strides.assign(tensor.strides, tensor.strides + tensor.dimensions);
     guarded.device = tensor.device;
-    guarded.watches_version = item.attr("watches_version").cast<bool>();
-    if (guarded.watches_version) guarded.version = version_of(guarded.object);
   }
   plan.entries.push_back(entry);
   guarded_.push_back(guarded);
@@ -252,6 +262,11 @@ bool PlanGuard::state_is_unchanged(const py::dict& optimizer_state) const {
 
 bool PlanGuard::refresh_entry(Entry& entry, GuardedEntry& guarded) {
   PyObject* grad = grad_of(guarded.source);
+  if (grad == Py_None && guarded.spec != nullptr) {
+    Py_DECREF(grad);
+    grad = local_grad_of(guarded.object, guarded.spec);
+    if (grad == nullptr) return false;
+  }
   if (grad == Py_None) {
     Py_DECREF(grad);
     entry.grad = nullptr;
@@ -260,7 +275,8 @@ bool PlanGuard::refresh_entry(Entry& entry, GuardedEntry& guarded) {
   grads_.push_back(grad);
   if (!entry.live) return false;
   TensorView param, gradient;
-  if (!read_tensor(guarded.source, param) || param.data != entry.param || param.type != entry.type) return false;
+  if (guarded.spec != nullptr && !is_local_part(guarded.home, guarded.object, guarded.spec)) return false;
+  if (!read_tensor(guarded.home, param) || param.data != entry.param || param.type != entry.type) return false;
   if (!guarded.layout.matches(param)) return false;
   if (!read_tensor(grad, gradient) || !guarded.layout.matches(gradient)) return false;
   if (gradient.device.type != guarded.device.type || gradient.device.index != guarded.device.index) return false;
@@ -268,7 +284,9 @@ bool PlanGuard::refresh_entry(Entry& entry, GuardedEntry& guarded) {
   if (gradient.data == nullptr && entry.count > 0) return false;
   if (gradient.type != entry.grad_type) return false;
   if ((required_ & ~guarded.state_tensors) != 0) return false;
-  if (guarded.watches_version && version_of(guarded.object) != guarded.version) return false;
+  for (const Counter& counter : guarded.counters) {
+    if (counter.watched != nullptr && version_of(counter.watched) != counter.version) return false;
+  }
   // An empty tensor may have no address, and has no elements to update.
   entry.grad = entry.count == 0 ? nullptr : gradient.data;
   if (entry.grad == nullptr) return true;
@@ -357,36 +375,43 @@ bool PlanGuard::refresh(const py::list& group_dicts, const py::dict& optimizer_s
   return index == guarded_.size();
 }
 
+// Calls `function` with each version counter that the last step incremented.
+template <typename Function>
+void PlanGuard::for_each_updated(const Function& function) {
+  for (size_t i = 0; i < guarded_.size(); ++i) {
+    if (plan.entries[i].grad == nullptr) continue;
+    for (Counter& counter : guarded_[i].counters) {
+      if (counter.tensor != nullptr) function(counter);
+    }
+  }
+}
+
 void PlanGuard::release_gradients() {
   for (PyObject* grad : grads_) Py_DECREF(grad);
   grads_.clear();
 }
 
 void PlanGuard::mark_updated() {
-  const auto is_updated = [this](size_t i) { return plan.entries[i].grad != nullptr && guarded_[i].alias != nullptr; };
   size_t count = 0;
   bool same = true;
-  for (size_t i = 0; i < guarded_.size(); ++i) {
-    if (!is_updated(i)) continue;
-    same = same && count < updated_.size() && PyList_GET_ITEM(updated_.ptr(), count) == guarded_[i].alias;
+  for_each_updated([&](const Counter& counter) {
+    same = same && count < updated_.size() &&
+           PyList_GET_ITEM(updated_.ptr(), static_cast<Py_ssize_t>(count)) == counter.tensor;
     ++count;
-  }
+  });
   same = same && count == updated_.size();
   if (!same) {
     updated_ = py::list();
-    for (size_t i = 0; i < guarded_.size(); ++i) {
-      if (is_updated(i)) updated_.append(py::handle(guarded_[i].alias));
-    }
+    for_each_updated([&](const Counter& counter) { updated_.append(py::handle(counter.tensor)); });
   }
   const py::object done =
       py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch_api.increment_version, updated_.ptr()));
   if (!done) throw py::error_already_set();
-  for (size_t i = 0; i < guarded_.size(); ++i) {
-    GuardedEntry& guarded = guarded_[i];
-    if (!guarded.watches_version || !is_updated(i)) continue;
-    if (!same) guarded.version_step = version_of(guarded.object) - guarded.version;
-    guarded.version += guarded.version_step;
-  }
+  for_each_updated([same](Counter& counter) {
+    if (counter.watched == nullptr) return;
+    if (!same) counter.step = version_of(counter.watched) - counter.version;
+    counter.version += counter.step;
+  });
 }
 
 }  // namespace fused_tricks

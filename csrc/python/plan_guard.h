@@ -23,19 +23,26 @@ struct Range {
   uintptr_t end;
 };
 
+// A version counter that an update increments.
+struct Counter {
+  PyObject* tensor = nullptr;   // the tensor whose counter is incremented; null: no counter
+  PyObject* watched = nullptr;  // the tensor whose counter is read, because a new version means that user code wrote
+  int64_t version = 0;
+  int64_t step = 1;  // growth in one update; more than 1 if parameters are views that share the counter
+};
+
 // The Python side of the entry at the same index. All objects are borrowed. fused_tricks/backends/compiled.py owns the
 // objects of the entries while the guard lives, so that the garbage collector sees the references.
 struct GuardedEntry {
   PyObject* object = nullptr;  // the parameter as its group lists it
-  PyObject* source = nullptr;  // the tensor whose memory and gradient the kernels use: the parameter, or a stand-in
-  PyObject* alias = nullptr;   // shares the parameter's version counter; null for a stand-in
+  PyObject* source = nullptr;  // the tensor whose gradient the kernels use: the parameter, or a stand-in
+  PyObject* home = nullptr;    // the tensor whose memory the kernels write
+  PyObject* spec = nullptr;    // the DTensorSpec of a DTensor whose local part is `home`; null: no DTensor
   Layout layout;
   dlpack::Device device{};
-  unsigned state_tensors = 0;    // a bit for each state tensor, also for an empty one, whose address is null
-  bool watches_version = false;  // a new version means that user code wrote to the parameter
-  int64_t version = 0;
-  int64_t version_step = 1;   // growth in one update; more than 1 if parameters are views that share the counter
-  PyObject* state = nullptr;  // the parameter's dict in Optimizer.state, and the tensors in the dict
+  unsigned state_tensors = 0;  // a bit for each state tensor, also for an empty one, whose address is null
+  Counter counters[2];         // of the parameter, and of the local part of a DTensor
+  PyObject* state = nullptr;   // the parameter's dict in Optimizer.state, and the tensors in the dict
   PyObject* held[kStateTensors] = {};
   PyObject* own[kStateTensors] = {};  // the tensors of the plan: `held`, or the local parts of `held`
 };
@@ -87,6 +94,8 @@ class PlanGuard {
   void follow(const DeviceLR& rate, Group& group) const;
   void find_written_memory();
   Range unwritten_around(uintptr_t address) const;
+  template <typename Function>
+  void for_each_updated(const Function& function);
   void watch_state(const py::dict& state);
   bool state_is_unchanged(const py::dict& state) const;
 
@@ -94,7 +103,7 @@ class PlanGuard {
   bool reads_lr_;
   unsigned required_ = 0;         // of the group that is read: a bit for each state tensor that an option requires
   std::vector<DeviceLR> rates_;   // by group
-  py::list updated_;              // aliases of the parameters that the last step updated
+  py::list updated_;              // the tensors whose version counters the last step incremented
   std::vector<PyObject*> grads_;  // owned during a step, which releases the interpreter lock
   std::vector<Range> written_;    // the memory of parameters, masters and buffers, by address
   bool watches_state_ = false;

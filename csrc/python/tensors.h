@@ -26,6 +26,16 @@ bool has_its_memory(PyObject* tensor, DType type, int64_t count);
 PyObject* grad_of(PyObject* tensor);
 int64_t version_of(PyObject* tensor);
 
+// Returns the local part of a DTensor (borrowed); null for any other tensor.
+PyObject* local_part_of(PyObject* tensor);
+
+// True if `local` and `spec` are still the local part and the DTensorSpec of a DTensor.
+bool is_local_part(PyObject* local, PyObject* tensor, PyObject* spec);
+
+// Returns a new reference to the local part of a DTensor's gradient, or to None without a gradient. Returns null, with
+// no Python error set, if Python must convert the gradient: a pending one, or one that is placed otherwise than `spec`.
+PyObject* local_grad_of(PyObject* tensor, PyObject* spec);
+
 // Returns torch's current stream of a device; null for the CPU.
 void* current_stream(const dlpack::Device& device);
 

@@ -24,9 +24,11 @@ class Stepper(Protocol):
 
     Attributes:
         is_async: True if `APPLIED` means "launched", not "done". The skip decision is then made on the device.
+        reads_shards: True if the stepper reads the gradients of `DTensor`s itself, where `Entry.spec` is set.
     """
 
     is_async: bool
+    reads_shards: bool
 
     def step(self, groups: list[dict[str, Any]], state: dict[Any, Any], request: StepRequest) -> int:
         """Checks the plan guard, scans, decides and updates.

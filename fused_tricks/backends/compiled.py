@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed.sharding import is_distributed
 from ..step.device_lr import device_lr_of
 from ..step.device_state import StepState
 from ..step.parameters import STATE_TENSORS
@@ -23,13 +24,15 @@ class CompiledEntry(NamedTuple):
     Attributes:
         group: The index of the parameter's group.
         param: The parameter, as listed in the group.
-        source: The tensor whose memory and `.grad` the kernels use.
-        alias: A tensor that shares the parameter's version counter; None if the kernels do not write the parameter
-            itself.
+        source: The tensor whose `.grad` the kernels use.
+        home: The tensor whose memory the kernels write.
+        spec: The `DTensorSpec` of a `DTensor` whose local part is `home`; None for any other parameter. If `source` has
+            no gradient, the guard reads the local part of the gradient of the `DTensor`.
+        counted: The tensors whose version counters an update increments, at most two.
+        watched: The tensors whose changed version counters make the plan stale: none, or one for each of `counted`.
         live: True if the plan can update the parameter.
         grad_dtype: The dtype of the gradients.
         state: The local parts of the state tensors, in the order of `STATE_TENSORS`; None for a missing one.
-        watches_version: True if a changed version counter of the parameter makes the plan stale.
         first_update: The notes of the numbers of the updates that first write the state tensors, in the order of
             `STATE_TENSORS`; None for a missing tensor.
         shard_class: The index of the shard class.
@@ -38,11 +41,13 @@ class CompiledEntry(NamedTuple):
     group: int
     param: Tensor
     source: Tensor
-    alias: Tensor | None
+    home: Tensor
+    spec: object
+    counted: tuple[Tensor, ...]
+    watched: tuple[Tensor, ...]
     live: bool
     grad_dtype: torch.dtype | None
     state: tuple[Tensor | None, ...]
-    watches_version: bool
     first_update: tuple[Tensor | None, ...]
     shard_class: int
 
@@ -86,13 +91,15 @@ class CompiledPlanGuard:
         *,
         reads_lr: bool,
     ) -> None:
-        aliases = [
-            entry.param.detach() if entry.live and not entry.is_staged else None for entry in plan.entries
+        # An alias shares the version counter, and torch accesses it faster than the parameter.
+        counted = [
+            (entry.param.detach(),) if len(entry.counted) == 1 else entry.counted for entry in plan.entries
         ]
         # A second C++ reference halves the time of an access to a tensor: with one reference, torch updates the
         # reference count of the Python object at every access.
+        accessed = [tensor for tensors in counted for tensor in tensors if not is_distributed(tensor)]
         state = [tensor for entry in plan.entries for tensor in entry.local_state.values()]
-        self._second_owners = [_owner_of(tensor) for tensor in (*aliases, *state) if tensor is not None]
+        self._second_owners = [_owner_of(tensor) for tensor in (*accessed, *state)]
         self._step_state = step_state
         self._reduction = plan.reduction
         # The extension borrows these objects. References in C++ would be invisible to the garbage collector.
@@ -101,15 +108,17 @@ class CompiledPlanGuard:
                 group=entry.group,
                 param=entry.param,
                 source=entry.source,
-                alias=alias,
+                home=entry.home,
+                spec=entry.spec,
+                counted=tensors,
+                watched=entry.counted if entry.master is not None else (),
                 live=entry.live,
                 grad_dtype=entry.grad_dtype,
                 state=tuple(map(entry.local_state.get, STATE_TENSORS)),
-                watches_version=entry.master is not None and not entry.is_staged,
                 first_update=tuple(map(entry.first_updates.get, STATE_TENSORS)),
                 shard_class=entry.shard_class,
             )
-            for entry, alias in zip(plan.entries, aliases, strict=True)
+            for entry, tensors in zip(plan.entries, counted, strict=True)
         ]
         self._rates = [_compiled_lr(lr, step_state.block.device) for lr in plan.lrs]
         self.handle: _extension.PlanGuard = extension.PlanGuard(

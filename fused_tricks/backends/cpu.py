@@ -23,6 +23,7 @@ class CpuStepper:
     """The stepper of the compiled CPU backend."""
 
     is_async = False
+    reads_shards = True
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         extension = load_extension()

@@ -38,6 +38,7 @@ class GpuStepper:
     """
 
     is_async = True
+    reads_shards = True
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         self._step_state = step_state

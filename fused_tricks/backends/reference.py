@@ -27,6 +27,7 @@ class ReferenceStepper:
     """The stepper of one step. A second step over the same plan returns `STALE`, so every step has a new plan."""
 
     is_async = False
+    reads_shards = False
 
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         self._plan = plan
@@ -58,6 +59,9 @@ class ReferenceStepper:
                 for key in STATE_TENSORS
             }
             _update(entry, grad, group, inverse_scale if request.unscales else None, clip, is_first)
+            if entry.local is not entry.param and not entry.is_copy:
+                # The operations have incremented the version counter of the local part only.
+                torch.autograd.graph.increment_version(entry.param)
         return Outcome.APPLIED
 
     def _note_update(self, entry: Entry, key: str) -> bool:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from .._torch import ZERO_REDUNDANCY_OPTIMIZER, is_called_by, is_flattened_by_fsdp1, is_wrapper_subclass
+from .._torch import (
+    ZERO_REDUNDANCY_OPTIMIZER,
+    is_called_by,
+    is_flattened_by_fsdp1,
+    is_wrapper_subclass,
+    wrapped_by,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -58,11 +64,35 @@ def check_flattened(named: Iterable[tuple[str, Tensor]], group: dict[str, Any], 
             )
 
 
+class Shard(NamedTuple):
+    """The parts of a `DTensor` that a plan guard can read without Python code of torch.
+
+    Attributes:
+        local: The local part.
+        spec: The `DTensorSpec`.
+    """
+
+    local: Tensor
+    spec: object
+
+
+def shard_of(param: Tensor) -> Shard | None:
+    """Returns the parts of a `DTensor`; None for any other tensor, a subclass, or a pending local part."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or type(param) is not module.DTensor:
+        return None
+    shard = Shard(*wrapped_by(param))
+    return None if is_wrapper_subclass(shard.local) else shard
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Returns the local part of a `DTensor`, which shares the memory of the `DTensor`; any other tensor unchanged.
 
     Requires `torch.no_grad()`, because autograd would record the call.
     """
+    shard = shard_of(tensor)
+    if shard is not None:
+        return shard.local
     if is_distributed(tensor):
         local: Any = tensor.to_local()
         # The communication of an asynchronous tensor may be incomplete.
@@ -70,6 +100,12 @@ def local_part(tensor: Tensor) -> Tensor:
         finished: Tensor = local.wait() if is_pending else local
         return finished
     return tensor
+
+
+def is_shard_of(param: Tensor, local: Tensor, spec: object) -> bool:
+    """True if `local` and `spec` are still the parts of a `DTensor`."""
+    shard = shard_of(param)
+    return shard is not None and shard.local is local and shard.spec is spec
 
 
 def placed_like(value: Tensor, param: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._torch import is_zero_tensor
 from ..distributed.found_inf_reduction import StepReduction
-from ..distributed.sharding import distributed_like, local_part, placed_like
+from ..distributed.sharding import distributed_like, local_part, placed_like, shard_of
 from .device_state import StepState
 from .entry import Entry
 from .new_state import NewState
@@ -192,7 +192,7 @@ class _Builder:
         entries = [
             self._entry(item, before.get(item.param))
             if is_live
-            else Entry(item.group, item.param, live=False, source=item.param)
+            else Entry(item.group, item.param, live=False, source=item.param, local=item.param)
             for item, is_live in zip(listed, live, strict=True)
         ]
         self._new_state.add(self._masters, self._without_values, self._step_state, self._device)
@@ -233,23 +233,27 @@ class _Builder:
 
     def _entry(self, item: _Listed, former: Entry | None) -> Entry:
         param, grad = item.param, item.grad
+        shard = shard_of(param)
         local = local_part(param)
+        is_dense = self._is_in_order or _fits(local, local)
         if grad is None:
             assert former is not None
-            is_dense, grad_dtype = not former.is_copy, former.grad_dtype
+            is_staged, grad_dtype = former.is_staged, former.grad_dtype
         else:
-            is_dense, grad_dtype = _fits(grad if local is param else local, local), grad.dtype
-        is_dense = is_dense or self._is_in_order
+            is_staged = local is not param or not (self._is_in_order or _fits(grad, local))
+            grad_dtype = grad.dtype
         source = param
         if not is_dense:
             source = local.detach().clone(memory_format=torch.contiguous_format)
-        elif local is not param:
+        elif is_staged:
             source = local.detach()
         entry = Entry(
             group=item.group,
             param=param,
             live=True,
             source=source,
+            local=local,
+            spec=None if shard is None or not is_dense else shard.spec,
             grad_dtype=grad_dtype,
             is_copy=not is_dense,
             storage=local.detach(),
@@ -305,8 +309,8 @@ class _Builder:
 
 def _add_new_state(entry: Entry, key: str, local: Tensor) -> Tensor:
     """Adds a new tensor to an entry and returns its form in the optimizer's state: a `DTensor` beside a `DTensor`."""
-    entry.local_state[key] = local
     entry.state[key] = distributed_like(local, entry.param)
+    entry.local_state[key] = local_part(entry.state[key])
     return entry.state[key]
 
 

@@ -135,12 +135,27 @@ class PlannedSteps(SavedState):
         plan, stepper = self._prepared
         if not plan.stand_ins:
             return stepper.step(self.param_groups, self._state, request)
-        with torch.no_grad(), plan.stand_ins.filled(redistributed) as are_filled:
+        if stepper.reads_shards and plan.stand_ins.has_shards:
+            outcome = self._run_filled(self._prepared, request, redistributed, with_shards=False)
+            if outcome != Outcome.STALE:
+                return outcome
+        return self._run_filled(self._prepared, request, redistributed, with_shards=True)
+
+    def _run_filled(
+        self,
+        prepared: Prepared,
+        request: StepRequest,
+        redistributed: dict[Tensor, Tensor],
+        *,
+        with_shards: bool,
+    ) -> int:
+        stand_ins = prepared.plan.stand_ins
+        with torch.no_grad(), stand_ins.filled(redistributed, with_shards=with_shards) as are_filled:
             if not are_filled:
                 return Outcome.STALE
-            outcome = stepper.step(self.param_groups, self._state, request)
+            outcome = prepared.stepper.step(self.param_groups, self._state, request)
             if outcome == Outcome.APPLIED:
-                plan.stand_ins.write_back()
+                stand_ins.write_back()
             return outcome
 
     def _request(self) -> StepRequest:

@@ -40,7 +40,7 @@ class _State(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """The arrangement of an entry's source when the plan was made."""
+    """The arrangement of an entry's memory when the plan was made."""
 
     address: int
     strides: tuple[int, ...]
@@ -50,14 +50,14 @@ class _Layout(NamedTuple):
     elements: int
 
     @classmethod
-    def of(cls, source: Tensor) -> _Layout:
+    def of(cls, home: Tensor) -> _Layout:
         return cls(
-            source.data_ptr(),
-            source.stride(),
-            source.dtype,
-            source.shape,
-            source.get_device(),
-            source.numel(),
+            home.data_ptr(),
+            home.stride(),
+            home.dtype,
+            home.shape,
+            home.get_device(),
+            home.numel(),
         )
 
 
@@ -72,7 +72,7 @@ class PlanGuard:
             self._groups += [[] for _ in range(entry.group + 1 - len(self._groups))]
             self._groups[entry.group].append(entry.param)
         self._sources = [entry.source for entry in entries]
-        self._layouts = {index: _Layout.of(e.source) for index, e in enumerate(entries) if e.live}
+        self._layouts = {index: _Layout.of(e.home) for index, e in enumerate(entries) if e.live}
         self._without = {
             key: {entry.group for entry in entries if entry.live and key not in entry.local_state}
             for key in STATE_TENSORS
@@ -84,11 +84,11 @@ class PlanGuard:
             (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size())
             for entry in entries
             if entry.live
-            for tensor in (entry.source, *entry.local_state.values())
+            for tensor in (entry.home, *entry.local_state.values())
             if tensor.numel()
         )
         self._begins = [begin for begin, _ in self._written]
-        self._watched = [e.param for e in entries if e.live and e.master is not None and not e.is_staged]
+        self._watched = [t for e in entries if e.live and e.master is not None for t in e.counted]
         self._versions = list(map(_version, self._watched))
         self._expect([entry.live for entry in entries])
 
@@ -163,13 +163,13 @@ class PlanGuard:
         self._all_have = len(present) == len(self._entries)
         self._present = present
         self._updated_groups = sorted({entry.group for entry in present})
-        self._present_sources = [entry.source for entry in present]
-        self._source_addresses = [layout.address for layout in layouts]
-        self._source_strides = [layout.strides for layout in layouts]
-        self._source_dtypes = [layout.dtype for layout in layouts]
+        self._homes = [entry.home for entry in present]
+        self._home_addresses = [layout.address for layout in layouts]
+        self._home_strides = [layout.strides for layout in layouts]
+        self._home_dtypes = [layout.dtype for layout in layouts]
         self._shapes = [layout.shape for layout in layouts]
         self._devices = [layout.device for layout in layouts]
-        self._updated = [entry.param for entry in present if not entry.is_staged]
+        self._updated = [tensor for entry in present for tensor in entry.counted]
         self._empty = [index for index, layout in enumerate(layouts) if layout.elements == 0]
         self._in_double = any(layout.dtype == torch.float64 and layout.elements for layout in layouts)
         self._grad_addresses: list[int] = []
@@ -203,22 +203,22 @@ class PlanGuard:
 
     def _addresses(self, grads: list[Tensor]) -> list[int] | None:
         """Returns the addresses of the gradients that are present; None if the plan is stale."""
-        sources = self._present_sources
+        homes = self._homes
         if (
-            list(map(Tensor.data_ptr, sources)) != self._source_addresses
-            or list(map(Tensor.stride, sources)) != self._source_strides
-            or list(map(_dtype, sources)) != self._source_dtypes
-            or list(map(_shape, sources)) != self._shapes
+            list(map(Tensor.data_ptr, homes)) != self._home_addresses
+            or list(map(Tensor.stride, homes)) != self._home_strides
+            or list(map(_dtype, homes)) != self._home_dtypes
+            or list(map(_shape, homes)) != self._shapes
             or list(map(_version, self._watched)) != self._versions
             or list(map(_shape, grads)) != self._shapes
             or list(map(Tensor.get_device, grads)) != self._devices
             or any(map(Tensor.is_neg, grads))
-            or any(map(Tensor.is_neg, sources))
+            or any(map(Tensor.is_neg, homes))
         ):
             return None
         strides = list(map(Tensor.stride, grads))
         if strides != self._grad_strides:
-            if not all(map(same_strides, sources, grads)):
+            if not all(map(same_strides, homes, grads)):
                 return None
             self._grad_strides = strides
         if list(map(_dtype, grads)) != self._grad_dtypes:
@@ -230,7 +230,7 @@ class PlanGuard:
             # A wrapper subclass has elements and no address.
             return None
         if addresses != self._grad_addresses:
-            if any(map(self._is_written, addresses, grads, sources)):
+            if any(map(self._is_written, addresses, grads, homes)):
                 return None
             # Resizing a storage changes its address, so equal addresses require no check.
             if any(map(missing_bytes, grads)):
@@ -238,9 +238,9 @@ class PlanGuard:
             self._grad_addresses = list(addresses)
         return addresses
 
-    def _is_written(self, address: int, grad: Tensor, source: Tensor) -> bool:
+    def _is_written(self, address: int, grad: Tensor, home: Tensor) -> bool:
         """True if a gradient overlaps memory that the step writes. A gradient may be its own parameter."""
-        if address == 0 or (address == source.data_ptr() and grad.dtype == source.dtype):
+        if address == 0 or (address == home.data_ptr() and grad.dtype == home.dtype):
             return False
         after = bisect.bisect_left(self._begins, address + grad.numel() * grad.element_size())
         return after > 0 and self._written[after - 1][1] > address

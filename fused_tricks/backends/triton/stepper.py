@@ -31,6 +31,7 @@ class TritonStepper(GpuStepper):
     def __init__(self, plan: Plan, step_state: StepState) -> None:
         super().__init__(plan, step_state)
         self._guard = self._make_guard(plan)
+        self.reads_shards = isinstance(self._guard, CompiledPlanGuard)
         self._tables = DeviceTables(plan, self._device)
         self._grads = StepTable(len(plan.entries), self._device)
         self._groups: StepTable | None = None
