@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .._torch import (
     ZERO_REDUNDANCY_OPTIMIZER,
@@ -20,12 +21,19 @@ from .._torch import (
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+# These types override no method of Tensor.
+PLAIN = (Tensor, Parameter)
+
 
 def is_distributed(tensor: Tensor) -> TypeGuard[DTensor]:
     """True if a tensor is a `DTensor`."""
+    return type(tensor) not in PLAIN and isinstance(tensor, _dtensor_type() or ())
+
+
+def _dtensor_type() -> type[DTensor] | None:
     # A DTensor exists only after an import of the module. Importing it here would dominate `import fused_tricks`.
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return None if module is None else module.DTensor
 
 
 def is_partitioning() -> bool:
@@ -78,8 +86,7 @@ class Shard(NamedTuple):
 
 def shard_of(param: Tensor) -> Shard | None:
     """Returns the parts of a `DTensor`; None for any other tensor, a subclass, or a pending local part."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None or type(param) is not module.DTensor:
+    if type(param) in PLAIN or type(param) is not _dtensor_type():
         return None
     shard = Shard(*wrapped_by(param))
     return None if is_wrapper_subclass(shard.local) else shard
@@ -90,6 +97,8 @@ def local_part(tensor: Tensor) -> Tensor:
 
     Requires `torch.no_grad()`, because autograd would record the call.
     """
+    if type(tensor) in PLAIN:
+        return tensor
     shard = shard_of(tensor)
     if shard is not None:
         return shard.local

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -81,21 +81,24 @@ class NewState:
                 tensor._version if index <= len(masters) else None,
             )
 
-    def first_update_of(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """Returns the 0-dim INT64 note of the update that first wrote a state tensor.
+    def first_updates_of(self, tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+        """Returns, for each state tensor, the 0-dim INT64 note of the update that first wrote the tensor.
 
         Args:
-            tensor: The state tensor. Tensors that are not recorded share one note of 0.
+            tensors: The state tensors. Tensors that are not recorded share one note of 0.
             device: The device of the shared note. For a recorded tensor, the device of `add`.
         """
-        note = self._notes.get(tensor)
+        found = [self._notes.get(tensor) for tensor in tensors]
         with outside_all_modes():
-            if note is not None and note.place:
-                first_update: Tensor = note.notes[note.place]
-                return first_update
             if device not in self._first_of_all:
                 self._first_of_all[device] = torch.zeros((), dtype=torch.int64, device=device)
-        return self._first_of_all[device]
+            first_of_all = self._first_of_all[device]
+            distinct = {id(note.notes): note.notes for note in found if note is not None}
+            elements = {key: notes.unbind() for key, notes in distinct.items()}
+        return [
+            elements[id(note.notes)][note.place] if note is not None and note.place else first_of_all
+            for note in found
+        ]
 
     def replace(self, former: Tensor, tensor: Tensor, step_state: StepState, device: torch.device) -> None:
         """Replaces `former` in the record by `tensor`, which has the same values in another dtype, layout or device."""

@@ -196,11 +196,10 @@ class _Builder:
             for item, is_live in zip(listed, live, strict=True)
         ]
         self._new_state.add(self._masters, self._without_values, self._step_state, self._device)
-        for entry in entries:
-            entry.first_updates = {
-                key: self._new_state.first_update_of(tensor, self._device)
-                for key, tensor in entry.state.items()
-            }
+        state = [(entry, key, tensor) for entry in entries for key, tensor in entry.state.items()]
+        notes = self._new_state.first_updates_of([tensor for _, _, tensor in state], self._device)
+        for (entry, key, _), note in zip(state, notes, strict=True):
+            entry.first_updates[key] = note
         return Plan(entries, [group["lr"] for group in self._groups], is_in_order=self._is_in_order)
 
     def _listed(self, name: str, param: Tensor, group: int) -> _Listed:
@@ -347,9 +346,10 @@ def _pieces(item: _Listed) -> Iterator[Piece]:
 
 def _fits(grad: Tensor, param: Tensor) -> bool:
     """True if gradient and parameter are flat arrays in memory, with the same elements in the same order."""
-    dense = torch.empty_like(param, device="meta")
-    if not (same_strides(param, dense) and same_strides(param, grad)):
-        return False
+    if not (param.is_contiguous() and grad.is_contiguous()):
+        dense = torch.empty_like(param, device="meta")
+        if not (same_strides(param, dense) and same_strides(param, grad)):
+            return False
     return not (grad.is_neg() or param.is_neg() or is_zero_tensor(grad))
 
 

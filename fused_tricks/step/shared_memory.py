@@ -9,15 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .._torch import is_fake, is_wrapper_subclass, is_zero_tensor
-from ..distributed.sharding import local_part
+from ..distributed.sharding import PLAIN, local_part
 
 GRADIENT = "gradient"
 PARAMETER = "parameter"
-# These types override no method of Tensor.
-_PLAIN = (Tensor, Parameter)
 
 
 class Piece(NamedTuple):
@@ -49,7 +46,7 @@ class _Span(NamedTuple):
 
 def has_memory(tensor: Tensor) -> bool:
     """True if a tensor has memory for its elements. False on `meta` and for a `FakeTensor`."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return not tensor.is_meta
     local = local_part(tensor)
     return local.device.type != "meta" and not is_fake(local)
@@ -62,7 +59,7 @@ def device_of(params: Iterable[Tensor], otherwise: torch.device) -> torch.device
 
 def is_addressable(tensor: Tensor) -> bool:
     """True if address, shape and strides of a tensor give the location of its elements."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return not tensor.is_meta and tensor.layout == torch.strided
     return has_memory(tensor) and not is_wrapper_subclass(tensor) and tensor.layout == torch.strided
 
@@ -77,8 +74,8 @@ def missing_bytes(tensor: Tensor) -> int:
     local = local_part(tensor)
     if not is_addressable(local) or is_zero_tensor(local) or local.numel() == 0:
         return 0
-    size = local.element_size()
-    return max(0, int(local.storage_offset()) * size + _extent(local) - local.untyped_storage().nbytes())
+    end = int(local.storage_offset()) * local.element_size() + _extent(local)
+    return max(0, end - local.untyped_storage().nbytes())
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

@@ -96,7 +96,8 @@ def test_a_buffer_that_is_copied_to_another_device_takes_along_whether_it_is_wri
     buffer, copied = torch.zeros(3), torch.zeros(3)
     new_state.add([], [buffer], step_state, torch.device("cpu"))
     if updates:
-        new_state.first_update_of(buffer, torch.device("cpu")).fill_(updates)
+        (note,) = new_state.first_updates_of([buffer], torch.device("cpu"))
+        note.fill_(updates)
     new_state.replace(buffer, copied, step_state, torch.device("cpu", 0))
     assert new_state.is_unwritten(copied, step_state) is (updates == 0)
 
