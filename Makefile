@@ -29,12 +29,14 @@ BENCH_ARGS ?=
 # The time limit of the GPU report in seconds.
 LIMIT ?= 530
 GPU_REPORT_ARGS ?=
+# The commit that sass-diff compares with the working tree.
+BASE ?= HEAD
 # The releases of torch for test-torches: the oldest supported one, a common one, and the newest.
 TORCHES ?= 2.10.0 2.11.0 2.14.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test test-fast test-gpu test-triton fuzz sanitize test-torches bench gpu-report lint format clean FORCE
+.PHONY: help build test test-fast test-gpu test-triton fuzz sanitize test-torches bench gpu-report sass-diff lint format clean FORCE
 
 help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
@@ -50,6 +52,8 @@ help:
 	@echo "              BENCH_ARGS goes to the training, and BENCH_ARGS=--help lists its options"
 	@echo "make gpu-report  build, test, time and profile on this machine's GPU within LIMIT=$(LIMIT) seconds, with"
 	@echo "              $(PYTHON) and without any installation; GPU_REPORT_ARGS=--help lists options"
+	@echo "make sass-diff BASE=HEAD~1  compare the machine code of the CUDA kernels before and after a change, for each"
+	@echo "              architecture; without BASE, the change since the last commit. Requires nvcc"
 	@echo "make lint     check with ruff, mypy and clang-format, and check the includes of csrc/core; no build required"
 	@echo "make format   format the files with ruff and clang-format"
 	@echo "make clean    remove build products; $(VENV) stays"
@@ -112,6 +116,9 @@ bench: $(STAMPS)/build $(STAMPS)/bench
 
 gpu-report:
 	$(PYTHON) -m benchmarks.gpu_report --seconds $(LIMIT) $(GPU_REPORT_ARGS)
+
+sass-diff: $(STAMPS)/build $(STAMPS)/bench
+	$(IN_VENV) -m benchmarks.resources.sass_diff "$(BASE)"
 
 lint: $(STAMPS)/lint
 	$(IN_VENV) -m ruff check

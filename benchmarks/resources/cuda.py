@@ -1,4 +1,4 @@
-"""Registers, spills and wide accesses of the CUDA kernels, read from the built extension.
+"""Registers, spills, wide accesses and bytes in flight of the CUDA kernels, read from the built extension.
 
 `python -m benchmarks.resources.cuda --output benchmarks/results` writes the kept table, without a GPU. A test compares
 the table with the build, so a change of the kernels shows in it.
@@ -7,14 +7,10 @@ the table with the build, so a change of the kernels shows in it.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
-import shutil
-import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,15 +19,15 @@ import torch
 import fused_tricks
 from benchmarks.lib import machine, report
 from benchmarks.lib.report import RESULTS, machine_note, table
-from fused_tricks.cuda_toolkit import find_toolkit
+from benchmarks.resources.in_flight import NOTE as IN_FLIGHT_NOTE
+from benchmarks.resources.in_flight import InFlight, in_flight
+from benchmarks.resources.sass import Kernel, cuobjdump, kernels
 
 PATH = RESULTS / "cuda_resources.md"
-_FUNCTION = re.compile(r"(scan|update|decide|write)_kernel.*?Arguments(?:(?:ILi|<)(\d+))?")
-USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_WIDE = re.compile(r"\b(LD|ST)G?\.E\S*\.128\b")
+_WIDE = re.compile(r"(LD|ST)G?\.E\S*\.128\b")
 
 
-class Kernel(NamedTuple):
+class Row(NamedTuple):
     """One kernel for one architecture.
 
     Attributes:
@@ -42,6 +38,7 @@ class Kernel(NamedTuple):
         shared: Bytes of shared memory of each block.
         wide_loads: Load instructions of 16 bytes.
         wide_stores: Store instructions of 16 bytes.
+        in_flight: Bytes in flight on a multiprocessor in the main loop; None without one.
     """
 
     architecture: str
@@ -51,17 +48,7 @@ class Kernel(NamedTuple):
     shared: int
     wide_loads: int
     wide_stores: int
-
-
-def cuobjdump() -> str | None:
-    """Returns the path of NVIDIA's `cuobjdump`, from the toolkit or from Triton."""
-    toolkit = find_toolkit().toolkit
-    spec = importlib.util.find_spec("triton")
-    candidates = [toolkit.home / "bin" / "cuobjdump"] if toolkit else []
-    if spec is not None and spec.origin is not None:
-        candidates.append(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    found = next((str(path) for path in candidates if path.exists()), None)
-    return found or shutil.which("cuobjdump")
+    in_flight: InFlight | None
 
 
 def build_info() -> dict[str, object]:
@@ -71,22 +58,29 @@ def build_info() -> dict[str, object]:
     return info
 
 
-def kernels(tool: str, module: Path) -> list[Kernel]:
-    """Returns every kernel in a built module, by architecture and name."""
-    accesses = _accesses(tool, module)
-    found = []
-    for architecture, name, line in _functions(_run(tool, "--dump-resource-usage", str(module))):
-        usage = USAGE.search(line)
-        if usage:
-            registers, stack, shared, local = map(int, usage.groups())
-            counts = accesses[architecture, name]
-            found.append(
-                Kernel(architecture, name, registers, stack + local, shared, counts["LD"], counts["ST"])
-            )
-    return sorted(found, key=lambda kernel: (int(kernel.architecture[3:]), kernel.name))
+def rows(found: Iterable[Kernel]) -> list[Row]:
+    """Returns the row of each kernel."""
+    return [
+        Row(
+            kernel.architecture,
+            kernel.name,
+            kernel.registers,
+            kernel.stack,
+            kernel.shared,
+            wide_accesses(kernel, "LD"),
+            wide_accesses(kernel, "ST"),
+            in_flight(kernel),
+        )
+        for kernel in found
+    ]
 
 
-def as_markdown(found: list[Kernel], nvcc: str) -> str:
+def wide_accesses(kernel: Kernel, kind: str) -> int:
+    """Returns the number of 16-byte loads (`LD`) or stores (`ST`) of global memory in a kernel."""
+    return sum(access[1] == kind for each in kernel.code if (access := _WIDE.match(each.text)))
+
+
+def as_markdown(found: list[Row], nvcc: str) -> str:
     """Returns the table that is kept in the repository."""
     header = [
         "architecture",
@@ -96,43 +90,18 @@ def as_markdown(found: list[Kernel], nvcc: str) -> str:
         "shared bytes",
         "16-byte loads",
         "16-byte stores",
+        "KiB in flight an SM",
     ]
     return "\n\n".join(
         [
             "# What nvcc makes of the CUDA kernels",
             "Written by `python -m benchmarks.resources.cuda`; a test compares it with the build. The number behind a "
             "kernel's name says how many gradient addresses its argument holds.",
-            table(header, [[str(field) for field in kernel] for kernel in found]),
+            IN_FLIGHT_NOTE,
+            table(header, [[*map(str, row[:-1]), str(row.in_flight or "–")] for row in found]),
             f"nvcc {nvcc}\n",
         ]
     )
-
-
-def _accesses(tool: str, module: Path) -> dict[tuple[str, str], Counter[str]]:
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    for architecture, name, line in _functions(_run(tool, "-sass", str(module))):
-        counter = counts.setdefault((architecture, name), Counter())
-        access = _WIDE.search(line)
-        if access:
-            counter[access[1]] += 1
-    return counts
-
-
-def _functions(text: str) -> Iterator[tuple[str, str, str]]:
-    """Yields each line with its architecture and kernel."""
-    architecture = name = ""
-    for line in text.splitlines():
-        if line.strip().startswith("arch ="):
-            architecture, name = line.split("=")[1].strip(), ""
-        function = _FUNCTION.search(line) if "Function" in line else None
-        if function:
-            name = " ".join(filter(None, function.groups()))
-        elif name:
-            yield architecture, name, line
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -148,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
     cuda = build_info().get("cuda")
     if tool is None or not isinstance(cuda, dict):
         raise SystemExit("requires an extension built with CUDA, and cuobjdump")
-    page = as_markdown(kernels(tool, Path(str(load_extension().__file__))), cuda["version"])
+    page = as_markdown(rows(kernels(tool, Path(str(load_extension().__file__)))), cuda["version"])
     record = machine.describe("benchmarks.resources.cuda", arguments, torch.device("cpu"))
     report.write_page(options.output / PATH.name, f"{page}\n{machine_note(record)}\n")
 

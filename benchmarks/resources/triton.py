@@ -1,4 +1,4 @@
-"""Registers, spills and accesses of Triton's kernels, read from the compiled kernels. No GPU is required.
+"""Registers, spills, accesses and bytes in flight of Triton's kernels, read from the compiled kernels, without a GPU.
 
 `python -m benchmarks.resources.triton --output benchmarks/results` writes the kept table. A test compares the table
 with newly compiled kernels, so a change of the kernels shows in it.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,9 @@ from triton.compiler import ASTSource
 
 from benchmarks.lib import machine, progress, report
 from benchmarks.lib.report import RESULTS, machine_note, table
-from benchmarks.resources.cuda import USAGE, cuobjdump
+from benchmarks.resources import sass
+from benchmarks.resources.in_flight import NOTE as IN_FLIGHT_NOTE
+from benchmarks.resources.in_flight import InFlight, in_flight
 from fused_tricks.backends.triton import IS_INTERPRETED
 from fused_tricks.backends.triton.launch import (
     compile_for,
@@ -70,6 +72,7 @@ class Kernel(NamedTuple):
         narrow: Accesses of less than 16 bytes in the loops that have accesses of 16.
         strided: Accesses to tiles in which a thread has more than 16 neighbouring bytes. Such an access takes several
             instructions, and each instruction requests every sector again.
+        in_flight: Bytes in flight on a multiprocessor in the main loop; None without one.
     """
 
     architecture: str
@@ -80,6 +83,7 @@ class Kernel(NamedTuple):
     wide_stores: int
     narrow: int
     strided: int
+    in_flight: InFlight | None
 
 
 def sources() -> Iterator[tuple[str, ASTSource]]:
@@ -102,7 +106,7 @@ def sources() -> Iterator[tuple[str, ASTSource]]:
 
 def kernels() -> list[Kernel]:
     """Compiles every kernel for every architecture."""
-    tool = cuobjdump()
+    tool = sass.cuobjdump()
     if tool is None:
         raise SystemExit("requires cuobjdump, which reads cubins")
     targets = [(architecture, *found) for architecture in ARCHITECTURES for found in sources()]
@@ -118,22 +122,18 @@ def inspect(tool: str, architecture: int, name: str, source: ASTSource) -> Kerne
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
         cubin.flush()
-        output = subprocess.run(
-            [tool, "--dump-resource-usage", cubin.name], check=True, capture_output=True, text=True
-        ).stdout
-    usage = USAGE.search(output)
-    assert usage is not None, output
-    registers, stack, _, local = map(int, usage.groups())
+        (compiled,) = sass.kernels(tool, Path(cubin.name))
     wide = [access[1] for access in _ACCESS.finditer(asm["ptx"]) if _bits(access) == 128]
     return Kernel(
         f"sm_{architecture}",
         name,
-        registers,
-        stack + local,
+        compiled.registers,
+        compiled.stack,
         wide.count("ld"),
         wide.count("st"),
         _narrow_in_wide_loops(asm["ptx"]),
         _strided(asm["ttgir"]),
+        in_flight(compiled),
     )
 
 
@@ -185,12 +185,14 @@ def as_markdown(found: list[Kernel]) -> str:
         "16-byte stores",
         "narrower ones in their loops",
         "strided accesses",
+        "KiB in flight an SM",
     ]
     return "\n\n".join(
         [
             "# What Triton makes of its kernels",
             "Written by `python -m benchmarks.resources.triton`; a test compares it with what is compiled.",
-            table(header, [[str(field) for field in kernel] for kernel in found]),
+            IN_FLIGHT_NOTE,
+            table(header, [[*map(str, kernel[:-1]), str(kernel.in_flight or "–")] for kernel in found]),
             f"triton {triton.__version__}\n",
         ]
     )

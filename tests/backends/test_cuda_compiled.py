@@ -14,14 +14,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[cuda_resources.Kernel]:
+def compiled() -> list[cuda_resources.Row]:
     """Returns every kernel in the extension."""
     tool = cuda_resources.cuobjdump()
     if not cuda_resources.build_info().get("cuda"):
         pytest.skip("the extension was built without CUDA")
     if tool is None:
         pytest.skip("there is no cuobjdump to read cubins with")
-    return cuda_resources.kernels(tool, Path(str(load_extension().__file__)))
+    return cuda_resources.rows(cuda_resources.kernels(tool, Path(str(load_extension().__file__))))
 
 
 def test_every_architecture_of_the_build_has_every_kernel(compiled) -> None:
@@ -46,6 +46,23 @@ def test_every_kernel_moves_elements_in_16_byte_accesses(compiled) -> None:
         kernel for kernel in compiled if kernel.name not in ("decide", "write") and kernel.wide_loads == 0
     ] == []
     assert [kernel for kernel in compiled if "update" in kernel.name and kernel.wide_stores == 0] == []
+
+
+# KiB in flight on a multiprocessor with which a GPU reaches its memory bandwidth, by CUB's tuning.
+@pytest.mark.parametrize(
+    ("architecture", "kib"), [("sm_80", 16), ("sm_90", 48)], ids=["A100", "H100 (32) and H200"]
+)
+def test_scan_and_update_have_enough_bytes_in_flight(compiled, architecture: str, kib: int) -> None:
+    found = {kernel.name: kernel.in_flight for kernel in compiled if kernel.architecture == architecture}
+    if not found:
+        pytest.skip(f"the extension was built without {architecture}")
+    sizes = [name for name in found if name not in ("decide", "write")]
+    assert [(name, found[name]) for name in sizes if (found[name] or (0, 0))[0] < 1024 * kib] == []
+
+
+def test_the_second_number_of_an_update_adds_the_loads_of_momentum_and_average(compiled) -> None:
+    updates = [kernel.in_flight for kernel in compiled if "update" in kernel.name and kernel.in_flight]
+    assert {found.most / found.least for found in updates} == {(16 + 3 * 32) / (16 + 32)}
 
 
 def test_the_table_in_the_repository_is_that_of_the_build(compiled) -> None:

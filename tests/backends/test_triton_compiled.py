@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.resources.cuda import cuobjdump
+from benchmarks.resources.in_flight import InFlight
+from benchmarks.resources.sass import cuobjdump
 
 pytest.importorskip("triton")
 
@@ -36,7 +37,10 @@ def compiled() -> tuple[str, list[Kernel]]:
     )
     assert result.returncode == 0, result.stderr[-4000:]
     found = json.loads(result.stdout)
-    return found["triton"], [Kernel(**kernel) for kernel in found["kernels"]]
+    kernels = [Kernel(**kernel) for kernel in found["kernels"]]
+    return found["triton"], [
+        kernel._replace(in_flight=kernel.in_flight and InFlight(*kernel.in_flight)) for kernel in kernels
+    ]
 
 
 @pytest.fixture
@@ -65,6 +69,14 @@ def test_every_main_loop_has_16_byte_accesses_and_no_others(kernels) -> None:
 
 def test_every_access_takes_whole_sectors(kernels) -> None:
     assert [kernel for kernel in kernels if kernel.strided != 0] == []
+
+
+# KiB in flight on a multiprocessor with which a GPU reaches its memory bandwidth, by CUB's tuning.
+@pytest.mark.parametrize(("architecture", "kib"), [("sm_80", 16), ("sm_90", 32)], ids=["A100", "H100"])
+def test_every_scan_and_update_has_enough_bytes_in_flight(kernels, architecture: str, kib: int) -> None:
+    found = [kernel for kernel in kernels if kernel.architecture == architecture]
+    assert found
+    assert [kernel for kernel in found if (kernel.in_flight or (0, 0))[0] < 1024 * kib] == []
 
 
 def test_the_table_in_the_repository_is_that_of_this_triton(compiled) -> None:
