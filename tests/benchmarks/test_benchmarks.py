@@ -25,6 +25,7 @@ from benchmarks.step import __main__ as step
 from benchmarks.step import contestants as step_contestants
 from benchmarks.step import lineup as step_lineup
 from benchmarks.step import sizes as step_sizes
+from benchmarks.step import sizes_page
 from benchmarks.step.contestants import CASTS, COPY, FUSED_CASTS, FUSED_NEW_CASTS, SCALE, TWIN
 from benchmarks.step.lineup import FORMS
 from benchmarks.step.peers import MODEL_EMA
@@ -249,8 +250,8 @@ def test_step_sizes_draws_each_sweep_that_has_a_point_and_no_other(
         ["--models", "--tensor-counts", "2", "--element-counts", *QUICK, "--output", str(tmp_path)]
     )
     page = (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
-    assert [title for title in titles if title] == [step_sizes.HEADINGS["tensors"]]
-    assert "step_sizes.png" in page and step_sizes.HEADINGS["elements"] not in page
+    assert [title for title in titles if title] == [sizes_page.HEADINGS["tensors"]]
+    assert "step_sizes.png" in page and sizes_page.HEADINGS["elements"] not in page
 
 
 def test_step_sizes_of_networks_only_has_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
