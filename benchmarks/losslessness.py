@@ -250,21 +250,20 @@ def picture(result: dict[str, Any], path: Path) -> None:
                     for ours, theirs in zip(zip(*own["losses"]), zip(*baseline["losses"]))
                 ]
                 distance.plot(steps, farthest, **looks[name])
-                ends.append(
-                    (len(steps), farthest[-1], f"{name},\nlargest of all seeds", looks[name]["color"])
-                )
+                label = name.replace(", begun ", ",\nbegun ")
+                ends.append((len(steps), farthest[-1], label, looks[name]["color"]))
         apart = [
             statistics.fmean(abs(a - b) for a, b in itertools.combinations(step, 2))
             for step in zip(*baseline["losses"])
         ]
         distance.plot(steps, apart, color=report.GREYS[2])
-        ends.append((len(steps), apart[-1], f"{BASELINE},\nmean between its seeds", report.GREYS[2]))
+        ends.append((len(steps), apart[-1], "mean distance\nbetween seeds", report.GREYS[2]))
         for name in curves:
             if name != FUSED:
                 tested.plot([], [], label=name, **looks[name])
         for panel, title in (
             (loss, f"{precision.partition(',')[0]}: training loss, all seeds"),
-            (distance, f"Distance of the loss from {BASELINE}"),
+            (distance, f"Loss: largest distance from {BASELINE}"),
             (tested, "Test accuracy (%), all seeds"),
         ):
             report.dress(panel, title, "")
@@ -273,7 +272,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
         loss.set_yscale("log")
         distance.set_yscale("symlog", linthresh=1e-6)
         distance.set_ylim(bottom=-1e-7)
-        distance.set_ylabel("symmetric-logarithmic: linear below 10⁻⁶", color="#555555")
+        distance.set_ylabel("symmetric-logarithmic,\nlinear below 10⁻⁶", color="#555555")
         distance.margins(x=0)
         report.label_lines(distance, ends, fontsize=8)
     report.save_figure(

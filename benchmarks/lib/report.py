@@ -188,14 +188,17 @@ def label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]], fonts
 
     ends = sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1])
     figure_height = axes.figure.get_size_inches()[1] * axes.get_position().height
-    gap = 1.6 * fontsize / 72 / figure_height
+    line = 1.5 * fontsize / 72 / figure_height
+    halves = [line * (1 + name.count("\n")) / 2 for *_, name, _ in ends]
     heights: list[float] = []
-    for x, y, *_ in ends:
-        heights.append(max(height(x, y), heights[-1] + gap) if heights else height(x, y))
+    lowest = -math.inf
+    for (x, y, *_), half in zip(ends, halves):
+        heights.append(max(height(x, y), lowest + half))
+        lowest = heights[-1] + half
     highest = 1.0
-    for place in reversed(range(len(heights))):
-        heights[place] = min(heights[place], highest)
-        highest = heights[place] - gap
+    for place, half in reversed(list(enumerate(halves))):
+        heights[place] = min(heights[place], highest - half)
+        highest = heights[place] - half
     for (x, y, name, colour), place in zip(ends, heights):
         axes.annotate(
             name,
@@ -207,7 +210,14 @@ def label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]], fonts
             fontweight="bold" if colour == OURS_COLOUR else "normal",
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.7,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
         )
 
 

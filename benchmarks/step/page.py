@@ -17,14 +17,14 @@ COPY_ON_CPU = f"{COPY} (also reads the lines that it overwrites, uncounted: an u
 def markdown(result: dict[str, Any]) -> str:
     """Returns the page of tables."""
     on_gpu = result["machine"]["gpu"] is not None
-    compiles = any(row.get("compile_seconds") for row in result["contestants"].values())
+    compiles = any(row["compile_seconds"] for row in result["contestants"].values())
     steps = [
         [
             name,
             Spread(**row["ms"]).text(3 if on_gpu else 2),
             Spread(**row["ours_is_faster_by"]).text(2) if row["ours_is_faster_by"] else "–",
             *([f"{row['rounds_that_waited_for_the_host'] / row['ms']['samples']:.0%}"] if on_gpu else []),
-            row.get("check", "–"),
+            row["check"],
             *([_compiled_in(row)] if compiles else []),
         ]
         for name, row in result["contestants"].items()
@@ -120,7 +120,7 @@ def _in_lines(name: str, on_gpu: bool) -> str:
 
 
 def _compiled_in(row: dict[str, Any]) -> str:
-    seconds = row.get("compile_seconds")
+    seconds = row["compile_seconds"]
     return f"{seconds:.0f}" if seconds else "–"
 
 

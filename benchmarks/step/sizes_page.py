@@ -76,10 +76,10 @@ def markdown(result: dict[str, Any]) -> str:
             for start, point in zip(head, points)
         ]
         parts += ["Numbers checked:", report.table([*columns, *names], checks)]
-        names_compiled = [name for name in names if any(name in _compiled(point) for point in points)]
+        names_compiled = [name for name in names if any(name in point["compile_seconds"] for point in points)]
         if names_compiled:
             seconds = [
-                [*start, *(_seconds(_compiled(point), name) for name in names_compiled)]
+                [*start, *(_seconds(point["compile_seconds"], name) for name in names_compiled)]
                 for start, point in zip(head, points)
             ]
             parts += ["Compiled in, s:", report.table([*columns, *names_compiled], seconds)]
@@ -116,10 +116,6 @@ def _text(spreads: dict[str, Any], name: str, decimals: int) -> str:
     return Spread(**spreads[name]).text(decimals) if name in spreads else "–"
 
 
-def _compiled(point: dict[str, Any]) -> dict[str, float]:
-    return point.get("compile_seconds", {})
-
-
 def _seconds(seconds: dict[str, float], name: str) -> str:
     return f"{seconds[name]:.0f}" if name in seconds else "–"
 
@@ -138,7 +134,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
     kinds = drawn(result)
     pyplot = report.plotting()
     figure, panels = pyplot.subplots(
-        1, len(kinds), figsize=(8.5 * len(kinds), 6.5), layout="constrained", squeeze=False
+        1, len(kinds), figsize=(7.5 * len(kinds), 6.5), layout="constrained", squeeze=False
     )
     for panel, kind in zip(panels[0], kinds):
         _draw(panel, kind, result["sweeps"][kind])

@@ -56,7 +56,7 @@ def markdown(result: dict[str, Any]) -> str:
 def _without_scaler(result: dict[str, Any]) -> list[str]:
     """Returns the sentence that compares ours with BF16 without loss scaling, if there is such a row."""
     row = result["contestants"].get(UNSCALED)
-    if row is None or not row.get("passed", True) or "time_over_ours" not in row:
+    if row is None or not row["passed"]:
         return []
     with_scaler = Spread(**result["contestants"][result["baseline"]]["time_over_ours"])
     without = Spread(**row["time_over_ours"])
@@ -68,14 +68,14 @@ def _without_scaler(result: dict[str, Any]) -> list[str]:
 
 def picture(result: dict[str, Any], path: Path) -> None:
     """Draws the table as panels of bars, the parts of a step's time, and the training loss."""
-    rows = {name: row for name, row in result["contestants"].items() if row.get("passed", True)}
+    rows = {name: row for name, row in result["contestants"].items() if row["passed"]}
     names = list(rows)
     ours = [name for name in names if name.startswith(OURS)]
     colour = report.colours(names, ours)
     pyplot = report.plotting()
     figure, panels = pyplot.subplot_mosaic(
         [["speed", "optimizer", "memory", "accuracy"], ["time", "time", "loss", "loss"]],
-        figsize=(13.5, 7.6),
+        figsize=(16, 7.6),
         layout="constrained",
     )
     for panel, column, title, better, decimals in (
@@ -103,11 +103,10 @@ def picture(result: dict[str, Any], path: Path) -> None:
         panels["time"].text(
             sum(parts) * 1.01, place, " + ".join(f"{part:.1f}" for part in parts), va="center"
         )
-        if "time_over_ours" in row and names[place] not in ours:
-            ratio = row["time_over_ours"]["median"]
-            panels["speed"].text(0, place, f"  ours: {ratio:.2f} ×", va="center", fontsize=9)
-    report.dress(panels["accuracy"], "Test accuracy (%), a dot for each seed", "")
-    panels["accuracy"].set_xlabel("rounded initial weights: another run, no gain or loss", color="#555555")
+    report.dress(panels["accuracy"], "Test accuracy (%), dots: seeds", "")
+    panels["accuracy"].set_xlabel(
+        f"{OURS} starts from rounded weights:\nanother run, no gain or loss", color="#555555"
+    )
     panels["accuracy"].margins(x=0.25)
     panels["accuracy"].locator_params(axis="x", nbins=5)
     panels["accuracy"].set_ylim(len(names) - 0.4, -0.7)
@@ -116,10 +115,15 @@ def picture(result: dict[str, Any], path: Path) -> None:
     )
     panels["time"].margins(x=0.2)
     panels["time"].invert_yaxis()
+    labels = {
+        "speed": [
+            name if name in ours else f"{name}\nours: {rows[name]['time_over_ours']['median']:.2f} × as fast"
+            for name in names
+        ],
+        "time": names,
+    }
     for panel in ("speed", "optimizer", "memory", "accuracy", "time"):
-        panels[panel].set_yticks(
-            range(len(names)), names if panel in ("speed", "time") else [""] * len(names)
-        )
+        panels[panel].set_yticks(range(len(names)), labels.get(panel, [""] * len(names)))
 
     loss, ends = panels["loss"], []
     # A thin line on a thick one shows both where they coincide.
@@ -131,8 +135,8 @@ def picture(result: dict[str, Any], path: Path) -> None:
         if name in (result["baseline"], OURS):
             steps, lowest, highest = range(len(seeds)), list(map(min, seeds)), list(map(max, seeds))
             loss.fill_between(steps, lowest, highest, color=line_colour, alpha=0.15, linewidth=0)
-        ends.append((len(losses) - 1, losses[-1], name, line_colour))
-    report.dress(loss, "Training loss, mean of 10 steps; band: all seeds", "")
+        ends.append((len(losses) - 1, losses[-1], name.removeprefix("torch.amp, "), line_colour))
+    report.dress(loss, "Training loss, mean of 10 steps, band over seeds", "")
     loss.set_xlabel("step", color="#555555")
     loss.set_yscale("log")
     loss.margins(x=0)
@@ -151,19 +155,19 @@ def _smooth(losses: Sequence[float]) -> list[float]:
 
 
 def _row(name: str, row: dict[str, Any], length: int) -> list[str]:
-    if not row.get("passed", True):
+    if not row["passed"]:
         return [name, row["check"], *["–"] * (length - 3), "**no**"]
     whole = name.endswith(GRAPH)
     return [
         name,
         Spread(**row["images_per_second"]).text(0),
         Spread(**row["speed_over_baseline"]).text(3),
-        Spread(**row["time_over_ours"]).text(2) if "time_over_ours" in row else "–",
+        Spread(**row["time_over_ours"]).text(2),
         Spread(**row["forward_ms"]).text(1) + (" in all" if whole else ""),
         "–" if whole else Spread(**row["backward_ms"]).text(1),
         "–" if whole else Spread(**row["optimizer_ms"]).text(2),
         "–" if whole else Spread(**row["optimizer_host_us"]).text(0),
         Spread(**row["peak_memory_mib"]).text(1),
         report.mean_text(row["accuracy_mean"], row["accuracy_std"], 100, 2),
-        row.get("check", "–"),
+        row["check"],
     ]
