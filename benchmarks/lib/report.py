@@ -187,23 +187,23 @@ def label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]], fonts
         return float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1])
 
     ends = sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1])
-    figure_height = axes.figure.get_size_inches()[1] * axes.get_position().height
-    line = 1.5 * fontsize / 72 / figure_height
+    panel_height = axes.get_window_extent().height / axes.figure.dpi
+    line = 1.5 * fontsize / 72 / panel_height
     halves = [line * (1 + name.count("\n")) / 2 for *_, name, _ in ends]
     heights: list[float] = []
     lowest = -math.inf
-    for (x, y, *_), half in zip(ends, halves):
+    for (x, y, _, _), half in zip(ends, halves):
         heights.append(max(height(x, y), lowest + half))
         lowest = heights[-1] + half
     highest = 1.0
     for place, half in reversed(list(enumerate(halves))):
         heights[place] = min(heights[place], highest - half)
         highest = heights[place] - half
-    for (x, y, name, colour), place in zip(ends, heights):
+    for (x, y, name, colour), label_height in zip(ends, heights):
         axes.annotate(
             name,
             (x, y),
-            (1.04, place),
+            (1.04, label_height),
             textcoords="axes fraction",
             color=colour,
             fontsize=fontsize,

@@ -51,7 +51,7 @@ def sgd(name: str, module: nn.Module, device: torch.device) -> Entry:
     def make(parameters: Sequence[Tensor], **options: Any) -> torch.optim.Optimizer:
         rate = torch.tensor(options.pop("lr"), device=device)
         optimizer = torch.optim.SGD(parameters, lr=rate, **options, foreach=True)
-        optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign, assignment]
+        optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
         return optimizer
 
     return grad_scaler(name, module, device, make, SGD_WORK)

@@ -25,7 +25,7 @@ from benchmarks.step.sizes_page import ELEMENT_TENSORS, TENSOR_SIZE
 MODELS = ("resnet18", "resnet50", "resnet152", "mobilenet_v3_large", "vit_b_16")
 TENSOR_COUNTS = (1, 10, 100, 1_000, 10_000, 100_000)
 ELEMENT_COUNTS = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8)
-MOST_COMPILED = 200
+MOST_COMPILED = 100
 """The most tensors of a set that is compiled: the time of compilation grows with their number."""
 
 

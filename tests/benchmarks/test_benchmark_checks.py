@@ -199,7 +199,7 @@ def test_the_compiled_step_with_masters_skips_an_overflow_and_halves_the_scale()
     assert_all_same_bits([*trained.parameters, *trained.weights], before)
     entry.contestant.prepare()
     for parameter in trained.parameters:
-        parameter.grad /= 2
+        parameter.grad.div_(2)
     entry.contestant.run()
     # At half the scale, half the gradient is the same step as before.
     assert step_check.check(replace(trained, steps=1), parameter_sets.build(SET)).passed
