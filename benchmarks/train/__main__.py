@@ -300,6 +300,7 @@ def main(arguments: Sequence[str]) -> None:
         ),
         "data_ms": asdict(Spread.of(seconds * 1e3 for seconds in loading)),
         "baseline": BASELINE,
+        "dtype": dtype_name,
         "contestants": summarise(records, options.batch_size),
     }
     report.write(options.output, result, page.markdown(result), page.picture)

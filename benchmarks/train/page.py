@@ -36,8 +36,8 @@ def markdown(result: dict[str, Any]) -> str:
     rows = [_row(name, row, len(header)) for name, row in result["contestants"].items()]
     explanation = (
         "Numbers are median (lower – upper quartile) over the timed steps of all seeds; speed is the ratio of step "
-        "times taken step by step; accuracy is mean ± standard deviation over seeds. "
-        f"{ANOTHER_RUN}"
+        "times taken step by step; accuracy is mean ± standard deviation over seeds."
+        + (f" {ANOTHER_RUN}" if _rounds(result) else "")
     )
     return "\n\n".join(
         [
@@ -104,9 +104,10 @@ def picture(result: dict[str, Any], path: Path) -> None:
             sum(parts) * 1.01, place, " + ".join(f"{part:.1f}" for part in parts), va="center"
         )
     report.dress(panels["accuracy"], "Test accuracy (%), dots: seeds", "")
-    panels["accuracy"].set_xlabel(
-        f"{OURS} starts from rounded weights:\nanother run, no gain or loss", color="#555555"
-    )
+    if _rounds(result):
+        panels["accuracy"].set_xlabel(
+            f"{OURS} starts from rounded weights:\nanother run, no gain or loss", color="#555555"
+        )
     panels["accuracy"].margins(x=0.25)
     panels["accuracy"].locator_params(axis="x", nbins=5)
     panels["accuracy"].set_ylim(len(names) - 0.4, -0.7)
@@ -148,6 +149,11 @@ def picture(result: dict[str, Any], path: Path) -> None:
         result["setting"] + ". Bars are medians, black lines quartiles.",
         result["machine"],
     )
+
+
+def _rounds(result: dict[str, Any]) -> bool:
+    """True if ours begins from rounded weights, and the other contestants from the weights themselves."""
+    return bool(result["dtype"] != "float32")
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:

@@ -20,6 +20,7 @@ pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm
 
 from benchmarks import cast_models, redraw
 from benchmarks.lib import data, machine, parameter_sets, report
+from benchmarks.lib.harness import Spread
 from benchmarks.lib.names import AVERAGE, AVERAGED_MODEL, FOR_LOOP, FOREACH, FUSED, OURS
 from benchmarks.step import __main__ as step
 from benchmarks.step import contestants as step_contestants
@@ -44,6 +45,7 @@ from benchmarks.step.peers import (
 )
 from benchmarks.train import __main__ as train
 from benchmarks.train import contestants as train_contestants
+from benchmarks.train import page as train_page
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +110,15 @@ def test_training_in_low_precision_starts_from_the_same_weights_and_batch(tmp_pa
     expected = pytest.approx(rows["torch.amp, fused"]["losses"][0][0], rel=0.02)
     for name in (OURS, train_contestants.UNSCALED, OURS + AVERAGE, FUSED + AVERAGED_MODEL):
         assert rows[name]["losses"][0][0] == expected
+    page = (tmp_path / "train.md").read_text(encoding="utf-8")
+    ratio = Spread(**rows[train_contestants.UNSCALED]["time_over_ours"]).text(2)
+    assert f"*{OURS}* is {ratio} × as fast as *{train_contestants.UNSCALED}*" in page
+    assert train_page.ANOTHER_RUN in page
+
+
+def test_a_page_of_fp32_speaks_of_no_rounding_and_no_scaler(trained: Path) -> None:
+    page = (trained / "train.md").read_text(encoding="utf-8")
+    assert train_page.ANOTHER_RUN not in page and "BF16" not in page
 
 
 @pytest.mark.parametrize(
