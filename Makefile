@@ -112,7 +112,7 @@ build/wheel: $(STAMPS)/build
 
 bench: $(STAMPS)/build $(STAMPS)/bench
 	$(IN_VENV) -m benchmarks.train --minutes 2 $(BENCH_ARGS)
-	$(if $(filter -h --help,$(BENCH_ARGS)),,$(IN_VENV) -m benchmarks.step --rounds 10 --host-rounds 50)
+	$(if $(filter -h --help,$(BENCH_ARGS)),,$(IN_VENV) -m benchmarks.step --rounds 10 --host-rounds 50 --no-compiled)
 
 gpu-report:
 	$(PYTHON) -m benchmarks.gpu_report --seconds $(LIMIT) $(GPU_REPORT_ARGS)

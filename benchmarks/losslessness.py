@@ -227,10 +227,10 @@ def _distance_texts(distance: dict[str, float]) -> list[str]:
 def picture(result: dict[str, Any], path: Path) -> None:
     """Draws for each precision the loss of every seed, its distance from the baseline, and the test accuracy."""
     pyplot = report.plotting()
-    figure, panels = pyplot.subplots(2, 3, figsize=(14.5, 7.8), layout="constrained")
-    looks = {
+    figure, panels = pyplot.subplots(2, 3, figsize=(16.5, 7.8), layout="constrained")
+    looks: dict[str, dict[str, Any]] = {
         BASELINE: {"color": report.GREYS[0], "linewidth": 4.5},
-        FUSED: {"color": report.GREYS[3], "linewidth": 0.8},
+        FUSED: {"color": report.LINE_COLOURS[2], "linewidth": 2.5},
         ROUNDED: {"color": report.MARK_COLOUR, "linewidth": 0.8},
         OURS: {"color": report.OURS_COLOUR, "linewidth": 1.2, "linestyle": (0, (4, 3))},
     }
@@ -238,6 +238,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
         curves = {name: summary["contestants"][name] for name in looks if name in summary["contestants"]}
         baseline = curves[BASELINE]
         steps = range(1, len(baseline["losses"][0]) + 1)
+        ends: list[tuple[float, float, str, str]] = []
         for name, own in curves.items():
             if name != FUSED:
                 loss.plot(steps, list(zip(*own["losses"])), **looks[name])
@@ -248,27 +249,32 @@ def picture(result: dict[str, Any], path: Path) -> None:
                     largest(distances([ours], [theirs]))
                     for ours, theirs in zip(zip(*own["losses"]), zip(*baseline["losses"]))
                 ]
-                distance.plot(steps, farthest, label=f"{name}, largest of all seeds", **looks[name])
+                distance.plot(steps, farthest, **looks[name])
+                label = name.replace(", begun ", ",\nbegun ")
+                ends.append((len(steps), farthest[-1], label, looks[name]["color"]))
         apart = [
             statistics.fmean(abs(a - b) for a, b in itertools.combinations(step, 2))
             for step in zip(*baseline["losses"])
         ]
-        distance.plot(steps, apart, color=report.GREYS[0], label=f"{BASELINE}, mean between its seeds")
+        distance.plot(steps, apart, color=report.GREYS[2])
+        ends.append((len(steps), apart[-1], "mean distance\nbetween seeds", report.GREYS[2]))
         for name in curves:
             if name != FUSED:
                 tested.plot([], [], label=name, **looks[name])
         for panel, title in (
             (loss, f"{precision.partition(',')[0]}: training loss, all seeds"),
-            (distance, f"Distance of the loss from {BASELINE}"),
+            (distance, f"Loss: largest distance from {BASELINE}"),
             (tested, "Test accuracy (%), all seeds"),
         ):
             report.dress(panel, title, "")
             panel.set_xlabel("step", color="#555555")
         tested.legend(frameon=False, fontsize=8, loc="lower right")
-        distance.legend(frameon=False, fontsize=8, loc="center right")
         loss.set_yscale("log")
         distance.set_yscale("symlog", linthresh=1e-6)
         distance.set_ylim(bottom=-1e-7)
+        distance.set_ylabel("symmetric-logarithmic,\nlinear below 10⁻⁶", color="#555555")
+        distance.margins(x=0)
+        report.label_lines(distance, ends, fontsize=8)
     report.save_figure(
         figure,
         path,

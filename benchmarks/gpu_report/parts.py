@@ -95,16 +95,14 @@ def parts(request: Request) -> list[Part]:
         Part("backends", 40, [{"backends": request.module("fused_tricks")}], shown="."),
         _tests(request, "test_gpu", 80, ["backends/test_gpu.py"]),
         _of_benchmark(request, "bits", 60, "gpu_report.bits", _bits(request), result="gpu_bits"),
-        _of_benchmark(request, "step", 100, "step", _step(request), picture=True),
+        _of_benchmark(request, "step", 100, "step", [*_step(request), "--no-compiled"], picture=True),
         _of_benchmark(request, "kernels", 60, "gpu_report.kernels", _kernels(request), result="gpu_kernels"),
         _of_benchmark(request, "sets", 110, "step.sizes", _sets(request), result="step_sizes"),
         _training(request, "train_resnet18", 70, "resnet18", 32, 128),
         _training(request, "train_resnet50", 110, "resnet50", 224, 64),
         _ncu(request),
         _sanitizers(request),
-        _of_benchmark(
-            request, "step_compiled", 90, "step", [*_step(request), "--compiled"], modules=("triton",)
-        ),
+        _of_benchmark(request, "step_compiled", 150, "step", _step(request), modules=("triton",)),
         _tests(request, "tests", 200, TESTS[1:2] if request.tiny else TESTS, _test_backends(request)),
     ]
 
@@ -125,7 +123,10 @@ def _kernels(request: Request) -> list[str]:
 def _sets(request: Request) -> list[str]:
     tiny = "--models synthetic:2:300 --seconds 0.001 --most-rounds 1 --loop-mib 1"
     full = f"--models resnet18 resnet50 resnet152 vit_b_16 {BILLION} --seconds 2 --most-rounds 40"
-    return [*(tiny if request.tiny else full).split(), "--tensor-counts", "--element-counts"]
+    return [
+        *(tiny if request.tiny else full).split(),
+        *("--tensor-counts", "--element-counts", "--no-compiled"),
+    ]
 
 
 def _of_benchmark(

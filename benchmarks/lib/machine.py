@@ -6,8 +6,9 @@ import datetime
 import os
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy
@@ -35,13 +36,19 @@ def _command(module: str, arguments: Sequence[str]) -> str:
     return prefix + shlex.join(["python", "-m", module, *arguments])
 
 
-def describe(module: str, arguments: Sequence[str], device: torch.device) -> dict[str, object]:
+def describe(
+    module: str,
+    arguments: Sequence[str],
+    device: torch.device,
+    versions: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, object]:
     """Returns a JSON-able record of the machine, date and command of a benchmark.
 
     Args:
         module: The module of the benchmark, such as `benchmarks.step`.
         arguments: Its command line arguments.
         device: The device of the work.
+        versions: The versions of further packages.
     """
     on_gpu = gpu.is_gpu(device)
     return {
@@ -60,6 +67,7 @@ def describe(module: str, arguments: Sequence[str], device: torch.device) -> dic
             "numpy": numpy.__version__,
             "fused_tricks": fused_tricks.__version__,
             **(gpu.versions() if on_gpu else {}),
+            **versions,
         },
     }
 

@@ -30,6 +30,8 @@ OUTPUT = "build/benchmarks"
 OURS_COLOUR = "#0072B2"
 MARK_COLOUR = "#D55E00"
 GREYS = ("#C4C4C4", "#A0A0A0", "#7A7A7A", "#5A5A5A", "#404040")
+LINE_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#000000", "#8C510A", "#999999", "#B8A900")
+"""The colours of lines that are told apart by colour alone."""
 
 
 def output_folder(text: str) -> Path:
@@ -162,6 +164,61 @@ def colours(names: Sequence[str], ours: Sequence[str]) -> list[str]:
     """Returns a colour for each name: blue for `ours`, greys in turn for the rest."""
     greys = itertools.cycle(GREYS)
     return [OURS_COLOUR if name in ours else next(greys) for name in names]
+
+
+def line_colours(names: Sequence[str], ours: Sequence[str]) -> list[str]:
+    """Returns a colour for each line: blue for `ours`, a different one for each of the rest, as far as they go."""
+    others = itertools.cycle(LINE_COLOURS)
+    return [OURS_COLOUR if name in ours else next(others) for name in names]
+
+
+def label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]], fontsize: float = 9) -> None:
+    """Writes the names of lines to the right of a panel, in the order of their right ends and without overlap.
+
+    The limits of the axes must be final.
+
+    Args:
+        axes: The panel.
+        ends: The last x, the last y, the name and the colour of each line.
+        fontsize: The size of the names.
+    """
+
+    def height(x: float, y: float) -> float:
+        return float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1])
+
+    ends = sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1])
+    panel_height = axes.get_window_extent().height / axes.figure.dpi
+    line = 1.5 * fontsize / 72 / panel_height
+    halves = [line * (1 + name.count("\n")) / 2 for *_, name, _ in ends]
+    heights: list[float] = []
+    lowest = -math.inf
+    for (x, y, _, _), half in zip(ends, halves):
+        heights.append(max(height(x, y), lowest + half))
+        lowest = heights[-1] + half
+    highest = 1.0
+    for place, half in reversed(list(enumerate(halves))):
+        heights[place] = min(heights[place], highest - half)
+        highest = heights[place] - half
+    for (x, y, name, colour), label_height in zip(ends, heights):
+        axes.annotate(
+            name,
+            (x, y),
+            (1.04, label_height),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=fontsize,
+            fontweight="bold" if colour == OURS_COLOUR else "normal",
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.7,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
+        )
 
 
 def bars(

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 import fused_tricks
 from fused_tricks.backends import BACKENDS
 
-HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
+HYPERPARAMETERS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}
+"""Larger than in a training, so that a contestant without one of the terms fails the check. Times do not depend on
+them."""
+STEPS = 2
+"""The steps that are checked. The first step of SGD is the same with any momentum, coupled and decoupled decay."""
 LOSS_SCALE = 65536.0
 EMA_DECAY = 0.999
 MOST_ELEMENTS = 2**27
@@ -47,12 +51,14 @@ class Trained:
     Attributes:
         parameters: The updated parameters, in the order of the module.
         gradients: Their gradients in each step, times the loss scale.
-        steps: The number of steps before the first timed call.
+        steps: The number of steps that the construction took.
         optimizer: Our optimizer; None for other contestants.
         weights: The weights in the contestant's full precision; by default the parameters.
         average: The averages of the weights; None without them, and for our optimizer, whose state has them.
         scale: The divisor of the gradients.
         tolerance: The limit of the largest difference of a tensor from FP64 over its largest change.
+        decoupled_weight_decay: True if the decay multiplies the weight, as in `timm.optim.SGDW`; False if it belongs to
+            the gradient, as in `torch.optim.SGD`.
     """
 
     parameters: Sequence[Tensor]
@@ -63,6 +69,7 @@ class Trained:
     average: Average | None = None
     scale: float = LOSS_SCALE
     tolerance: float = TOLERANCE
+    decoupled_weight_decay: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ class Check:
 
 
 def check(trained: Trained, module: nn.Module) -> Check:
-    """Compares a contestant, after its construction and one step, with a reference that takes the same steps.
+    """Compares a contestant, after its construction and `STEPS` steps, with a reference that takes the same steps.
 
     Args:
         trained: The tensors of the contestant.
@@ -119,7 +126,8 @@ def check(trained: Trained, module: nn.Module) -> Check:
     worst = [_distance(trained, start, chunk) for chunk in _chunks(places, trained)]
     # max() drops a NaN that does not come first.
     found = max(worst) if all(value == value for value in worst) else float("nan")
-    return Check("FP64", found, trained.tolerance, elements, of)
+    against = "FP64, decoupled decay" if trained.decoupled_weight_decay else "FP64"
+    return Check(against, found, trained.tolerance, elements, of)
 
 
 def _places(start: Sequence[Tensor]) -> list[int]:
@@ -179,7 +187,7 @@ def _differing(trained: Trained, start: Sequence[Tensor], chunk: Sequence[int], 
         backend=against,
     )
     optimizer.scale(torch.ones(()))
-    for _ in range(trained.steps + 1):
+    for _ in range(trained.steps + STEPS):
         optimizer.step()
     differs = bits(parameter) != bits(_flat(trained.parameters, chunk))
     states = [trained.optimizer.state[trained.parameters[place]] for place in chunk]
@@ -201,11 +209,14 @@ def _distance(trained: Trained, start: Sequence[Tensor], chunk: Sequence[int]) -
     gradient = _flat(trained.gradients, chunk).double() / trained.scale
     weight, momentum = before, torch.zeros_like(before)
     averages: list[Tensor] = []
-    for step in range(trained.steps + 1):
-        momentum = (
-            HYPERPARAMETERS["momentum"] * momentum + gradient + HYPERPARAMETERS["weight_decay"] * weight
-        )
-        weight = weight - HYPERPARAMETERS["lr"] * momentum
+    decay, rate = HYPERPARAMETERS["weight_decay"], HYPERPARAMETERS["lr"]
+    for step in range(trained.steps + STEPS):
+        if trained.decoupled_weight_decay:
+            weight, decayed = weight * (1 - rate * decay), gradient
+        else:
+            decayed = gradient + decay * weight
+        momentum = HYPERPARAMETERS["momentum"] * momentum + decayed
+        weight = weight - rate * momentum
         if trained.average is not None:
             copies = step == 0 and trained.average.copies_first
             last = averages[-1] if averages else before

@@ -76,9 +76,6 @@ REFERENCE_WORK = Work(OUR_WORK.keeps, 92, 78, "in the step; the host decides")
 # decay (12), momentum times factor (8), plus gradient (12), weight (12).
 SEPARATE_WORK = Work("FP32 weights, FP32 momentum", 52, 52, "a pass before the step; the host decides")
 
-# The check reads and writes the gradient (8), the compiled kernel reads three tensors (12) and writes two (8).
-COMPILED_WORK = Work("FP32 weights, FP32 momentum", 28, 28, "a pass before the step; the host decides")
-
 # The check reads and writes the gradient (8), one kernel reads three tensors (12) and writes three (12), because it
 # stores the unscaled gradient.
 FUSED_WORK = Work("FP32 weights, FP32 momentum", 32, 32, "a pass before the step; the device decides")
@@ -124,6 +121,7 @@ class Entry:
         kept_bytes: The bytes of the gradients that are kept for the next steps. Training has no such copy.
         trained: The tensors of the contestant, for the check of the numbers.
         checked: The outcome of the check; None before it.
+        compile_seconds: The time of the first steps, which compile; None for contestants that compile nothing.
     """
 
     contestant: Contestant
@@ -131,6 +129,7 @@ class Entry:
     kept_bytes: int
     trained: Trained
     checked: Check | None = None
+    compile_seconds: float | None = None
 
 
 class Gradients:
@@ -297,7 +296,7 @@ def grad_scaler(
     casts: Casts | None = None,
     averages: Averages | None = None,
     graph: bool = False,
-    compiled: bool = False,
+    **trained: Any,
 ) -> Entry:
     """Returns `GradScaler` and an optimizer over the module in FP32.
 
@@ -311,12 +310,10 @@ def grad_scaler(
             timed.
         averages: Returns, for the module, the function that updates an average of the weights after each step, timed.
         graph: True replays the step as a CUDA graph.
-        compiled: True compiles the optimizer's step with `torch.compile`.
+        **trained: Attributes of `Trained` that differ from their defaults.
     """
     parameters = list(module.to(device).parameters())
     optimizer = make_optimizer(parameters, **HYPERPARAMETERS)
-    if compiled:
-        optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign, assignment]
     scaler = torch.amp.GradScaler(device.type)
     scaler.scale(torch.ones((), device=device))
     gradients = Gradients(parameters, in_place=graph)
@@ -340,6 +337,7 @@ def grad_scaler(
         graph=graph,
         first_steps=int(average is not None),
         average=average,
+        **trained,
     )
 
 

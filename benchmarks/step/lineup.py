@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,10 +14,9 @@ from torch import nn
 import fused_tricks
 from benchmarks.lib import gpu, memory, parameter_sets, progress
 from benchmarks.lib.names import AVERAGE, AVERAGED_MODEL, FOR_LOOP, FOREACH, FUSED, GRAPH, OURS
-from benchmarks.step import check, peers
+from benchmarks.step import check, compiled, peers
 from benchmarks.step.contestants import (
     CASTS,
-    COMPILED_WORK,
     FUSED_NEW_CASTS,
     FUSED_WORK,
     LERP,
@@ -35,7 +35,8 @@ from benchmarks.step.contestants import (
     with_casts,
 )
 
-COMPILED = "torch.amp, compiled"
+COMPILED = (compiled.SGD, compiled.MASTERS, peers.HEAVYBALL)
+"""The contestants whose first steps compile code."""
 FORMS: dict[str, Any] = {
     FOR_LOOP: {"foreach": False, "fused": False},
     FOREACH: {"foreach": True},
@@ -72,7 +73,7 @@ def of_a_model(
     device: torch.device,
     backends: Sequence[str],
     *,
-    compiled: bool = False,
+    compiles: bool = False,
     averages: bool = False,
 ) -> list[Candidate]:
     """Returns the candidates for this type of device.
@@ -82,7 +83,7 @@ def of_a_model(
         dtype: The dtype of low-precision weights.
         device: The device of the parameters.
         backends: The backends of fused_tricks, the first of them under the name `OURS`.
-        compiled: True adds a contestant that `torch.compile` compiles.
+        compiles: True adds the contestants of `COMPILED`.
         averages: True adds contestants that average the weights.
     """
     module = partial(parameter_sets.build, parameters, device)
@@ -94,14 +95,10 @@ def of_a_model(
         *_torch_amp(module, device, CASTS, casts_in_place(low, dtype)),
         _amp(FUSED_NEW_CASTS, FUSED, module, device, casts_to_new(low, dtype)),
     ]
-    if compiled:
-        sgd = partial(torch.optim.SGD, foreach=True)
-        build = partial(
-            grad_scaler, COMPILED, device=device, make_optimizer=sgd, work=COMPILED_WORK, compiled=True
-        )
-        candidates.append(Candidate(COMPILED, lambda: build(module()), optional=True, module=module))
     if gpu.is_gpu(device):
-        candidates += [_fused_graph(module, device), *_peers(module, dtype, device)]
+        candidates.append(_fused_graph(module, device))
+    others = _others(module, dtype, device)
+    candidates += [candidate for candidate in others if compiles or candidate.name not in COMPILED]
     candidates += _ours(module, dtype, device, backends)
     return candidates + (_averages(module, dtype, device, backends[0]) if averages else [])
 
@@ -141,7 +138,7 @@ def fitting(
 
 
 def assemble(candidates: Iterable[Candidate], device: torch.device) -> tuple[list[Entry], dict[str, str]]:
-    """Builds the contestants, runs one step of each, and checks its numbers.
+    """Builds the contestants, runs the first steps of each, and checks its numbers.
 
     Returns:
         The entries; and by name, the reasons for the contestants that are left out: an optional contestant cannot run,
@@ -162,10 +159,14 @@ def assemble(candidates: Iterable[Candidate], device: torch.device) -> tuple[lis
 
 def _built(candidate: Candidate, device: torch.device) -> Entry:
     entry = candidate.build()
-    entry.contestant.prepare()
-    entry.contestant.run()
+    began = time.perf_counter()
+    for _ in range(check.STEPS):
+        entry.contestant.prepare()
+        entry.contestant.run()
     if gpu.is_gpu(device):
         torch.cuda.synchronize()
+    if candidate.name in COMPILED:
+        entry = replace(entry, compile_seconds=time.perf_counter() - began)
     if candidate.module is None:
         return entry
     checked = check.check(entry.trained, candidate.module())
@@ -186,6 +187,9 @@ def peak_bytes(candidate: Candidate, device: torch.device) -> int:
         entry = candidate.build()
         kept = entry.kept_bytes
         entry.contestant.run()
+        # HeavyBall drops the gradients.
+        if any(parameter.grad is None for parameter in entry.trained.parameters):
+            entry.contestant.prepare()
         entry.contestant.run()
 
     return memory.peak_bytes(two_steps, device) - kept
@@ -267,8 +271,16 @@ def _fused_graph(module: Callable[[], nn.Module], device: torch.device) -> Candi
     )
 
 
-def _peers(module: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> list[Candidate]:
+def _others(module: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> list[Candidate]:
+    """Returns the contestants that are compiled, and those of other packages."""
     builders: dict[str, Callable[[str], Entry]] = {
+        compiled.SGD: lambda name: compiled.sgd(name, module(), device),
+        compiled.MASTERS: lambda name: compiled.masters(name, module(), dtype, device),
+        peers.HEAVYBALL: lambda name: peers.heavyball(name, module(), device),
+        peers.OPTIMI: lambda name: peers.optimi(name, module(), device),
+        peers.OPTIMI_KAHAN: lambda name: peers.optimi_kahan(name, module(), dtype, device),
+        peers.SGDW: lambda name: peers.sgdw(name, module(), device),
+        peers.BITSANDBYTES: lambda name: peers.bitsandbytes(name, module(), device),
         peers.APEX: lambda name: peers.apex(name, module(), device),
         peers.APEX_MASTERS: lambda name: peers.apex_masters(name, module(), dtype, device),
         peers.TRANSFORMER_ENGINE: lambda name: peers.transformer_engine(name, module(), device),
@@ -288,4 +300,6 @@ def _peers(module: Callable[[], nn.Module], dtype: torch.dtype, device: torch.de
 def _reason(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"not installed (no module {error.name})"
+    if isinstance(error, peers.CannotRun):
+        return str(error)
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -9,11 +9,15 @@ from typing import Any
 from benchmarks.lib import report
 from benchmarks.lib.harness import Spread
 from benchmarks.lib.names import OURS
+from benchmarks.step.contestants import COPY
+
+COPY_ON_CPU = f"{COPY} (also reads the lines that it overwrites, uncounted: an update in place can be faster)"
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Returns the page of tables."""
     on_gpu = result["machine"]["gpu"] is not None
+    compiles = any(row["compile_seconds"] for row in result["contestants"].values())
     steps = [
         [
             name,
@@ -21,14 +25,20 @@ def markdown(result: dict[str, Any]) -> str:
             Spread(**row["ours_is_faster_by"]).text(2) if row["ours_is_faster_by"] else "–",
             *([f"{row['rounds_that_waited_for_the_host'] / row['ms']['samples']:.0%}"] if on_gpu else []),
             row["check"],
+            *([_compiled_in(row)] if compiles else []),
         ]
         for name, row in result["contestants"].items()
     ]
     failed = {name: why for name, why in result["left_out"].items() if why.startswith("check failed")}
-    steps += [[name, why, "–", *(["–"] if on_gpu else []), "**no**"] for name, why in failed.items()]
+    steps += [
+        [name, why, "–", *(["–"] if on_gpu else []), "**no**", *(["–"] if compiles else [])]
+        for name, why in failed.items()
+    ]
     step_header = ["contestant", "ms a step", "its time / ours", "numbers checked"]
     if on_gpu:
         step_header.insert(3, "waited for the host")
+    if compiles:
+        step_header.append("compiled in, s")
     works = [
         [
             name,
@@ -52,7 +62,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     bandwidths = [
         [
-            name,
+            COPY_ON_CPU if name == COPY and not on_gpu else name,
             f"{row['bytes'] / 1e6:,.1f}",
             Spread(**row["gb_per_second"]).text(1),
             Spread(**row["share_of_copy"]).text(2),
@@ -103,6 +113,17 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
+def _in_lines(name: str, on_gpu: bool) -> str:
+    if name == COPY and not on_gpu:
+        return f"{COPY}, which also reads\nwhat it overwrites, uncounted"
+    return re.sub(" (?=with|CUDA|AveragedModel$|timm's|of an)", "\n", name)
+
+
+def _compiled_in(row: dict[str, Any]) -> str:
+    seconds = row["compile_seconds"]
+    return f"{seconds:.0f}" if seconds else "–"
+
+
 def picture(result: dict[str, Any], path: Path) -> None:
     """Draws three panels: time of a step, bandwidth, host time."""
     on_gpu = result["machine"]["gpu"] is not None
@@ -130,7 +151,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
         )
         panels[panel].set_yticks(
             range(len(names)),
-            [re.sub(" (?=with|CUDA|AveragedModel$|timm|of an)", "\n", name) for name in names],
+            [_in_lines(name, on_gpu) for name in names],
         )
     report.save_figure(
         figure,

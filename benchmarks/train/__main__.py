@@ -24,7 +24,7 @@ import fused_tricks
 from benchmarks.lib import backend_choice, command_line, data, gpu, machine, memory, progress, report
 from benchmarks.lib.command_line import network, positive
 from benchmarks.lib.harness import Clock, Section, Spread, mean_and_deviation, ratios, shuffled
-from benchmarks.lib.names import FUSED
+from benchmarks.lib.names import FUSED, OURS
 from benchmarks.step.check import Check
 from benchmarks.train import check as train_check
 from benchmarks.train import contestants, page
@@ -243,6 +243,7 @@ def summarise(records: dict[str, Record], batch_size: int) -> dict[str, dict[str
         summary[name] = {
             "images_per_second": asdict(Spread.of(batch_size / seconds for seconds in record.step_seconds)),
             "speed_over_baseline": asdict(ratios(records[BASELINE].step_seconds, record.step_seconds)),
+            "time_over_ours": asdict(ratios(record.step_seconds, records[OURS].step_seconds)),
             "forward_ms": asdict(Spread.of(forward.device * 1e3 for forward in record.forwards)),
             "backward_ms": asdict(Spread.of(backward.device * 1e3 for backward in record.backwards)),
             "optimizer_ms": asdict(Spread.of(update.device * 1e3 for update in record.updates)),
@@ -299,6 +300,7 @@ def main(arguments: Sequence[str]) -> None:
         ),
         "data_ms": asdict(Spread.of(seconds * 1e3 for seconds in loading)),
         "baseline": BASELINE,
+        "dtype": dtype_name,
         "contestants": summarise(records, options.batch_size),
     }
     report.write(options.output, result, page.markdown(result), page.picture)

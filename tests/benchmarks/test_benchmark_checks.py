@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -17,6 +18,7 @@ from benchmarks.lib import gpu, parameter_sets
 from benchmarks.lib.names import AVERAGE, AVERAGED_MODEL, FOR_LOOP, FUSED, GRAPH, OURS
 from benchmarks.step import __main__ as step
 from benchmarks.step import check as step_check
+from benchmarks.step import compiled as step_compiled
 from benchmarks.step import contestants as step_contestants
 from benchmarks.step import lineup as step_lineup
 from benchmarks.step import peers as step_peers
@@ -35,11 +37,21 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 SET = "synthetic:3:1000"
-STEP = ["--parameters", "synthetic:2:300", "--rounds", "1", "--host-rounds", "1", "--loop-mib", "1"]
+STEP = [
+    "--parameters",
+    "synthetic:2:300",
+    "--rounds",
+    "1",
+    "--host-rounds",
+    "1",
+    "--loop-mib",
+    "1",
+    "--no-compiled",
+]
 
 
 def lineup(name: str, change, parameters: str = SET) -> dict[str, str]:
-    """Returns why a contestant is left out when `change` is made to its first parameter with each step."""
+    """Returns why a contestant is left out when `change` is made after the last step before its check."""
     if name == step_peers.MODEL_EMA:
         pytest.importorskip("timm", reason="the average is timm's")
     candidates = step_lineup.of_a_model(parameters, torch.float16, CPU, ["cpu"], averages=True)
@@ -48,11 +60,13 @@ def lineup(name: str, change, parameters: str = SET) -> dict[str, str]:
     def build() -> Entry:
         entry = candidate.build()
         run = entry.contestant.run
+        steps = itertools.count(1)
 
         def changed() -> None:
             run()
-            with torch.no_grad():
-                change(entry.trained)
+            if next(steps) == step_check.STEPS:
+                with torch.no_grad():
+                    change(entry.trained)
 
         return replace(entry, contestant=replace(entry.contestant, run=changed))
 
@@ -78,7 +92,7 @@ def test_one_wrong_bit_of_the_state_keeps_ours_from_being_timed(key: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "change", [lambda weight: weight.add_(1e-5), lambda weight: weight[-1:].fill_(math.nan)]
+    "change", [lambda weight: weight.add_(1e-3), lambda weight: weight[-1:].fill_(math.nan)]
 )
 def test_a_wrong_weight_keeps_the_others_from_being_timed(change) -> None:
     (reason,) = lineup(FOR_LOOP, lambda trained: change(trained.parameters[0])).values()
@@ -110,14 +124,85 @@ def test_a_contestant_that_is_right_passes(name: str) -> None:
     assert lineup(name, lambda trained: None) == {}
 
 
-def test_torch_compile_takes_part_where_it_is_asked_for() -> None:
-    candidates = step_lineup.of_a_model(SET, torch.float16, CPU, ["cpu"], compiled=True)
-    (candidate,) = (candidate for candidate in candidates if candidate.name == step_lineup.COMPILED)
+def entry_of(name: str, **options) -> Entry:
+    """Returns a contestant after its check."""
+    candidates = step_lineup.of_a_model(SET, torch.float16, CPU, ["cpu"], compiles=True, **options)
+    (candidate,) = (candidate for candidate in candidates if candidate.name == name)
     entries, left_out = step_lineup.assemble([candidate], CPU)
-    reason = left_out.get(step_lineup.COMPILED)
-    if reason is not None:
-        pytest.skip(f"torch.compile: {reason}")
-    assert entries[0].checked.passed
+    if not entries:
+        if "check failed" in left_out[name]:
+            pytest.fail(f"{name}: {left_out[name]}")
+        pytest.skip(f"{name}: {left_out[name]}")
+    return entries[0]
+
+
+@pytest.mark.parametrize("name", step_lineup.COMPILED)
+def test_a_compiled_contestant_passes_and_has_its_time_of_compilation(name: str) -> None:
+    entry = entry_of(name)
+    assert entry.checked.passed and entry.compile_seconds > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [step_peers.OPTIMI, step_peers.OPTIMI_KAHAN, step_peers.SGDW, step_peers.BITSANDBYTES],
+)
+def test_a_peer_that_is_installed_passes(name: str) -> None:
+    assert entry_of(name).compile_seconds is None
+
+
+def test_a_peer_for_gpus_is_listed_with_the_reason_on_a_cpu() -> None:
+    candidates = step_lineup.of_a_model(SET, torch.float16, CPU, ["cpu"])
+    (candidate,) = (candidate for candidate in candidates if candidate.name == step_peers.TRANSFORMER_ENGINE)
+    assert step_lineup.assemble([candidate], CPU) == ([], {candidate.name: "runs on a GPU only"})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"momentum": 0.8}, {"weight_decay": 0.4}, {"weight_decay": 0.0}, {"lr": 0.09}, {"dampening": 0.1}],
+    ids=str,
+)
+def test_a_contestant_with_another_formula_is_not_timed(wrong: dict[str, float]) -> None:
+    def other(parameters, **options):
+        return torch.optim.SGD(parameters, **{**options, **wrong})
+
+    def build() -> Entry:
+        module = parameter_sets.build(SET)
+        return step_contestants.grad_scaler("other", module, CPU, other, step_contestants.FUSED_WORK)
+
+    candidate = Candidate("other", build, module=lambda: parameter_sets.build(SET))
+    _, left_out = step_lineup.assemble([candidate], CPU)
+    assert left_out["other"].startswith("check failed: ")
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_decoupled_weight_decay_is_told_from_that_of_the_gradient(decoupled: bool) -> None:
+    sgdw = pytest.importorskip("timm.optim", reason="the optimizer is timm's").SGDW
+
+    def build() -> Entry:
+        module = parameter_sets.build(SET)
+        work = step_peers.SGDW_WORK
+        return step_contestants.grad_scaler("w", module, CPU, sgdw, work, decoupled_weight_decay=decoupled)
+
+    candidate = Candidate("w", build, module=lambda: parameter_sets.build(SET))
+    entries, left_out = step_lineup.assemble([candidate], CPU)
+    assert [entry.checked.against for entry in entries] == ["FP64, decoupled decay"] * decoupled
+    assert bool(left_out) is not decoupled
+
+
+def test_the_compiled_step_with_masters_skips_an_overflow_and_halves_the_scale() -> None:
+    entry = entry_of(step_compiled.MASTERS)
+    trained = entry.trained
+    before = [tensor.clone() for tensor in (*trained.parameters, *trained.weights)]
+    entry.contestant.prepare()
+    trained.parameters[1].grad[7] = math.inf
+    entry.contestant.run()
+    assert_all_same_bits([*trained.parameters, *trained.weights], before)
+    entry.contestant.prepare()
+    for parameter in trained.parameters:
+        parameter.grad.div_(2)
+    entry.contestant.run()
+    # At half the scale, half the gradient is the same step as before.
+    assert step_check.check(replace(trained, steps=1), parameter_sets.build(SET)).passed
 
 
 def test_large_sets_are_checked_in_part_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +233,17 @@ def test_sets_beyond_the_memory_of_a_gpu_are_skipped_by_name(
     FakeCuda(monkeypatch)
     monkeypatch.setattr(gpu, "free_memory", lambda device: 28 * 2000 * 10 // 9 + 1)
     sizes = ["--models", "synthetic:2:500", "synthetic:2:5000", "--tensor-counts", "--element-counts"]
-    quick = ["--seconds", "0.001", "--most-rounds", "1", "--loop-mib", "1", "--device", "cpu"]
+    quick = [
+        "--seconds",
+        "0.001",
+        "--most-rounds",
+        "1",
+        "--loop-mib",
+        "1",
+        "--device",
+        "cpu",
+        "--no-compiled",
+    ]
     step_sizes.main([*sizes, *quick, "--output", str(tmp_path)])
     result = json.loads((tmp_path / "step_sizes.json").read_text(encoding="utf-8"))
     (point,) = result["sweeps"]["models"]

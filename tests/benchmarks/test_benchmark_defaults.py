@@ -98,7 +98,7 @@ def test_the_limits_of_the_developers_are_compared_with_only_if_asked_for() -> N
         [
             "--parameters",
             "synthetic:1:10",
-            *["--rounds", "1", "--host-rounds", "1", "--loop-mib", "1", "--device", "cpu"],
+            *["--rounds", "1", "--host-rounds", "1", "--loop-mib", "1", "--device", "cpu", "--no-compiled"],
         ]
     )
     page = Path("build/benchmarks/step.md").read_text(encoding="utf-8")

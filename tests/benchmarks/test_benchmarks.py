@@ -18,23 +18,50 @@ pytest.importorskip("sklearn", reason="the benchmarks take their smallest data s
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 pytest.importorskip("tqdm", reason="the benchmarks show their progress with tqdm")
 
-from benchmarks import cast_models
+from benchmarks import cast_models, redraw
 from benchmarks.lib import data, machine, parameter_sets, report
+from benchmarks.lib.harness import Spread
 from benchmarks.lib.names import AVERAGE, AVERAGED_MODEL, FOR_LOOP, FOREACH, FUSED, OURS
 from benchmarks.step import __main__ as step
 from benchmarks.step import contestants as step_contestants
 from benchmarks.step import lineup as step_lineup
+from benchmarks.step import page as step_page
 from benchmarks.step import sizes as step_sizes
+from benchmarks.step import sizes_page
+from benchmarks.step.compiled import MASTERS
 from benchmarks.step.contestants import CASTS, COPY, FUSED_CASTS, FUSED_NEW_CASTS, SCALE, TWIN
 from benchmarks.step.lineup import FORMS
-from benchmarks.step.peers import MODEL_EMA
+from benchmarks.step.peers import (
+    APEX,
+    APEX_MASTERS,
+    BITSANDBYTES,
+    FLASHOPTIM,
+    FLASHOPTIM_32,
+    MODEL_EMA,
+    OPTIMI,
+    OPTIMI_KAHAN,
+    SGDW,
+    TRANSFORMER_ENGINE,
+)
 from benchmarks.train import __main__ as train
 from benchmarks.train import contestants as train_contestants
+from benchmarks.train import page as train_page
 
 pytestmark = pytest.mark.slow
 
 TRAIN = ["--dataset", "digits", "--image-size", "16", "--batch-size", "8", "--device", "cpu", "--seeds", "1"]
-STEP = ["--rounds", "2", "--host-rounds", "2", "--loop-mib", "1", "--device", "cpu"]
+STEP = ["--rounds", "2", "--host-rounds", "2", "--loop-mib", "1", "--device", "cpu", "--no-compiled"]
+PEERS = {
+    OPTIMI,
+    OPTIMI_KAHAN,
+    SGDW,
+    BITSANDBYTES,
+    APEX,
+    APEX_MASTERS,
+    TRANSFORMER_ENGINE,
+    FLASHOPTIM,
+    FLASHOPTIM_32,
+}
 AVERAGES = {FUSED + AVERAGED_MODEL, TWIN, OURS + AVERAGE}
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -83,6 +110,15 @@ def test_training_in_low_precision_starts_from_the_same_weights_and_batch(tmp_pa
     expected = pytest.approx(rows["torch.amp, fused"]["losses"][0][0], rel=0.02)
     for name in (OURS, train_contestants.UNSCALED, OURS + AVERAGE, FUSED + AVERAGED_MODEL):
         assert rows[name]["losses"][0][0] == expected
+    page = (tmp_path / "train.md").read_text(encoding="utf-8")
+    ratio = Spread(**rows[train_contestants.UNSCALED]["time_over_ours"]).text(2)
+    assert f"*{OURS}* is {ratio} × as fast as *{train_contestants.UNSCALED}*" in page
+    assert train_page.ANOTHER_RUN in page
+
+
+def test_a_page_of_fp32_speaks_of_no_rounding_and_no_scaler(trained: Path) -> None:
+    page = (trained / "train.md").read_text(encoding="utf-8")
+    assert train_page.ANOTHER_RUN not in page and "BF16" not in page
 
 
 @pytest.mark.parametrize(
@@ -185,14 +221,29 @@ def test_a_limit_of_minutes_takes_seeds_first_then_steps_and_leaves_some_to_time
 def test_step_reports_every_contestant(stepped: Path) -> None:
     result = read(stepped, "step")
     names = {*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS, *AVERAGES}
-    assert set(result["contestants"]) - {MODEL_EMA} == names
+    assert set(result["contestants"]) - {MODEL_EMA} - PEERS == names
     assert set(result["bandwidth"]) == {OURS, OURS + AVERAGE, COPY, SCALE}
     assert set(result["host"]) - {MODEL_EMA} == {*FORMS, OURS, *AVERAGES}
-    assert set(result["left_out"]) | set(result["contestants"]) == names | {MODEL_EMA}
+    assert set(result["left_out"]) | set(result["contestants"]) == names | {MODEL_EMA} | PEERS
     assert all(row["peak_memory_bytes"] > 0 for row in result["contestants"].values())
     page = (stepped / "step.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in page for name in names)
     assert (stepped / "step.png").read_bytes().startswith(PNG)
+
+
+def test_a_result_is_drawn_again_from_its_numbers(stepped: Path, tmp_path: Path) -> None:
+    (tmp_path / "step.json").write_bytes((stepped / "step.json").read_bytes())
+    redraw.main([str(tmp_path / "step.json")])
+    assert (tmp_path / "step.md").read_bytes() == (stepped / "step.md").read_bytes()
+    assert (tmp_path / "step.png").read_bytes().startswith(PNG)
+
+
+def test_the_time_of_compilation_is_a_column_where_something_compiled(stepped: Path) -> None:
+    result = read(stepped, "step")
+    assert "compiled in" not in step_page.markdown(result)
+    result["contestants"][FUSED]["compile_seconds"] = 41.6
+    rows = [line for line in step_page.markdown(result).splitlines() if line.startswith(f"| {FUSED} | ")]
+    assert rows[0].endswith("| 42 |")
 
 
 def test_the_ratios_of_a_step_can_be_taken_anew_from_its_samples(stepped: Path) -> None:
@@ -217,7 +268,9 @@ def test_step_sizes_reports_every_set_and_its_limit(tmp_path: Path) -> None:
         (100, 1000),
     ]
     for point in points:
-        assert set(point["ms"]) == {*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS}
+        names = {*FORMS, *(f"{form}{CASTS}" for form in FORMS), FUSED_NEW_CASTS, OURS}
+        assert set(point["ms"]) - PEERS == names
+        assert set(point["ms"]) | set(point["left_out"]) == names | PEERS
         assert point["limit_ms"] > 0
         assert point["gb_per_second"]["median"] == pytest.approx(
             point["bytes"] / point["ms"][OURS]["median"] / 1e6
@@ -233,7 +286,27 @@ def test_step_sizes_reports_every_set_and_its_limit(tmp_path: Path) -> None:
     assert (tmp_path / "step_sizes.png").read_bytes().startswith(PNG)
 
 
-QUICK = ["--seconds", "0.001", "--most-rounds", "1", "--loop-mib", "1", "--device", "cpu"]
+QUICK = ["--seconds", "0.001", "--most-rounds", "1", "--loop-mib", "1", "--device", "cpu", "--no-compiled"]
+
+
+def test_step_sizes_compiles_sets_of_few_tensors_and_names_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_sizes, "MOST_COMPILED", 2)
+    asked: list[bool] = []
+    of_a_model = step_lineup.of_a_model
+
+    def lineup(*arguments: Any, compiles: bool, **options: Any) -> list[step_lineup.Candidate]:
+        asked.append(compiles)
+        return of_a_model(*arguments, **options)
+
+    monkeypatch.setattr(step_lineup, "of_a_model", lineup)
+    sets = ["--models", "--tensor-counts", "2", "3", "--element-counts", "--output", str(tmp_path)]
+    step_sizes.main([*sets, *(word for word in QUICK if word != "--no-compiled")])
+    points = read(tmp_path, "step_sizes")["sweeps"]["tensors"]
+    assert asked == [True, False]
+    reasons = [{point["left_out"].get(name) for name in step_lineup.COMPILED} for point in points]
+    assert reasons == [{None}, {"compiled only for sets of at most 2 tensors"}]
 
 
 def test_step_sizes_draws_each_sweep_that_has_a_point_and_no_other(
@@ -249,8 +322,8 @@ def test_step_sizes_draws_each_sweep_that_has_a_point_and_no_other(
         ["--models", "--tensor-counts", "2", "--element-counts", *QUICK, "--output", str(tmp_path)]
     )
     page = (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
-    assert [title for title in titles if title] == [step_sizes.HEADINGS["tensors"]]
-    assert "step_sizes.png" in page and step_sizes.HEADINGS["elements"] not in page
+    assert [title for title in titles if title] == [sizes_page.HEADINGS["tensors"]]
+    assert "step_sizes.png" in page and sizes_page.HEADINGS["elements"] not in page
 
 
 def test_step_sizes_of_networks_only_has_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,11 +356,15 @@ def test_the_command_has_the_number_of_threads_before_it_where_that_is_set(
 
 
 def test_budgets_about_the_step_are_stated_for_resnet50_on_the_cpu_only(stepped: Path) -> None:
-    seconds = {name: [1.0] for name in (FUSED, FUSED_CASTS, OURS, COPY)}
-    moved = {OURS: 85, COPY: 100}
+    seconds = {name: [1.0] for name in (FUSED, FUSED_CASTS, MASTERS, OURS, COPY, SCALE)}
+    moved = {OURS: 90, COPY: 70, SCALE: 100}
     all_budgets = step.budgets(seconds, moved, seconds, promised=True)
-    assert [budget.limit for budget in all_budgets] == [1.25, 2, 0.85, 25, 0.1]
-    assert [budget.met for budget in all_budgets] == [False, False, True, False, False]
+    assert [budget.limit for budget in all_budgets] == [1.4, 2.2, 1.2, 0.9, 25, 0.1]
+    assert [budget.met for budget in all_budgets] == [False, False, False, True, False, False]
+    del seconds[MASTERS]
+    assert [budget.limit for budget in step.budgets(seconds, moved, seconds, promised=True)] == [
+        *(1.4, 2.2, 0.9, 25, 0.1)
+    ]
     assert [row["limit"] for row in read(stepped, "step")["budgets"]] == [25, 0.1]
 
 
@@ -332,6 +409,7 @@ class CountedBytes(TorchDispatchMode):
     [
         *((name, torch.float32) for name in (*FORMS, OURS, *sorted(AVERAGES), MODEL_EMA)),
         *((name, torch.float16) for name in (*FORMS, OURS, FUSED_NEW_CASTS, *sorted(AVERAGES), MODEL_EMA)),
+        *((name, dtype) for name in (OPTIMI, OPTIMI_KAHAN, SGDW) for dtype in (torch.float16, torch.float32)),
         *((f"{form}{CASTS}", torch.float16) for form in FORMS),
     ],
 )
@@ -339,8 +417,9 @@ def test_the_bytes_stated_of_plain_operations_are_those_that_they_are_called_wit
     name: str, dtype: torch.dtype
 ) -> None:
     """Ours is the reference here, which is made of torch's operations as well."""
-    if name == MODEL_EMA:
-        pytest.importorskip("timm", reason="the average is timm's")
+    for package, names in {"timm": (MODEL_EMA, SGDW), "optimi": (OPTIMI, OPTIMI_KAHAN)}.items():
+        if name in names:
+            pytest.importorskip(package, reason=f"the contestant is {package}'s")
     candidates = step_lineup.of_a_model(
         "synthetic:1:100000", dtype, torch.device("cpu"), ["reference"], averages=True
     )
