@@ -101,7 +101,7 @@ class NinjaExtension(build_ext):
         target = ROOT / self.build_lib / PACKAGE / MODULE
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        folder = Path("build", f"extension.{self.plat_name}-{sys.implementation.cache_tag}")
+        folder = Path("build", f"extension.{self.plat_name}")
         try:
             shutil.copy2(build_module(folder, version, info), target)
         except BuildFailure as failure:
@@ -235,11 +235,12 @@ def link(folder: Path, compiler: Compiler, cuda: Cuda | None, version: str, info
     flags += ["-DFUSED_TRICKS_X86=1"] if compiler.is_x86 else []
     flags += ["-DFUSED_TRICKS_CUDA=1"] if cuda else []
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    python_flags = python_includes()
     info["compiler_flags"] = shlex.join(flags)
 
     ninja = Ninja(folder)
     compile_rest = "$flags -MD -MF $out.d -c $in -o $out"
-    ninja.rule("cxx", [*compiler.command, *flags, *python_includes()], compile_rest)
+    ninja.rule("cxx", [*compiler.command, *flags], compile_rest)
     objects, libraries = [], []
     if cuda:
         # First, since they take the longest.
@@ -247,12 +248,17 @@ def link(folder: Path, compiler: Compiler, cuda: Cuda | None, version: str, info
         objects = [ninja.make(f"{source}.o", "nvcc", [source]) for source in cuda_sources()]
         libraries = [f"-L{each}" for each in cuda.toolkit.library_dirs]
         libraries += ["-lcudart_static", "-ldl", "-lrt", "-pthread"]
-    folders = ["csrc/python", "csrc/cpu", *(["csrc/cuda"] if cuda else [])]
+    folders = ["csrc/cpu", *(["csrc/cuda"] if cuda else [])]
     sources = sorted(source for each in folders for source in Path(each).glob("*.cpp"))
     objects += [
         ninja.make(f"{source}.o", "cxx", [source], X86_FLAGS.get(source.name, ()))
         for source in sources
         if compiler.is_x86 or source.name not in X86_FLAGS
+    ]
+    # Only these objects depend on the Python. Builds for several Pythons share all others.
+    objects += [
+        ninja.make(f"{sys.implementation.cache_tag}/{source}.o", "cxx", [source], python_flags)
+        for source in sorted(Path("csrc/python").glob("*.cpp"))
     ]
     libraries += shlex.split(os.environ.get("LDFLAGS", ""))
     kind = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
