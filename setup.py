@@ -39,17 +39,10 @@ BUILD_INFO = "_build_info.json"
 MODULE = f"_extension{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 CXX_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 X86_FLAGS = {
-    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "kernels_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-    ],
+    "kernels_avx2.cpp": AVX2_FLAGS,
+    "kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2_FLAGS],
 }
 # As -ffp-contract=off: a product and a sum are contracted to fma only where the source calls fma.
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-Xcompiler={','.join(CXX_FLAGS[1:])}"]
@@ -114,7 +107,15 @@ class NinjaExtension(build_ext):
                 ) from None
             info.update(extension_failure=str(failure), extension_log=failure.log)
             print(f"\n{PACKAGE}: {what_is_lost(failure)}\n", file=sys.stderr, flush=True)
+            self._make_wheel_pure()
         write_info(target.parent, info)
+
+    def _make_wheel_pure(self) -> None:
+        """Gives a wheel without the extension the tag of every platform."""
+        wheel: Any = self.distribution.get_command_obj("bdist_wheel", create=False)
+        if wheel is not None and not self.editable_mode:
+            self.distribution.ext_modules = []
+            wheel.root_is_pure = True
 
     def copy_extensions_to_source(self) -> None:
         """Copies the build to the source tree for an editable install, and removes an older build there."""
@@ -308,14 +309,7 @@ def find_cuda(compiler: Compiler, folder: Path) -> Cuda:
     # nvcc takes a compiler and nothing that launches one.
     host = compiler.command[1 if Path(compiler.command[0]).name in ("ccache", "sccache") else 0]
     threads = min(4, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
-    command = [
-        str(toolkit.nvcc),
-        "-ccbin",
-        host,
-        *NVCC_FLAGS,
-        f"--threads={threads}",
-        "-DFUSED_TRICKS_CUDA=1",
-    ]
+    command = [str(toolkit.nvcc), "-ccbin", host, *NVCC_FLAGS, f"--threads={threads}"]
     command += finder.architecture_flags(architectures)
 
     source = ROOT / folder / "probe.cu"
@@ -444,7 +438,8 @@ def _quoted(arguments: Sequence[str]) -> str:
 check_wheels()
 extension = Extension("fused_tricks._extension", [str(path) for path in sorted(Path("csrc").rglob("*.cpp"))])
 setup(
-    license="MIT",
+    # Setuptools 77 introduced the field of PEP 639.
+    **{"license_expression" if int(setuptools.__version__.partition(".")[0]) >= 77 else "license": "MIT"},
     ext_modules=[] if switch("FUSED_TRICKS_EXTENSION") is False else [extension],
     cmdclass={"build_ext": NinjaExtension, "build_py": Package},
 )

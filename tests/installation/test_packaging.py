@@ -103,7 +103,11 @@ def test_the_requirements_of_a_build_are_the_same_with_and_without_isolation():
     ("failure", "advice"),
     [
         ("no C++ compiler: CXX=cl is not a program", "install a C++ compiler and reinstall fused_tricks"),
-        ("FUSED_TRICKS_EXTENSION=0 was set", "reinstall fused_tricks without this variable"),
+        (
+            "FUSED_TRICKS_EXTENSION=0 was set",
+            "compile it, without this variable, by `pip install --force-reinstall --no-deps --no-cache-dir "
+            "--no-binary fused_tricks fused_tricks`",
+        ),
         ("a header is missing", "fix this problem and reinstall fused_tricks"),
     ],
 )
