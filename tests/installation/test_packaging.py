@@ -10,11 +10,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import fused_tricks
 from fused_tricks import extension as extension_module
+from fused_tricks.__main__ import collect, text_of
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +90,41 @@ def test_the_report_names_every_backend_and_why_one_is_not_usable():
     code = "import json; from fused_tricks.backends import availability; print(json.dumps(availability()))"
     for name, reason in json.loads(python("-c", code)).items():
         assert [name, "usable" if reason is None else f"not usable: {reason}"] in lines
+
+
+def test_the_report_as_json_gives_every_backend_and_the_record_of_the_build():
+    report = json.loads(python("-m", "fused_tricks", "--json"))
+    code = "import json; from fused_tricks.backends import availability; print(json.dumps(availability()))"
+    reasons = {name: backend["reason"] for name, backend in report["backends"].items()}
+    assert reasons == json.loads(python("-c", code))
+    assert all(backend["usable"] is (backend["reason"] is None) for backend in report["backends"].values())
+    assert report["versions"]["fused_tricks"] == fused_tricks.__version__
+    record = PACKAGE / "_build_info.json"
+    assert report["extension"]["build"] == (json.loads(record.read_text()) if record.exists() else None)
+
+
+def test_the_report_as_json_says_what_the_report_for_a_reader_says():
+    report = json.loads(python("-m", "fused_tricks", "--json"))
+    assert list(text_of(report)) == python("-m", "fused_tricks").split("\n")[:-1]
+
+
+def test_the_report_describes_gpus_and_names_one_that_torch_cannot_use(monkeypatch):
+    def properties(index: int) -> SimpleNamespace:
+        if index == 1:
+            raise RuntimeError("CUDA error: device busy\nmore")
+        return SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=80 * 2**30)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    report = collect()
+    assert report["processors"]["gpus"] == [
+        {"name": "A GPU", "architecture": "9.0", "memory_bytes": 80 * 2**30},
+        {"failure": "CUDA error: device busy"},
+    ]
+    lines = [line.strip() for line in text_of(report)]
+    assert "GPU 0             A GPU, architecture 9.0, 80 GiB" in lines
+    assert "GPU 1             torch cannot use it (CUDA error: device busy)" in lines
 
 
 def test_the_package_says_that_it_is_typed():
