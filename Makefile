@@ -39,7 +39,7 @@ CHECK_ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help build test test-fast test-gpu test-triton fuzz sanitize test-torches bench gpu-report wheels \
-	check-wheels smoke-wheels lint format clean FORCE
+	wheels-manylinux check-wheels smoke-wheels lint format clean FORCE
 
 help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
@@ -58,6 +58,7 @@ help:
 	@echo "make wheels   build dist/: a wheel for each CPython 3.10 to 3.14 here, with kernels for sm_75 to sm_120 and no"
 	@echo "              requirement but torch and a driver for the CUDA release of nvcc (12.x: 525, 13.x: 580); a wheel"
 	@echo "              without compiled code; the sources. PYTHONS='python3.11 ...' selects interpreters"
+	@echo "make wheels-manylinux  the same with CUDA 12.9 and in the container manylinux_2_28, which requires Docker"
 	@echo "make check-wheels  check the files in dist/: tags, sizes, contents, metadata"
 	@echo "make smoke-wheels  install each wheel in new environments, and run tests/smoke: SMOKE_TORCHES='$(SMOKE_TORCHES)'"
 	@echo "make lint     check with ruff, mypy and clang-format, and check the includes of csrc/core; no build required"
@@ -116,8 +117,8 @@ build/wheel: $(STAMPS)/build
 	rm -rf $@
 	$(IN_VENV) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $@ .
 
-wheels: $(STAMPS)/release
-	$(IN_VENV) -m release.wheels $(PYTHONS)
+wheels wheels-manylinux: $(STAMPS)/release
+	$(IN_VENV) -m release.wheels $(if $(filter wheels-manylinux,$@),--manylinux,$(PYTHONS))
 	$(MAKE) check-wheels
 
 check-wheels: $(STAMPS)/release
@@ -139,6 +140,8 @@ lint: $(STAMPS)/lint
 	$(IN_VENV) -m ruff format --check
 	$(IN_VENV) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_FORMATTED)
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	@test -n "$(CORE)" || { echo "csrc/core has no headers" >&2; exit 1; }
 	@! grep -nE 'include|PyObject|py::' $(CORE) | grep -vE '#include (<[a-z_]+>|"($(CORE_NAMES))")$$' || \
 		{ echo "csrc/core may include only its own files and the standard library, without Python" >&2; exit 1; }

@@ -47,9 +47,15 @@ def linker_flags(folder: Path) -> list[str]:
     (folder / "single_threaded.c").write_text(SINGLE_THREADED)
     single_threaded = folder / "single_threaded.o"
     _output("gcc", "-fPIC", "-c", str(folder / "single_threaded.c"), "-o", str(single_threaded))
+    # libstdc++, linked later, is the first to refer to some of the functions.
+    stand_ins = [
+        "-Wl,--push-state,--no-as-needed",
+        *(f"-l:{each}" for each in FORMER_LIBRARIES),
+        "-Wl,--pop-state",
+    ]
     # Without unused sections, which refer to newer functions. exclude-libs hides libstdc++ from other modules.
     static = ["-static-libstdc++", "-Wl,--gc-sections", "-Wl,--exclude-libs,ALL"]
-    return [str(single_threaded), f"-L{folder}", *(f"-l:{library}" for library in FORMER_LIBRARIES), *static]
+    return [str(single_threaded), f"-L{folder}", *stand_ins, *static]
 
 
 def former_versions(symbols: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -27,14 +28,14 @@ def find_pythons(names: Sequence[str] = (), home: Path | None = None) -> list[Py
     """Returns the interpreters with the given names; by default one of each supported release of CPython.
 
     Args:
-        names: Names on `PATH`, or files.
+        names: Releases such as `"python3.11"`, names on `PATH`, or files.
         home: The folder with `.pyenv`; by default the user's.
 
     Raises:
         SystemExit: A name is not a supported interpreter, or none was found.
     """
     if names:
-        found = [_inspect(name) for name in names]
+        found = [_named(name, home or Path.home()) for name in names]
         for name, python in zip(names, found):
             if python is None:
                 raise SystemExit(f"{name} is not a CPython from 3.{MINORS[0]} to 3.{MINORS[-1]} with a GIL")
@@ -44,6 +45,11 @@ def find_pythons(names: Sequence[str] = (), home: Path | None = None) -> list[Py
     if not pythons:
         raise SystemExit(f"no python3.{MINORS[0]} to python3.{MINORS[-1]} on PATH; name them: PYTHONS='...'")
     return pythons
+
+
+def _named(name: str, home: Path) -> Python | None:
+    release = re.fullmatch(r"python3\.(\d+)", name)
+    return _first(int(release[1]), home) if release else _inspect(name)
 
 
 def _first(minor: int, home: Path) -> Python | None:

@@ -61,16 +61,22 @@ def _test(python: Python, torch: str, wheels: Path, folder: Path) -> str:
     _run([python.path, "-m", "venv", str(folder / "venv")], ROOT)
     executable = str(folder / "venv" / "bin" / "python")
     install = [executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    label = torch.partition("+")[2]
-    index = ["--extra-index-url", f"{TORCH_INDEX}/{label}"] if label else []
-    _run([*install, *index, f"torch=={torch}", "pytest"], folder)
+    requirement, label = f"torch=={torch}", torch.partition("+")[2]
+    if label:
+        # Everything else comes from the default index.
+        _run([*install, "--no-deps", "--extra-index-url", f"{TORCH_INDEX}/{label}", requirement], folder)
+    _run([*install, requirement, "pytest"], folder)
     package = f"fused_tricks=={package_version()}"
     _run([*install, "--no-index", "--find-links", str(wheels), package], folder)
     report = json.loads(_run([executable, "-m", "fused_tricks", "--json"], folder))
-    # In the checkout Python would import the source tree.
-    shutil.copytree(ROOT / "tests" / "smoke", folder / "smoke")
-    print(_run([executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "smoke"], folder), flush=True)
     versions, build = report["versions"], report["extension"]["build"]
+    # pytest would find the configuration of the checkout, which puts the source tree on the path.
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    shutil.copytree(ROOT / "tests" / "smoke", folder / "smoke")
+    output = _run([executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "smoke"], folder)
+    print(output, flush=True)
+    if not versions["folder"].startswith(str(folder)) or f" in {versions['folder']}\n" not in output:
+        return f"failed: the tests import another fused_tricks than {versions['folder']}"
     cuda = build["cuda"] and build["cuda"]["version"]
     return f"passed: CUDA {versions['torch_cuda']} in torch, CUDA {cuda} in the wheel"
 

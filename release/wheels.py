@@ -25,6 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("pythons", nargs="*", help="interpreters; by default one of each supported release")
     parser.add_argument("--folder", type=Path, default=ROOT / "dist", help="for the files")
+    parser.add_argument(
+        "--manylinux", action="store_true", help="build in the container of pyproject.toml, by cibuildwheel"
+    )
     arguments = parser.parse_args()
     if sys.platform != "linux":
         raise SystemExit("wheels with the extension are built on Linux only")
@@ -33,17 +36,25 @@ def main() -> None:
         old.unlink()
     _run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), "."])
     build_wheel(sys.executable, folder, {"FUSED_TRICKS_EXTENSION": "0"})
+    if arguments.manylinux:
+        (source,) = folder.glob("*.tar.gz")
+        _run([sys.executable, "-m", "cibuildwheel", "--output-dir", str(folder), str(source)])
+    else:
+        build_here(arguments.pythons, folder)
+
+
+def build_here(names: list[str], folder: Path) -> None:
+    """Builds the wheels with the extension on this machine, for the interpreters of `find_pythons`."""
     flags = shlex.join(linker_flags(ROOT / "build" / "old_glibc"))
     settings = {
         "FUSED_TRICKS_CUDA": os.environ.get("FUSED_TRICKS_CUDA") or "1",
         "FUSED_TRICKS_REQUIRE_EXTENSION": "1",
         "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {flags}",
     }
-    for python in find_pythons(arguments.pythons):
+    for python in find_pythons(names):
         unrepaired = ROOT / "build" / "wheels" / python.tag
         shutil.rmtree(unrepaired, ignore_errors=True)
-        wheel = build_wheel(python.path, unrepaired, settings)
-        repair(wheel, folder)
+        repair(build_wheel(python.path, unrepaired, settings), folder)
 
 
 def build_wheel(python: str, folder: Path, settings: dict[str, str]) -> Path:
