@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,12 @@ def test_the_report_as_json_gives_every_backend_and_the_record_of_the_build():
     reasons = {name: backend["reason"] for name, backend in report["backends"].items()}
     assert reasons == json.loads(python("-c", code))
     assert all(backend["usable"] is (backend["reason"] is None) for backend in report["backends"].values())
-    assert report["versions"]["fused_tricks"] == fused_tricks.__version__
+    versions = {name: report["versions"][name] for name in ("fused_tricks", "torch", "python")}
+    assert versions == {
+        "fused_tricks": fused_tricks.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     record = PACKAGE / "_build_info.json"
     assert report["extension"]["build"] == (json.loads(record.read_text()) if record.exists() else None)
 
