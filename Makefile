@@ -33,10 +33,15 @@ GPU_REPORT_ARGS ?=
 BASE ?= HEAD
 # The releases of torch for test-torches: the oldest supported one, a common one, and the newest.
 TORCHES ?= 2.10.0 2.11.0 2.14.1
+# For the wheels: the interpreters, by default one of each supported release, and releases of torch for CUDA 12 and 13.
+PYTHONS ?=
+SMOKE_TORCHES ?= 2.10.0 2.14.1
+CHECK_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test test-fast test-gpu test-triton fuzz sanitize test-torches bench gpu-report sass-diff lint format clean FORCE
+.PHONY: help build test test-fast test-gpu test-triton fuzz sanitize test-torches bench gpu-report sass-diff \
+	wheels wheels-manylinux check-wheels smoke-wheels lint format clean FORCE
 
 help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
@@ -54,6 +59,12 @@ help:
 	@echo "              $(PYTHON) and without any installation; GPU_REPORT_ARGS=--help lists options"
 	@echo "make sass-diff BASE=HEAD~1  compare the machine code of the CUDA kernels before and after a change, for each"
 	@echo "              architecture; without BASE, the change since the last commit. Requires nvcc"
+	@echo "make wheels   build dist/: a wheel for each CPython 3.10 to 3.14 here, with kernels for sm_75 to sm_120 and no"
+	@echo "              requirement but torch and a driver for the CUDA release of nvcc (12.x: 525, 13.x: 580); a wheel"
+	@echo "              without compiled code; the sources. PYTHONS='python3.11 ...' selects interpreters"
+	@echo "make wheels-manylinux  the same with CUDA 12.9 and in the container manylinux_2_28, which requires Docker"
+	@echo "make check-wheels  check the files in dist/: tags, sizes, contents, metadata"
+	@echo "make smoke-wheels  install each wheel in new environments, and run tests/smoke: SMOKE_TORCHES='$(SMOKE_TORCHES)'"
 	@echo "make lint     check with ruff, mypy and clang-format, and check the includes of csrc/core; no build required"
 	@echo "make format   format the files with ruff and clang-format"
 	@echo "make clean    remove build products; $(VENV) stays"
@@ -110,6 +121,17 @@ build/wheel: $(STAMPS)/build
 	rm -rf $@
 	$(IN_VENV) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir $@ .
 
+wheels wheels-manylinux: $(STAMPS)/release
+	$(IN_VENV) -m release.wheels $(if $(filter wheels-manylinux,$@),--manylinux,$(PYTHONS))
+	$(MAKE) check-wheels
+
+check-wheels: $(STAMPS)/release
+	$(IN_VENV) -m release.check $(CHECK_ARGS)
+	$(IN_VENV) -m twine check --strict dist/*
+
+smoke-wheels: $(STAMPS)/release
+	$(IN_VENV) -m release.smoke $(PYTHONS) --torch $(SMOKE_TORCHES)
+
 bench: $(STAMPS)/build $(STAMPS)/bench
 	$(IN_VENV) -m benchmarks.train --minutes 2 $(BENCH_ARGS)
 	$(if $(filter -h --help,$(BENCH_ARGS)),,$(IN_VENV) -m benchmarks.step --rounds 10 --host-rounds 50 --no-compiled)
@@ -125,6 +147,8 @@ lint: $(STAMPS)/lint
 	$(IN_VENV) -m ruff format --check
 	$(IN_VENV) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_FORMATTED)
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	@test -n "$(CORE)" || { echo "csrc/core has no headers" >&2; exit 1; }
 	@! grep -nE 'include|PyObject|py::' $(CORE) | grep -vE '#include (<[a-z_]+>|"($(CORE_NAMES))")$$' || \
 		{ echo "csrc/core may include only its own files and the standard library, without Python" >&2; exit 1; }
@@ -164,8 +188,8 @@ $(STAMPS)/test $(STAMPS)/bench: pyproject.toml | $(STAMPS)/build
 	$(IN_VENV) -m pip install --no-build-isolation --editable ".[$(@F)]"
 	touch $@
 
-$(STAMPS)/lint: pyproject.toml | $(STAMPS)/venv
-	$(IN_VENV) -m pip install --group lint
+$(STAMPS)/lint $(STAMPS)/release: pyproject.toml | $(STAMPS)/venv
+	$(IN_VENV) -m pip install --group $(@F)
 	touch $@
 
 FORCE:

@@ -39,17 +39,10 @@ BUILD_INFO = "_build_info.json"
 MODULE = f"_extension{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 CXX_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 X86_FLAGS = {
-    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "kernels_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-    ],
+    "kernels_avx2.cpp": AVX2_FLAGS,
+    "kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2_FLAGS],
 }
 # As -ffp-contract=off: a product and a sum are contracted to fma only where the source calls fma.
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-Xcompiler={','.join(CXX_FLAGS[1:])}"]
@@ -101,7 +94,7 @@ class NinjaExtension(build_ext):
         target = ROOT / self.build_lib / PACKAGE / MODULE
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        folder = Path("build", f"extension.{self.plat_name}-{sys.implementation.cache_tag}")
+        folder = Path("build", f"extension.{self.plat_name}")
         try:
             shutil.copy2(build_module(folder, version, info), target)
         except BuildFailure as failure:
@@ -114,7 +107,15 @@ class NinjaExtension(build_ext):
                 ) from None
             info.update(extension_failure=str(failure), extension_log=failure.log)
             print(f"\n{PACKAGE}: {what_is_lost(failure)}\n", file=sys.stderr, flush=True)
+            self._make_wheel_pure()
         write_info(target.parent, info)
+
+    def _make_wheel_pure(self) -> None:
+        """Gives a wheel without the extension the tag of every platform."""
+        wheel: Any = self.distribution.get_command_obj("bdist_wheel", create=False)
+        if wheel is not None and not self.editable_mode:
+            self.distribution.ext_modules = []
+            wheel.root_is_pure = True
 
     def copy_extensions_to_source(self) -> None:
         """Copies the build to the source tree for an editable install, and removes an older build there."""
@@ -235,11 +236,12 @@ def link(folder: Path, compiler: Compiler, cuda: Cuda | None, version: str, info
     flags += ["-DFUSED_TRICKS_X86=1"] if compiler.is_x86 else []
     flags += ["-DFUSED_TRICKS_CUDA=1"] if cuda else []
     flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    python_flags = python_includes()
     info["compiler_flags"] = shlex.join(flags)
 
     ninja = Ninja(folder)
     compile_rest = "$flags -MD -MF $out.d -c $in -o $out"
-    ninja.rule("cxx", [*compiler.command, *flags, *python_includes()], compile_rest)
+    ninja.rule("cxx", [*compiler.command, *flags], compile_rest)
     objects, libraries = [], []
     if cuda:
         # First, since they take the longest.
@@ -247,12 +249,17 @@ def link(folder: Path, compiler: Compiler, cuda: Cuda | None, version: str, info
         objects = [ninja.make(f"{source}.o", "nvcc", [source]) for source in cuda_sources()]
         libraries = [f"-L{each}" for each in cuda.toolkit.library_dirs]
         libraries += ["-lcudart_static", "-ldl", "-lrt", "-pthread"]
-    folders = ["csrc/python", "csrc/cpu", *(["csrc/cuda"] if cuda else [])]
+    folders = ["csrc/cpu", *(["csrc/cuda"] if cuda else [])]
     sources = sorted(source for each in folders for source in Path(each).glob("*.cpp"))
     objects += [
         ninja.make(f"{source}.o", "cxx", [source], X86_FLAGS.get(source.name, ()))
         for source in sources
         if compiler.is_x86 or source.name not in X86_FLAGS
+    ]
+    # Only these objects depend on the Python. Builds for several Pythons share all others.
+    objects += [
+        ninja.make(f"{sys.implementation.cache_tag}/{source}.o", "cxx", [source], python_flags)
+        for source in sorted(Path("csrc/python").glob("*.cpp"))
     ]
     libraries += shlex.split(os.environ.get("LDFLAGS", ""))
     kind = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
@@ -302,14 +309,7 @@ def find_cuda(compiler: Compiler, folder: Path) -> Cuda:
     # nvcc takes a compiler and nothing that launches one.
     host = compiler.command[1 if Path(compiler.command[0]).name in ("ccache", "sccache") else 0]
     threads = min(4, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
-    command = [
-        str(toolkit.nvcc),
-        "-ccbin",
-        host,
-        *NVCC_FLAGS,
-        f"--threads={threads}",
-        "-DFUSED_TRICKS_CUDA=1",
-    ]
+    command = [str(toolkit.nvcc), "-ccbin", host, *NVCC_FLAGS, f"--threads={threads}"]
     command += finder.architecture_flags(architectures)
 
     source = ROOT / folder / "probe.cu"
@@ -438,7 +438,8 @@ def _quoted(arguments: Sequence[str]) -> str:
 check_wheels()
 extension = Extension("fused_tricks._extension", [str(path) for path in sorted(Path("csrc").rglob("*.cpp"))])
 setup(
-    license="MIT",
+    # Setuptools 77 introduced the field of PEP 639.
+    **{"license_expression" if int(setuptools.__version__.partition(".")[0]) >= 77 else "license": "MIT"},
     ext_modules=[] if switch("FUSED_TRICKS_EXTENSION") is False else [extension],
     cmdclass={"build_ext": NinjaExtension, "build_py": Package},
 )

@@ -17,6 +17,7 @@ import torch
 from ._torch import library_path, negative_view
 
 _REINSTALL = "reinstall fused_tricks"
+_COMPILE = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary fused_tricks fused_tricks"
 
 # In the order of the enum in csrc/core/dtype.h.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -159,8 +160,8 @@ def _failure(package: Path) -> str | None:
 
 def _advice(reason: str) -> str:
     if reason.startswith("FUSED_TRICKS_EXTENSION"):
-        # The user disabled the build with this variable, so a compiler may exist.
-        return f"{_REINSTALL} without this variable"
+        # The wheel for every platform is built so. A compiler may exist.
+        return f"compile it, without this variable, by `{_COMPILE}`"
     if reason.startswith("no C++ compiler"):
         return f"install a C++ compiler and {_REINSTALL}"
     return f"fix this problem and {_REINSTALL}"

@@ -6,15 +6,19 @@ import importlib
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import fused_tricks
 from fused_tricks import extension as extension_module
+from fused_tricks.__main__ import collect, text_of
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +93,46 @@ def test_the_report_names_every_backend_and_why_one_is_not_usable():
         assert [name, "usable" if reason is None else f"not usable: {reason}"] in lines
 
 
+def test_the_report_as_json_gives_every_backend_and_the_record_of_the_build():
+    report = json.loads(python("-m", "fused_tricks", "--json"))
+    code = "import json; from fused_tricks.backends import availability; print(json.dumps(availability()))"
+    reasons = {name: backend["reason"] for name, backend in report["backends"].items()}
+    assert reasons == json.loads(python("-c", code))
+    assert all(backend["usable"] is (backend["reason"] is None) for backend in report["backends"].values())
+    versions = {name: report["versions"][name] for name in ("fused_tricks", "torch", "python")}
+    assert versions == {
+        "fused_tricks": fused_tricks.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    record = PACKAGE / "_build_info.json"
+    assert report["extension"]["build"] == (json.loads(record.read_text()) if record.exists() else None)
+
+
+def test_the_report_as_json_says_what_the_report_for_a_reader_says():
+    report = json.loads(python("-m", "fused_tricks", "--json"))
+    assert list(text_of(report)) == python("-m", "fused_tricks").split("\n")[:-1]
+
+
+def test_the_report_describes_gpus_and_names_one_that_torch_cannot_use(monkeypatch):
+    def properties(index: int) -> SimpleNamespace:
+        if index == 1:
+            raise RuntimeError("CUDA error: device busy\nmore")
+        return SimpleNamespace(name="A GPU", major=9, minor=0, total_memory=80 * 2**30)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    report = collect()
+    assert report["processors"]["gpus"] == [
+        {"name": "A GPU", "architecture": "9.0", "memory_bytes": 80 * 2**30},
+        {"failure": "CUDA error: device busy"},
+    ]
+    lines = [line.strip() for line in text_of(report)]
+    assert "GPU 0             A GPU, architecture 9.0, 80 GiB" in lines
+    assert "GPU 1             torch cannot use it (CUDA error: device busy)" in lines
+
+
 def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").exists()
 
@@ -103,7 +147,11 @@ def test_the_requirements_of_a_build_are_the_same_with_and_without_isolation():
     ("failure", "advice"),
     [
         ("no C++ compiler: CXX=cl is not a program", "install a C++ compiler and reinstall fused_tricks"),
-        ("FUSED_TRICKS_EXTENSION=0 was set", "reinstall fused_tricks without this variable"),
+        (
+            "FUSED_TRICKS_EXTENSION=0 was set",
+            "compile it, without this variable, by `pip install --force-reinstall --no-deps --no-cache-dir "
+            "--no-binary fused_tricks fused_tricks`",
+        ),
         ("a header is missing", "fix this problem and reinstall fused_tricks"),
     ],
 )

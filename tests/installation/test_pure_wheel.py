@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -36,26 +38,31 @@ print(train("auto")[1].applied_steps)
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Returns the wheel, built without a compiler on the path."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
-    environment = {**os.environ, "FUSED_TRICKS_EXTENSION": "0", "PATH": str(Path(sys.executable).parent)}
+def source(tmp_path_factory) -> Path:
+    """Returns a clone with the uncommitted changes of tracked files."""
+    folder = tmp_path_factory.mktemp("source") / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    changes = subprocess.run(
+        ["git", "diff", "--binary", "HEAD"], cwd=ROOT, check=True, capture_output=True
+    ).stdout
+    if changes:
+        subprocess.run(["git", "apply"], cwd=folder, input=changes, check=True)
+    return folder
+
+
+def build(source: Path, folder: Path, **variables: str) -> Path:
+    """Returns a wheel, built without network access and without a compiler on the path."""
+    environment = {**os.environ, "PATH": str(Path(sys.executable).parent), "PIP_NO_INDEX": "1", **variables}
     environment.pop("FUSED_TRICKS_REQUIRE_EXTENSION", None)
-    command = [
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-build-isolation",
-        "--no-deps",
-        "--wheel-dir",
-        str(folder),
-    ]
-    subprocess.run([sys.executable, *command, str(source)], check=True, env=environment)
+    command = ["pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder)]
+    subprocess.run([sys.executable, "-m", *command, str(source)], check=True, env=environment)
     (built,) = folder.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    return build(source, tmp_path_factory.mktemp("wheel"), FUSED_TRICKS_EXTENSION="0")
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +94,30 @@ def test_it_is_for_every_platform(wheel) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
 
 
+def test_a_wheel_whose_extension_cannot_be_compiled_is_for_every_platform_too(source, tmp_path) -> None:
+    built = build(source, tmp_path, CXX="no_such_compiler")
+    assert built.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(built) as files:
+        info = json.loads(files.read("fused_tricks/_build_info.json"))
+    assert "no_such_compiler" in info["extension_failure"]
+
+
+def test_the_source_distribution_is_complete_and_builds_the_same_wheel(source, wheel, tmp_path) -> None:
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)], cwd=source, check=True
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        packed = {name.partition("/")[2] for name in files.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=source, check=True, capture_output=True, text=True
+    ).stdout
+    assert {name for name in tracked.splitlines() if not name.startswith(".")} <= packed
+    rebuilt = build(archive, tmp_path, FUSED_TRICKS_EXTENSION="0")
+    with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(rebuilt) as theirs:
+        assert sorted(ours.namelist()) == sorted(theirs.namelist())
+
+
 def test_it_states_its_licence_and_has_it(wheel) -> None:
     with zipfile.ZipFile(wheel) as files:
         names = [name.rpartition("/")[2] for name in files.namelist()]
@@ -94,7 +125,13 @@ def test_it_states_its_licence_and_has_it(wheel) -> None:
             files.read(name).decode() for name in files.namelist() if name.endswith(".dist-info/METADATA")
         ]
     assert "LICENSE" in names
-    assert "\nLicense: MIT\n" in metadata
+    assert "\nLicense-Expression: MIT\n" in metadata
+
+
+def test_it_says_that_it_is_typed(wheel) -> None:
+    with zipfile.ZipFile(wheel) as files:
+        assert "fused_tricks/py.typed" in files.namelist()
+        assert "fused_tricks/_extension.pyi" in files.namelist()
 
 
 def test_its_report_says_why_nothing_is_compiled(python) -> None:

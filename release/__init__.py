@@ -1,0 +1,1 @@
+"""The steps of a release: wheels, their checks, and their tests in new environments."""
