@@ -1,6 +1,6 @@
 """The norms that `zero_gamma_` finds in the networks of torchvision and timm.
 
-`python -m benchmarks.zero_gamma --output docs/zero_gamma.md` writes the kept page: all classification models of
+`python -m benchmarks.zero_gamma --output benchmarks/results/zero_gamma.md` writes the kept page: all classification models of
 torchvision and, if timm is installed, the first model of each of its families.
 """
 
