@@ -34,7 +34,7 @@ TORCHES ?= 2.10.0 2.11.0 2.14.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test test-fast test-gpu test-triton fuzz sanitize test-torches bench gpu-report lint format clean FORCE
+.PHONY: help build test test-fast test-gpu test-triton fuzz sanitize test-torches bench gpu-report docs lint format clean FORCE
 
 help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
@@ -50,6 +50,7 @@ help:
 	@echo "              BENCH_ARGS goes to the training, and BENCH_ARGS=--help lists its options"
 	@echo "make gpu-report  build, test, time and profile on this machine's GPU within LIMIT=$(LIMIT) seconds, with"
 	@echo "              $(PYTHON) and without any installation; GPU_REPORT_ARGS=--help lists options"
+	@echo "make docs     write the site to build/site; a broken link or anchor is an error; no build required"
 	@echo "make lint     check with ruff, mypy and clang-format, and check the includes of csrc/core; no build required"
 	@echo "make format   format the files with ruff and clang-format"
 	@echo "make clean    remove build products; $(VENV) stays"
@@ -113,6 +114,11 @@ bench: $(STAMPS)/build $(STAMPS)/bench
 gpu-report:
 	$(PYTHON) -m benchmarks.gpu_report --seconds $(LIMIT) $(GPU_REPORT_ARGS)
 
+# Material announces its successor in every build otherwise.
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(IN_VENV) -m mkdocs build --quiet
+	@echo "build/site/index.html has the site"
+
 lint: $(STAMPS)/lint
 	$(IN_VENV) -m ruff check
 	$(IN_VENV) -m ruff format --check
@@ -157,8 +163,8 @@ $(STAMPS)/test $(STAMPS)/bench: pyproject.toml | $(STAMPS)/build
 	$(IN_VENV) -m pip install --no-build-isolation --editable ".[$(@F)]"
 	touch $@
 
-$(STAMPS)/lint: pyproject.toml | $(STAMPS)/venv
-	$(IN_VENV) -m pip install --group lint
+$(STAMPS)/lint $(STAMPS)/docs: pyproject.toml | $(STAMPS)/venv
+	$(IN_VENV) -m pip install --group $(@F)
 	touch $@
 
 FORCE:

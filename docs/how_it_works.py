@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
@@ -51,7 +53,7 @@ def draw_phases(axes: Axes) -> None:
             },
         )
         axes.text(place, 19.5, words, ha="center", va="top", fontsize=9, color=INK)
-    for (_, _, left), (_, _, right) in zip(phases, phases[1:], strict=False):
+    for (_, _, left), (_, _, right) in itertools.pairwise(phases):
         axes.annotate("", (right - 7, 28), (left + 7, 28), arrowprops=arrow)
     axes.annotate("", (62, 41), (62, 33), arrowprops={**arrow, "color": MARK})
     axes.text(64, 37.5, "skip: nothing else changes", color=MARK, fontsize=9, va="center")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -55,7 +57,7 @@ def draw_block(axes: Axes) -> None:
         }
         axes.text(place, 0.8, layer, ha="center", va="center", fontsize=9, bbox=box)
     ends = [0.3, *places, 8.6]
-    for left, right in zip(ends, ends[1:], strict=False):
+    for left, right in itertools.pairwise(ends):
         axes.annotate(
             "", (right - (0.48 if right != 8.6 else 0.1), 0.8), (left + 0.48, 0.8), arrowprops=arrow
         )
