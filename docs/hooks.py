@@ -5,33 +5,34 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-# Their places on the site.
+RESULTS = [
+    path.relative_to(ROOT).as_posix()
+    for path in sorted(ROOT.glob("benchmarks/results/**/*"))
+    if path.suffix in (".md", ".png")
+]
+# The places on the site of files outside docs/.
 OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "benchmarks/method.md",
-    **{
-        name: name
-        for name in (p.relative_to(ROOT).as_posix() for p in ROOT.glob("benchmarks/results/**/*.md"))
-    },
-    **{
-        name: name
-        for name in (p.relative_to(ROOT).as_posix() for p in ROOT.glob("benchmarks/results/**/*.png"))
-    },
+    **{name: name for name in RESULTS},
 }
+# The text of a link may contain a picture.
+LINK = re.compile(r"(!?\[(?:[^\[\]]|!?\[[^\[\]]*\]\([^()\s]*\))*\])\(([^()\s]+)\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Adds the changelog to the navigation if there is one."""
     if (ROOT / "CHANGELOG.md").exists():
-        config.nav[-1]["Project"].append({"Changelog": "changelog.md"})  # type: ignore[index]
+        (project,) = (part["Project"] for part in config.nav or [] if "Project" in part)
+        project.append({"Changelog": "changelog.md"})
     return config
 
 
@@ -61,12 +62,10 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
             return link[0]
         return f"{text}({config.repo_url.rstrip('/')}/blob/main/{name})" if config.repo_url else plain(text)
 
+    # GitHub ignores the second word of a block, and the site shows it as a title.
+    markdown = re.sub(r"^```python (\w+)$", r'```python title="\1"', markdown, flags=re.MULTILINE)
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
     return "".join(part if part.startswith("```") else LINK.sub(rewritten, part) for part in parts)
-
-
-# The text of a link may contain a picture.
-LINK = re.compile(r"(!?\[(?:[^\[\]]|!?\[[^\[\]]*\]\([^()\s]*\))*\])\(([^()\s]+)\)")
 
 
 def site_path(name: str) -> str:
@@ -82,12 +81,17 @@ def plain(text: str) -> str:
     return f"`{words}`" if re.fullmatch(r"[\w./-]+", words) else words
 
 
-def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> Any:
-    """Raises an error if a page loads a file from another server."""
+def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
+    """Raises an error if a page loads a file from another server.
+
+    Raises:
+        PluginError: The page loads such a file.
+    """
     loaded = re.findall(r'<(?:script|img|iframe|source)\b[^>]*\bsrc="?(https?:[^">\s]+)', output)
     loaded += re.findall(
         r'<link\b[^>]*\brel="?(?:stylesheet|preconnect)"?[^>]*\bhref="?(https?:[^">\s]+)', output
     )
     if loaded:
-        raise ValueError(f"{page.file.src_uri} loads {', '.join(loaded)}; keep a copy in docs/")
-    return output
+        raise PluginError(f"{page.file.src_uri} loads {', '.join(loaded)}; keep a copy in docs/")
+    # Beside the link to the repository, Material would show numbers that it loads from GitHub.
+    return output.replace('data-md-component="source"', "")

@@ -26,7 +26,7 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(CHANNELS)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        out: Tensor = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
         return (x + out).relu()
 
 
