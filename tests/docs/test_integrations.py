@@ -160,6 +160,7 @@ def test_zero_redundancy_optimizer(one_process: None) -> None:
     }
     run_loop(block, names)
     assert_trains(names["model"], names["optimizer"].optim)
+    assert isinstance(names["optimizer"].optim.loss_scale, ft.DynamicLossScale)
 
 
 def test_horovod() -> None:
@@ -179,7 +180,9 @@ def test_pytorch_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     names = {"torch": torch, "ft": ft, "LightningModule": pl.LightningModule, "resnet50": Network}
     run(block, names)
 
-    class Trained(names["Network"]):  # type: ignore[misc, name-defined]
+    base: Any = names["Network"]
+
+    class Trained(base):
         def training_step(self, batch: Any, index: int) -> Tensor:
             return loss_of(self.layers)
 
@@ -256,13 +259,12 @@ def test_hugging_face_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_timm() -> None:
-    timm = pytest.importorskip("timm", reason=f"needs timm: {INSTALL}")
+    pytest.importorskip("timm", reason=f"needs timm: {INSTALL}")
+    import timm.optim
     from timm.optim._optim_factory import default_registry
 
     (block,) = sections()["timm"]
     names: dict[str, Any] = {"torch": torch, "ft": ft, "timm": timm, "model": Network()}
-    import timm.optim
-
     try:
         run(block, names)
     finally:
