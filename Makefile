@@ -41,7 +41,7 @@ CHECK_ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help build test test-fast test-gpu test-triton fuzz sanitize test-torches bench gpu-report sass-diff \
-	wheels wheels-manylinux check-wheels smoke-wheels lint format clean FORCE
+	wheels wheels-manylinux check-wheels smoke-wheels docs lint format clean FORCE
 
 help:
 	@echo "make build    install into $(VENV) in editable mode, with the compiled extension"
@@ -65,6 +65,7 @@ help:
 	@echo "make wheels-manylinux  the same with CUDA 12.9 and in the container manylinux_2_28, which requires Docker"
 	@echo "make check-wheels  check the files in dist/: tags, sizes, contents, metadata"
 	@echo "make smoke-wheels  install each wheel in new environments, and run tests/smoke: SMOKE_TORCHES='$(SMOKE_TORCHES)'"
+	@echo "make docs     write the site to build/site; a broken link or anchor is an error; no build required"
 	@echo "make lint     check with ruff, mypy and clang-format, and check the includes of csrc/core; no build required"
 	@echo "make format   format the files with ruff and clang-format"
 	@echo "make clean    remove build products; $(VENV) stays"
@@ -142,6 +143,11 @@ gpu-report:
 sass-diff: $(STAMPS)/build $(STAMPS)/bench
 	$(IN_VENV) -m benchmarks.resources.sass_diff "$(BASE)"
 
+# Material announces its successor in every build otherwise.
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(IN_VENV) -m mkdocs build --quiet
+	@echo "build/site/index.html has the site"
+
 lint: $(STAMPS)/lint
 	$(IN_VENV) -m ruff check
 	$(IN_VENV) -m ruff format --check
@@ -188,7 +194,7 @@ $(STAMPS)/test $(STAMPS)/bench: pyproject.toml | $(STAMPS)/build
 	$(IN_VENV) -m pip install --no-build-isolation --editable ".[$(@F)]"
 	touch $@
 
-$(STAMPS)/lint $(STAMPS)/release: pyproject.toml | $(STAMPS)/venv
+$(STAMPS)/lint $(STAMPS)/docs $(STAMPS)/release: pyproject.toml | $(STAMPS)/venv
 	$(IN_VENV) -m pip install --group $(@F)
 	touch $@
 

@@ -1,7 +1,7 @@
 """The norms that `zero_gamma_` finds in the networks of torchvision and timm.
 
-`python -m benchmarks.zero_gamma --output docs/zero_gamma.md` writes the kept page: all classification models of
-torchvision and, if timm is installed, the first model of each of its families.
+`python -m benchmarks.zero_gamma --output benchmarks/results/zero_gamma.md` writes the kept page: all
+classification models of torchvision and, if timm is installed, the first model of each of its families.
 """
 
 from __future__ import annotations

@@ -108,21 +108,6 @@ class WarmupCosineLR(LRScheduler):
             moves `t` above `total_steps`; one call after each of `total_steps` updates does not. With
             `count="applied"`, the second warning requires a count in the host's memory.
 
-    Example:
-        ```python
-        import torch
-        from fused_tricks import FusedSGD, WarmupCosineLR
-
-        model = torch.nn.Linear(4, 2)
-        optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9)
-        schedule = WarmupCosineLR(optimizer, total_steps=100, warmup_steps=5)
-        for _ in range(100):
-            optimizer.zero_grad()
-            model(torch.randn(8, 4)).square().mean().backward()
-            optimizer.step()
-            schedule.step()
-        ```
-
     Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), sections 3.1 (warm-up) and 5.1
     (cosine); restarts from "SGDR" (arXiv 1608.03983).
 

@@ -62,6 +62,9 @@ def zero_gamma_(model: ModelT, example_inputs: Any = None, *, strict: bool = Fal
             is frozen (`requires_grad=False`); a parameter that has zeros scales the output, and a product of two zeros
             has no gradient; the norm is deeper inside a branch whose last norm is set.
 
+    Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1, zero γ; the idea
+    is from "Accurate, Large Minibatch SGD" (arXiv 1706.02677), section 5.1.
+
     Example:
         ```python
         from torch import nn
@@ -79,27 +82,6 @@ def zero_gamma_(model: ModelT, example_inputs: Any = None, *, strict: bool = Fal
 
         model = zero_gamma_(nn.Sequential(Block(), Block()))
         assert model[0].branch[1].weight.count_nonzero() == 0
-        ```
-
-    Source: "Bag of Tricks for Image Classification with CNNs" (arXiv 1812.01187), section 3.1, zero γ; the idea
-    is from "Accurate, Large Minibatch SGD" (arXiv 1706.02677), section 5.1.
-
-    Example:
-        ```python
-        import torch
-        from torch import nn
-        from fused_tricks import zero_gamma_
-
-        class Block(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.branch = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
-
-            def forward(self, x):
-                return torch.relu(x + self.branch(x))
-
-        block = zero_gamma_(Block())
-        assert block.branch[1].weight.eq(0).all()
         ```
     """
     found = find(model, example_inputs)

@@ -80,7 +80,12 @@ def of_flash() -> dict[str, Any]:
     return checkpoint
 
 
-CHECKPOINTS = {"torch": of_torch_amp, "Apex": of_apex, "FlashOptim": of_flash}
+CHECKPOINTS = {
+    "torch": of_torch_amp,
+    "Apex": of_apex,
+    "Transformer Engine": of_torch_amp,
+    "FlashOptim": of_flash,
+}
 
 
 @pytest.mark.parametrize("section", sections(), ids=lambda name: name.split()[0].strip(":"))
@@ -112,7 +117,7 @@ def test_the_code_of_the_guide_takes_a_run_over_without_losing_a_bit(
         state = optimizer.state[param]
         assert_same_bits(state["momentum_buffer"], checkpoint["optimizer"]["state"][index]["momentum_buffer"])
         assert "error_bits" not in state
-    if section.startswith("torch"):
+    if section.startswith(("torch", "Transformer Engine")):
         assert optimizer.stats().scale == 4096.0
     if section.startswith("Apex"):
         assert optimizer.stats().scale == 8192.0
