@@ -16,21 +16,13 @@ The row "nothing" is a second contestant that has all tricks. Its difference is 
 from __future__ import annotations
 
 import argparse
-import functools
-import hashlib
-import importlib.machinery
-import importlib.util
-import os
 import random
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -39,13 +31,11 @@ import torch
 
 import fused_tricks
 from benchmarks.host_time.tricks import LEFT_OUT, TRICKS, Trick
-from benchmarks.lib import command_line, machine, parameter_sets, progress, report
+from benchmarks.lib import command_line, machine, parameter_sets, progress, report, variants
 from benchmarks.lib.harness import Spread, shuffled
-from fused_tricks import FusedSGD, extension
+from fused_tricks import FusedSGD
 from fused_tricks.backends import cpu
 
-ROOT = Path(__file__).parents[2]
-BUILT = ROOT / "build" / "host_time"
 CPU = torch.device("cpu")
 SETTINGS = {"one element": "synthetic:161:1", "ResNet-50": "resnet50"}
 ALL, NOTHING = "all tricks", "nothing"
@@ -53,66 +43,9 @@ LEFT_OUT_ABOVE = 2**15  # kSmall in csrc/cpu/step.cpp
 WARMUP = 10
 
 
-def build(trick: Trick) -> Path:
-    """Returns the path of the extension with a trick's edits, after compiling it if it does not exist.
-
-    Raises:
-        ValueError: An edit no longer fits the source.
-        RuntimeError: The compiler failed; the message has its output.
-    """
-    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    compiler = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")]
-    digest = hashlib.sha256(repr((LEFT_OUT, trick.edits, compiler)).encode())
-    for path in (*sources, ROOT / "setup.py"):
-        digest.update(path.read_bytes())
-    tree = BUILT / digest.hexdigest()[:16]
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    module = tree / "fused_tricks" / f"_extension{suffix}"
-    if module.exists():
-        return module
-    shutil.rmtree(tree, ignore_errors=True)
-    if trick.edits:
-        # A copy of the compiled tree: ninja compiles only the edited sources again.
-        shutil.copytree(build(Trick(ALL)).parents[1], tree, ignore=shutil.ignore_patterns("*.so"))
-    else:
-        for name in ("csrc", "fused_tricks"):
-            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        for name in ("README.md", "LICENSE", "pyproject.toml", "setup.py"):
-            shutil.copy2(ROOT / name, tree / name)
-    for edit in trick.edits or LEFT_OUT:
-        edit.apply(tree / "csrc")
-    environment = {**os.environ, "FUSED_TRICKS_CUDA": "0", "FUSED_TRICKS_REQUIRE_EXTENSION": "1"}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"the extension without {trick.name!r} cannot be built:\n{done.stdout}{done.stderr}"
-        )
-    return module
-
-
 def load(trick: Trick) -> ModuleType:
-    """Returns the extension without a trick, connected to torch, as a module of its own."""
-    path = build(trick)
-    if trick.without:
-        # Another path, as a module of the same path would share torch's functions.
-        path = Path(shutil.copy2(path, path.parent / f"fewer{len(trick.without)}{path.name}"))
-    module = _module(path)
-    found = extension._stable_functions()
-    kept = {name: address for name, address in found.items() if name not in trick.without}
-    with mock.patch.object(extension, "_stable_functions", lambda: kept):
-        extension.connect(module)
-    return module
-
-
-@functools.cache
-def _module(path: Path) -> ModuleType:
-    # A full name of its own: pybind11 returns the former module of the same name.
-    spec = importlib.util.spec_from_file_location(f"variant{hash(path)}._extension", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Returns the extension without a trick."""
+    return variants.load(variants.build(trick.edits, LEFT_OUT), trick.without)
 
 
 class Steps:

@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
+from benchmarks.lib.variants import Edit
 from fused_tricks import FusedSGD, extension
 from fused_tricks.backends import compiled
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A replacement of text in a file of `csrc/`."""
-
-    file: str
-    old: str
-    new: str
-
-    def apply(self, source: Path) -> None:
-        """Edits the copy of the file in the folder `source`.
-
-        Raises:
-            ValueError: The file does not contain the old text.
-        """
-        path = source / self.file
-        text = path.read_text()
-        if self.old not in text:
-            raise ValueError(
-                f"csrc/{self.file} no longer has {self.old!r}: mend the Edit in benchmarks/host_time/tricks.py"
-            )
-        path.write_text(text.replace(self.old, self.new))
 
 
 @dataclass(frozen=True)
@@ -80,11 +57,14 @@ IS_NEGATIVE = "_ZN2at6native6is_negERKNS_6TensorE"
 
 def _attribute(name: str, getter: str) -> Edit:
     """Returns the edit that reads a tensor's attribute by Python's look-up."""
+    look_up = (
+        f'PyObject_GetAttr(tensor, [] {{ static PyObject* const name = PyUnicode_InternFromString("{name}"); '
+        "return name; }())"
+    )
     return Edit(
         "python/tensors.cpp",
-        f'is_plain(tensor) ? torch_api.{getter}(tensor, nullptr) : PyObject_GetAttrString(tensor, "{name}")',
-        f'PyObject_GetAttr(tensor, [] {{ static PyObject* const name = PyUnicode_InternFromString("{name}"); '
-        "return name; }())",
+        f'torch_api.{getter}(tensor, nullptr) : PyObject_GetAttrString(tensor, "{name}")',
+        f"{look_up} : {look_up}",
     )
 
 
@@ -146,9 +126,9 @@ TRICKS = (
     ),
     Trick(
         "predicted version counters, instead of counters read after each update",
-        "version_step in csrc/python/plan_guard.cpp",
+        "Counter::step in csrc/python/plan_guard.cpp",
         "an increment_version that returns the versions",
-        edits=(Edit("python/plan_guard.cpp", "if (!same) guarded.version_step =", "guarded.version_step ="),),
+        edits=(Edit("python/plan_guard.cpp", "if (!same) counter.step =", "counter.step ="),),
     ),
     Trick(
         "the list for increment_version is kept between steps",

@@ -136,7 +136,8 @@ PyObject* grad_of(PyObject* tensor) {
 int64_t version_of(PyObject* tensor) {
   // DTensor does not override `_version`, nor `grad` in `local_grad_of`.
   const bool is_inherited = is_plain(tensor) || local_part_of(tensor) != nullptr;
-  PyObject* version = is_inherited ? torch_api.version(tensor, nullptr) : PyObject_GetAttrString(tensor, "_version");
+  PyObject* version =
+      is_inherited ? torch_api.version(tensor, nullptr) : PyObject_GetAttrString(tensor, "_version");
   if (version == nullptr) throw py::error_already_set();
   const int64_t number = PyLong_AsLongLong(version);
   Py_DECREF(version);

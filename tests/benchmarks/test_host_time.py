@@ -15,8 +15,9 @@ import pytest
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
 from benchmarks.host_time import __main__ as host_time
-from benchmarks.host_time.tricks import LEFT_OUT, TRICKS, Edit, Trick
-from benchmarks.lib import report
+from benchmarks.host_time.tricks import LEFT_OUT, TRICKS, Trick
+from benchmarks.lib import report, variants
+from benchmarks.lib.variants import Edit
 from fused_tricks.extension import load_extension
 from support.backends import unusable_because
 
@@ -65,7 +66,7 @@ def test_an_edit_of_text_that_is_gone_names_it(tmp_path: Path) -> None:
     source = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
     with pytest.raises(
         ValueError,
-        match=r"csrc/python/plan_guard\.cpp no longer has 'int gone;'.*benchmarks/host_time/tricks\.py",
+        match=r"csrc/python/plan_guard\.cpp no longer has 'int gone;'",
     ):
         Edit("python/plan_guard.cpp", "int gone;", "").apply(source)
 
@@ -87,21 +88,21 @@ def test_a_variant_is_compiled_from_edited_sources_and_only_once(
         (cwd / "fused_tricks" / f"_extension{EXTENSION_SUFFIXES[0]}").touch()
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(host_time, "BUILT", tmp_path)
+    monkeypatch.setattr(variants, "BUILT", tmp_path)
     monkeypatch.setattr(subprocess, "run", compile_in)
     trick = next(trick for trick in TRICKS if trick.edits)
     (edit, *_) = trick.edits
-    paths = [host_time.build(trick) for _ in range(2)]
+    paths = [variants.build(trick.edits, LEFT_OUT) for _ in range(2)]
     assert paths[0] == paths[1] and paths[0].is_relative_to(tmp_path)
     source = (CSRC / edit.file).read_text()
     assert compiled == [source, source.replace(edit.old, edit.new)]
 
 
 def test_what_a_compiler_says_is_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_time, "BUILT", tmp_path)
+    monkeypatch.setattr(variants, "BUILT", tmp_path)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match="cannot be built(.|\n)*no-such-compiler"):
-        host_time.build(Trick("some trick"))
+        variants.build((), LEFT_OUT)
 
 
 @has_extension
