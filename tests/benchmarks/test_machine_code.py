@@ -320,6 +320,13 @@ def test_an_operation_that_leaves_its_loop_is_a_change() -> None:
     assert changed(before, after) == ["+ MOV R5, R9", "- MOV R5, R9", "- BAR.SYNC"]
 
 
+def test_an_operation_that_moves_behind_a_branch_is_a_change() -> None:
+    compare_and_branch = "ISETP.NE.AND P1, PT, R1, RZ, PT\n@P1 BRA end"
+    before = f"MOV R5, R9\n{compare_and_branch}\nFADD R0, R0, R0\nend:\nBAR.SYNC\nEXIT"
+    after = f"{compare_and_branch}\nMOV R5, R9\nFADD R0, R0, R0\nend:\nEXIT"
+    assert changed(before, after) == ["- MOV R5, R9", "+ MOV R5, R9", "- BAR.SYNC"]
+
+
 def test_a_branch_to_another_instruction_is_a_change() -> None:
     after = BEFORE.replace("begin:\n    MOV R5, R9", "MOV R5, R9\n    begin:").replace("MOV R5, R9", "NOP")
     before = BEFORE.replace("MOV R5, R9", "NOP")
