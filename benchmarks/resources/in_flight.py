@@ -79,10 +79,11 @@ class InFlight(NamedTuple):
 def in_flight(kernel: Kernel) -> InFlight | None:
     """Returns the bytes in flight in the kernel's main loop, with as many blocks as fit on the multiprocessor.
 
-    Returns None without such a loop, or for an architecture that `MULTIPROCESSORS` lacks.
+    Returns None without such a loop, without a bound of the threads of a block, or for an architecture that
+    `MULTIPROCESSORS` lacks.
     """
     loop = main_loop(kernel.code)
-    if not loop or kernel.architecture not in MULTIPROCESSORS:
+    if not loop or not kernel.threads or kernel.architecture not in MULTIPROCESSORS:
         return None
     threads = resident_threads(kernel)
     return InFlight(*(threads * each for each in bytes_before_use(loop)))
@@ -130,21 +131,20 @@ def bytes_before_use(loop: Sequence[Instruction]) -> tuple[int, int]:
     loaded: set[int] = set()
     least = most = 0
     for each in loop:
-        is_load = _LOAD.match(each.text)
-        target, _, operands = each.text.partition(",")
-        if not loaded.isdisjoint(_registers(operands if is_load else each.text)):
+        named = _registers(each.text)
+        if not loaded.isdisjoint(named):
             break
-        if is_load:
+        if _LOAD.match(each.text):
             width = _WIDTH.search(each.opcode)
             size = int(width[1]) // 8 if width else 4
-            first = min(_registers(target))
+            first = named[0]
             loaded.update(range(first, first + max(1, size // 4)))
             most += size
             least += 0 if each.guard and each.guard.lstrip("@!") not in in_loop else size
     return least, most
 
 
-def _registers(text: str) -> Iterable[int]:
+def _registers(text: str) -> list[int]:
     """Returns the numbers of the registers in operands; of a wide operand, of its first 64 bits."""
     return [int(number) + i for number, wide in _REGISTER.findall(text) for i in range(2 if wide else 1)]
 

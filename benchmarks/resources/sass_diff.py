@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from fused_tricks.cuda_toolkit import find_toolkit
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "sass_diff"
 # The files that decide about the machine code: commits with the same files share a build.
-SOURCES = ("csrc/core", "csrc/cuda", "setup.py", "fused_tricks/cuda_toolkit.py")
+SOURCES = ("csrc", "setup.py", "fused_tricks/cuda_toolkit.py")
 _ARGUMENT = re.compile(r"c\[0x0\]\[[^\]]*\]")
 SHOWN_LINES = 100
 SHOWN_OPERATIONS = 4
@@ -51,8 +51,7 @@ class Change(NamedTuple):
 
     def row(self) -> list[str]:
         """Returns the row of the summary."""
-        old, new = self.old, self.new
-        before, after = (kernel.code if kernel else () for kernel in (old, new))
+        before, after = (kernel.code if kernel else () for kernel in (self.old, self.new))
         operations = [f"{opcode} {more:+d}" for opcode, more in changed_operations(before, after).items()]
         if len(operations) > SHOWN_OPERATIONS:
             operations[SHOWN_OPERATIONS:] = ["…"]
@@ -62,12 +61,16 @@ class Change(NamedTuple):
             self.architecture,
             ", ".join(self.names),
             f"-{removed} +{added}",
-            _before_after(*(str(len(kernel.code)) if kernel else "none" for kernel in (old, new))),
-            _before_after(*(str(kernel.registers) if kernel else "none" for kernel in (old, new))),
-            _before_after(*(str(kernel.stack) if kernel else "none" for kernel in (old, new))),
-            _before_after(*(str(in_flight(kernel) or "–") if kernel else "none" for kernel in (old, new))),
+            self._before_after(lambda kernel: len(kernel.code)),
+            self._before_after(lambda kernel: kernel.registers),
+            self._before_after(lambda kernel: kernel.stack),
+            self._before_after(lambda kernel: in_flight(kernel) or "–"),
             ", ".join(operations) or "–",
         ]
+
+    def _before_after(self, value: Callable[[Kernel], object]) -> str:
+        before, after = (str(value(kernel)) if kernel else "none" for kernel in (self.old, self.new))
+        return before if before == after else f"{before} → {after}"
 
     def text(self) -> list[str]:
         """Returns the changed lines, with addresses of the kernel after the change; of a removed line, before."""
@@ -192,10 +195,6 @@ def write(found: Sequence[Change]) -> Iterator[Path]:
         text = [line for change in found if change.architecture == architecture for line in change.text()]
         path.write_text("\n".join(text) + "\n")
         yield path
-
-
-def _before_after(before: str, after: str) -> str:
-    return before if before == after else f"{before} → {after}"
 
 
 def _git(*command: str) -> str:

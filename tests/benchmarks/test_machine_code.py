@@ -133,6 +133,7 @@ def test_a_load_under_a_predicate_from_outside_of_the_loop_is_an_option() -> Non
         @!P3 LDG.E.128 R8, [R2.64]
         @!P2 LDG.E.128 R12, [R2.64]
         SEL R0, R1, R3, P2
+        @P0 BRA P2, 0x0
         """
     )
     assert bytes_before_use(loop) == (32, 48)
@@ -162,6 +163,10 @@ LOOPS = """
     FADD R0, R0, R0
     FADD R0, R0, R0
     @P0 BRA third
+    fourth:
+    LDG.E.128 R4, [R2.64]
+    HADD2.F32 R0, -RZ, R4.H0_H0
+    @P0 BRA fourth
     @P1 BRA outer
     EXIT
 """
@@ -169,10 +174,10 @@ LOOPS = """
 
 def test_a_loop_around_other_loops_is_not_innermost() -> None:
     begins = [(loop[0].address, loop[-1].address) for loop in innermost_loops(assembled(LOOPS))]
-    assert begins == [(0x10, 0x50), (0x60, 0xA0), (0xB0, 0x110)]
+    assert begins == [(0x10, 0x50), (0x60, 0xA0), (0xB0, 0x110), (0x120, 0x140)]
 
 
-def test_the_main_loop_has_16_byte_loads_and_converts_from_fp16() -> None:
+def test_the_main_loop_is_the_longest_one_with_16_byte_loads_and_a_conversion_from_fp16() -> None:
     assert main_loop(assembled(LOOPS))[0].address == 0x60
 
 
@@ -313,6 +318,13 @@ def test_an_operation_that_leaves_its_loop_is_a_change() -> None:
     before = "begin:\nLDG.E R4, [R2.64]\nMOV R5, R9\n@P1 BRA begin\nBAR.SYNC\nEXIT"
     after = "MOV R5, R9\nbegin:\nLDG.E R4, [R2.64]\n@P1 BRA begin\nEXIT"
     assert changed(before, after) == ["+ MOV R5, R9", "- MOV R5, R9", "- BAR.SYNC"]
+
+
+def test_an_operation_that_moves_behind_a_branch_is_a_change() -> None:
+    compare_and_branch = "ISETP.NE.AND P1, PT, R1, RZ, PT\n@P1 BRA end"
+    before = f"MOV R5, R9\n{compare_and_branch}\nFADD R0, R0, R0\nend:\nBAR.SYNC\nEXIT"
+    after = f"{compare_and_branch}\nMOV R5, R9\nFADD R0, R0, R0\nend:\nEXIT"
+    assert changed(before, after) == ["- MOV R5, R9", "+ MOV R5, R9", "- BAR.SYNC"]
 
 
 def test_a_branch_to_another_instruction_is_a_change() -> None:
