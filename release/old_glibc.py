@@ -1,14 +1,11 @@
 """Linker flags for an extension that runs with an older glibc than the one of this machine.
 
-`python -m release.old_glibc FOLDER` writes stand-ins of glibc's libraries to the folder and prints the value of
-`LDFLAGS`. The compiled code stays the same: the flags choose the versions of symbols, and link libstdc++ statically.
+The compiled code stays the same. The flags choose older versions of glibc's symbols, and link libstdc++ statically.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,15 +22,8 @@ FORMER_LIBRARIES = {
 SINGLE_THREADED = '__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;\n'
 
 
-def main() -> None:
-    """Prints the flags."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="for the stand-ins")
-    print(shlex.join(linker_flags(parser.parse_args().folder)))
-
-
 def linker_flags(folder: Path) -> list[str]:
-    """Writes the stand-ins to a folder and returns the flags that link with them.
+    """Writes stand-ins of glibc's libraries to a folder, and returns the flags that link with them.
 
     Raises:
         subprocess.CalledProcessError: gcc or nm failed.
@@ -100,7 +90,3 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _output(*command: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-if __name__ == "__main__":
-    main()

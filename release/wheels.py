@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from release.old_glibc import linker_flags
-from release.pythons import find_pythons
+from release.pythons import Python, find_pythons
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if sys.platform != "linux":
         raise SystemExit("wheels with the extension are built on Linux only")
+    pythons = [] if arguments.manylinux else find_pythons(arguments.pythons)
     folder: Path = arguments.folder
     for old in [*folder.glob("*.whl"), *folder.glob("*.tar.gz")]:
         old.unlink()
@@ -40,18 +41,18 @@ def main() -> None:
         (source,) = folder.glob("*.tar.gz")
         _run([sys.executable, "-m", "cibuildwheel", "--output-dir", str(folder), str(source)])
     else:
-        build_here(arguments.pythons, folder)
+        build_here(pythons, folder)
 
 
-def build_here(names: list[str], folder: Path) -> None:
-    """Builds the wheels with the extension on this machine, for the interpreters of `find_pythons`."""
+def build_here(pythons: list[Python], folder: Path) -> None:
+    """Builds the wheels with the extension on this machine."""
     flags = shlex.join(linker_flags(ROOT / "build" / "old_glibc"))
     settings = {
         "FUSED_TRICKS_CUDA": os.environ.get("FUSED_TRICKS_CUDA") or "1",
         "FUSED_TRICKS_REQUIRE_EXTENSION": "1",
         "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {flags}",
     }
-    for python in find_pythons(names):
+    for python in pythons:
         unrepaired = ROOT / "build" / "wheels" / python.tag
         shutil.rmtree(unrepaired, ignore_errors=True)
         repair(build_wheel(python.path, unrepaired, settings), folder)

@@ -165,7 +165,16 @@ extern "C" int run(int count) {
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux")
+def has_static_libstdcxx() -> bool:
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        return False
+    command = ["g++", "-print-file-name=libstdc++.a"]
+    return Path(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    ).is_absolute()
+
+
+@pytest.mark.skipif(not has_static_libstdcxx(), reason="needs g++ and libstdc++.a on Linux")
 def test_a_library_linked_with_the_flags_runs_and_requires_an_old_glibc(tmp_path):
     source, library = tmp_path / "library.cpp", tmp_path / "library.so"
     source.write_text(LIBRARY)
