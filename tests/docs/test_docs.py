@@ -93,6 +93,13 @@ def test_the_code_of_a_page_runs_as_it_stands(name: str) -> None:
     run(f"{name}.md", {})
 
 
+def test_the_code_of_the_readme_runs_as_it_stands() -> None:
+    pytest.importorskip("torchvision", reason="the example of the README is a network of torchvision")
+    names: dict[str, Any] = {}
+    run("../README.md", names)
+    assert names["optimizer"].stats().applied_steps == 10
+
+
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
     """The default process group, of one process."""
