@@ -79,6 +79,18 @@ def _prefetch(distance: int, locality: int, *, gradient: bool) -> tuple[Edit, ..
     return (Edit("cpu/kernels_impl.h", _READ_WEIGHT, "\n".join([*lines, _READ_WEIGHT])),)
 
 
+def _blocks(elements: int) -> tuple[Edit, ...]:
+    """Returns the edit that loads the next block of each array before the first element of a block is used."""
+    loop = "for (; i + Simd::kWidth <= span.count; i += Simd::kWidth) {"
+    arrays = ["weight", "buffer", "grad"]
+    loads = " ".join(
+        f"for (int64_t j = 0; j < {elements}; j += 64 / static_cast<int64_t>(sizeof(*{name}))) "
+        f"__builtin_prefetch({name} + i + {elements} + j, 0, 3);"
+        for name in arrays
+    )
+    return (Edit("cpu/kernels_impl.h", loop, f"{loop}\n      if (i % {elements} == 0) {{ {loads} }}"),)
+
+
 def _chunk(bits: int) -> tuple[Edit, ...]:
     return (Edit("core/chunk.h", "kCpuChunk = 1 << 15", f"kCpuChunk = 1 << {bits}"),)
 
@@ -95,6 +107,10 @@ VARIANTS: dict[str, tuple[Edit, ...]] = {
     "prefetch 2,048 bytes ahead": _prefetch(2048, 3, gradient=True),
     "prefetch 1,024 bytes ahead, used once": _prefetch(1024, 0, gradient=True),
     "prefetch 1,024 bytes ahead, used once, not the gradient": _prefetch(1024, 0, gradient=False),
+    "blocks of 256 elements, one array after the other": _blocks(256),
+    "blocks of 512 elements, one array after the other": _blocks(512),
+    "blocks of 1,024 elements, one array after the other": _blocks(1024),
+    "blocks of 4,096 elements, one array after the other": _blocks(4096),
     "chunks of 8,192": _chunk(13),
     "chunks of 131,072": _chunk(17),
     "2 vectors at a time": _unrolled(2),
