@@ -367,7 +367,6 @@ def test_opcodes_with_the_same_meaning_have_one_normal_form(one: str, other: str
         ("FADD R1, R2, UR3", "FADD R1, R2, R3"),
         ("@P0 MOV R1, R2", "@!P0 MOV R1, R2"),
         ("ISETP.NE.AND P0, PT, R1, RZ, PT", "ISETP.NE.AND P0, PT, R1, R2, PT"),
-        ("@P0 MOV R1, R2", "@!P0 MOV R1, R2"),
     ],
 )
 def test_other_operations_have_another_normal_form(one: str, other: str) -> None:
