@@ -365,6 +365,7 @@ def test_opcodes_with_the_same_meaning_have_one_normal_form(one: str, other: str
         ("IADD3 R1, R2, -R3, RZ", "IADD3 R1, R2, R3, RZ"),
         ("LDG.E.128 R4, [R2.64]", "LDG.E.EF.128 R4, [R2.64]"),
         ("FADD R1, R2, UR3", "FADD R1, R2, R3"),
+        ("@P0 MOV R1, R2", "@!P0 MOV R1, R2"),
         ("ISETP.NE.AND P0, PT, R1, RZ, PT", "ISETP.NE.AND P0, PT, R1, R2, PT"),
     ],
 )

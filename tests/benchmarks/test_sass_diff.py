@@ -128,7 +128,8 @@ def test_without_cuobjdump_its_packages_are_named(repository, monkeypatch) -> No
         sass_diff.main(["HEAD"])
 
 
-def test_a_build_that_fails_shows_the_output_of_the_compiler(repository) -> None:
+def test_a_build_that_fails_shows_the_output_of_the_compiler_and_uses_no_earlier_build(repository) -> None:
+    sass_diff.main(["HEAD"])
     (repository / "csrc/cuda/launch.cu").write_text("broken")
     with pytest.raises(SystemExit, match=r"launch\.cu\(7\): error: broken\nthe build of .* failed"):
         sass_diff.main(["HEAD"])
