@@ -168,7 +168,9 @@ def test_the_readme_links_to_a_page(name: str) -> None:
 def paths_in(page: Path) -> list[str]:
     """Returns the files and folders of this repository that a page names as code. A star matches anything."""
     words = re.findall(r"`([\w./*-]+)`", prose_of(page))
-    roots = tuple(f"{folder.name}/" for folder in ROOT.iterdir() if folder.is_dir())
+    roots = tuple(
+        f"{folder.name}/" for folder in ROOT.iterdir() if folder.is_dir() and folder.name != "build"
+    )
     return [word for word in words if word.startswith(roots) and "NAME" not in word]
 
 
