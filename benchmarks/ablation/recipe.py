@@ -69,7 +69,7 @@ class Setting:
         lr: The learning rate for a batch of 256 images. The rate of the small batch is proportional.
         epochs: The number of passes over the images. The number of updates is the number of images of all epochs over
             the batch size, rounded down.
-        blocks: The residual blocks in each of the network's three stages.
+        depth: The layers of the network, 6 · n + 2.
         backend: The backend of `FusedSGD`.
     """
 
@@ -79,7 +79,7 @@ class Setting:
     large_batch: int
     lr: float
     epochs: int
-    blocks: int
+    depth: int
     backend: str = "auto"
 
     def batch_size(self, row: Recipe) -> int:
@@ -131,7 +131,7 @@ def train_once(row: Recipe, setting: Setting, images: data.Images, seed: int) ->
     """
     begun = time.perf_counter()
     torch.manual_seed(seed)
-    model = small_resnet(images.classes, setting.blocks)
+    model = small_resnet(images.classes, setting.depth)
     model = model.to(setting.device).to(memory_format=torch.channels_last)
     if row.zero_gamma:
         fused_tricks.zero_gamma_(model, strict=True)
