@@ -240,15 +240,13 @@ def test_more_seeds_of_a_depth_train_only_what_the_log_lacks(
         return OUTCOME
 
     monkeypatch.setattr(ablation, "train_once", train_once)
-    arguments = [*SMALL, "--output", str(tmp_path), "--depths", "14", "8", "--seeds"]
+    arguments = [*SMALL, "--output", str(tmp_path)]
     # The page fails, so the log stays, as after a kill.
-    monkeypatch.setattr(ablation_page, "markdown", lambda result: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        ablation.main([*arguments, "2"])
-    monkeypatch.undo()
-    monkeypatch.setattr(ablation, "train_once", train_once)
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(ablation_page, "markdown", lambda result: 1 / 0)
+        ablation.main([*arguments, "--depths", "14", "8", "--seeds", "2"])
     trained.clear()
-    ablation.main([*arguments, "2", "3"])
+    ablation.main([*arguments, "--depths", "8", "14", "--seeds", "3", "2"])
     assert trained == [(8, 2)] * len(ROWS)
 
 
