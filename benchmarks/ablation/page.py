@@ -204,6 +204,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
         axes.plot(means, places, f"{marker}-", color=colour, linewidth=2.5, markersize=8.5)
         ends[f"{depth} layers"] = (means[-1], colour)
     drawn = [value for of_rows in errors.values() for values in of_rows for value in values]
+    axes.margins(x=0.08)
     scale = _log_axis(axes, drawn)
     report.dress(axes, "Test error (%)", f"{scale}; faint: single seeds · lower")
     axes.set_ylim(len(names) - 0.2, -0.5)
