@@ -54,6 +54,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, data.Images]:
         description="Compares the training curves of fused_tricks and of torch.amp.",
     )
     ablation_options.add_to(parser)
+    ablation_options.add_depth_to(parser)
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--epochs", type=positive, default=2)
     parser.add_argument(
@@ -99,7 +100,7 @@ def train_all(
     tested = steps_tested(steps)
     for seed in range(options.seeds):
         torch.manual_seed(seed)
-        model = small_resnet(images.classes, options.blocks)
+        model = small_resnet(images.classes, options.depth)
         model = model.to(recipe.device).to(memory_format=torch.channels_last)
         trainers = build_all(model, recipe)
         schedules = [
@@ -306,8 +307,8 @@ def main(arguments: Sequence[str]) -> None:
         "benchmark": "losslessness",
         "machine": machine.describe("benchmarks.losslessness", arguments, device),
         "setting": (
-            f"{ablation_options.describe(options, device, dtype)}, batch {options.batch_size}, {steps} steps, "
-            f"{options.seeds} seeds"
+            f"{options.depth}-layer residual network {ablation_options.describe(options, device, dtype)}, "
+            f"batch {options.batch_size}, {steps} steps, {options.seeds} seeds"
         ),
         "baseline": BASELINE,
         "precisions": precisions,

@@ -11,8 +11,9 @@ from typing import Any
 
 from benchmarks.ablation.recipe import Outcome
 
-Key = tuple[str, int]
-"""Name and seed of a row."""
+Key = tuple[int, str, int]
+"""Depth of the network, name of the row, and seed."""
+KEY_NAMES = ("depth", "row", "seed")
 
 
 class OutcomeLog:
@@ -36,10 +37,10 @@ class OutcomeLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"made_with": made_with})
 
-    def add(self, row: str, seed: int, outcome: Outcome) -> None:
+    def add(self, key: Key, outcome: Outcome) -> None:
         """Writes an outcome to the disk before returning."""
-        self._append({"row": row, "seed": seed, **asdict(outcome)})
-        self.outcomes[row, seed] = outcome
+        self._append({**dict(zip(KEY_NAMES, key)), **asdict(outcome)})
+        self.outcomes[key] = outcome
 
     def _read(self, made_with: Mapping[str, Any]) -> None:
         whole, newline, cut_off = self.path.read_text(encoding="utf-8").rpartition("\n")
@@ -49,7 +50,7 @@ class OutcomeLog:
         try:
             header, *lines = [json.loads(line) for line in whole.split("\n")]
             before = header["made_with"]
-            outcomes = {(line.pop("row"), line.pop("seed")): Outcome(**line) for line in lines}
+            outcomes = {tuple(line.pop(name) for name in KEY_NAMES): Outcome(**line) for line in lines}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.path} cannot be gone on with, as its first line does not say what its outcomes were made "

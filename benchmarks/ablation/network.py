@@ -6,12 +6,25 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 
-def small_resnet(classes: int, blocks: int) -> nn.Sequential:
-    """A residual network for small images: 6 · blocks + 2 layers in stages of 16, 32 and 64 channels.
+def blocks(depth: int) -> int:
+    """Returns the residual blocks in each of the three stages of a network with `depth` layers.
+
+    Raises:
+        ValueError: The depth is not 6 · blocks + 2 with at least one block.
+    """
+    count, rest = divmod(depth - 2, 6)
+    if rest or count < 1:
+        raise ValueError(f"depth must be 6 · n + 2 layers, such as 8, 14, 56 or 110, got {depth}")
+    return count
+
+
+def small_resnet(classes: int, depth: int) -> nn.Sequential:
+    """A residual network for small images: 6 · n + 2 layers in three stages of n blocks with 16, 32 and 64 channels.
 
     The network for CIFAR-10 of "Deep Residual Learning" (arXiv 1512.03385), section 4.2, with torchvision's blocks;
     shortcuts between stages are 1 × 1 convolutions, as in torchvision. For images of shape (n, 3, height, width).
     """
+    count = blocks(depth)
     channels = 16
     layers: list[nn.Module] = [
         nn.Conv2d(3, channels, 3, padding=1, bias=False),
@@ -19,7 +32,7 @@ def small_resnet(classes: int, blocks: int) -> nn.Sequential:
         nn.ReLU(inplace=True),
     ]
     for width in (16, 32, 64):
-        for _ in range(blocks):
+        for _ in range(count):
             if width == channels:
                 layers.append(BasicBlock(channels, width))
             else:

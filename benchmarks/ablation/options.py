@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.ablation import network
 from benchmarks.lib import backend_choice, command_line, data, gpu, report
 from benchmarks.lib.command_line import positive, positive_number
 
@@ -17,9 +18,6 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=positive, default=16, help="images are resized to this many pixels"
     )
-    parser.add_argument(
-        "--blocks", type=positive, default=2, help="residual blocks in each of the network's three stages"
-    )
     parser.add_argument("--lr", type=positive_number, default=0.4, help="learning rate for a batch of 256")
     command_line.add_device_to(parser)
     parser.add_argument(
@@ -29,6 +27,28 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
     backend_choice.add_to(parser)
     report.add_output_to(parser)
+
+
+def depth(text: str) -> int:
+    """Returns a number of layers that the residual network can have."""
+    value = int(text)
+    try:
+        network.blocks(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("depth ")) from error
+    return value
+
+
+def add_depth_to(parser: argparse.ArgumentParser) -> None:
+    """Adds `--depth`."""
+    parser.add_argument("--depth", type=depth, default=14, help="layers of the residual network, 6 · n + 2")
+
+
+def add_batches_to(parser: argparse.ArgumentParser) -> None:
+    """Adds the batch sizes and the number of epochs of the ablation and its pilot."""
+    parser.add_argument("--small-batch", type=positive, default=16)
+    parser.add_argument("--large-batch", type=positive, default=64)
+    parser.add_argument("--epochs", type=positive, default=8)
 
 
 def load_images(
@@ -59,8 +79,8 @@ def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.d
 
 
 def describe(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> str:
-    """Returns the options as a sentence, for the head of a page."""
+    """Returns images, device and low precision as a phrase, to follow the network in the head of a page."""
     return (
-        f"{6 * options.blocks + 2}-layer residual network on {options.dataset} at {options.image_size} × "
-        f"{options.image_size} on {device.type}, low precision is {str(dtype).removeprefix('torch.')}"
+        f"on {options.dataset} at {options.image_size} × {options.image_size} on {device.type}, "
+        f"low precision is {str(dtype).removeprefix('torch.')}"
     )

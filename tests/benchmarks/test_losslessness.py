@@ -21,7 +21,7 @@ from benchmarks.losslessness import BASELINE, ROUNDED, TESTS, Curves, steps_test
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = ["--dataset", "digits", "--image-size", "8", "--blocks", "1", "--batch-size", "128"]
+OPTIONS = ["--dataset", "digits", "--image-size", "8", "--depth", "8", "--batch-size", "128"]
 OPTIONS += ["--epochs", "1", "--seeds", "2", "--device", "cpu"]
 FP32, BF16 = "float32", "bfloat16, dynamic loss scale"
 
