@@ -145,7 +145,7 @@ sass-diff: $(STAMPS)/build $(STAMPS)/bench
 
 # Material announces its successor in every build otherwise.
 docs: $(STAMPS)/docs
-	NO_MKDOCS_2_WARNING=1 $(IN_VENV) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(IN_VENV) -m mkdocs build --strict
 	@echo "build/site/index.html has the site"
 
 lint: $(STAMPS)/lint
