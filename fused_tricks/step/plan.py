@@ -346,7 +346,8 @@ def _pieces(item: _Listed) -> Iterator[Piece]:
 
 def _fits(grad: Tensor, param: Tensor) -> bool:
     """True if gradient and parameter are flat arrays in memory, with the same elements in the same order."""
-    if not (param.is_contiguous() and grad.is_contiguous()):
+    # A tensor without elements is contiguous with any strides.
+    if not (param.numel() and param.is_contiguous() and grad.is_contiguous()):
         dense = torch.empty_like(param, device="meta")
         if not (same_strides(param, dense) and same_strides(param, grad)):
             return False

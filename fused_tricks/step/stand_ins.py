@@ -105,7 +105,7 @@ def _fill(entry: Entry, redistributed: dict[Tensor, Tensor], copies: _Copies) ->
         if not _is_as_copied(entry):
             return False
         copies.add(source, local_part(entry.param))
-    elif entry.spec is not None and not is_shard_of(entry.param, entry.local, entry.spec):
+    elif not _is_where_it_was(entry):
         return False
     if is_distributed(grad) != (entry.local is not entry.param):
         return False
@@ -113,7 +113,9 @@ def _fill(entry: Entry, redistributed: dict[Tensor, Tensor], copies: _Copies) ->
         if entry.param not in redistributed:
             redistributed[entry.param] = local_part(placed_like(grad, entry.param))
         grad = redistributed[entry.param]
-    if grad.dtype != entry.grad_dtype or grad.shape != source.shape or missing_bytes(grad):
+    if (grad.dtype, grad.shape, grad.device) != (entry.grad_dtype, source.shape, source.device):
+        return False
+    if missing_bytes(grad):
         return False
     if grad.stride() != source.stride() or grad.is_neg() or is_zero_tensor(grad):
         value, grad = grad, torch.empty_like(source, dtype=grad.dtype)
@@ -122,6 +124,13 @@ def _fill(entry: Entry, redistributed: dict[Tensor, Tensor], copies: _Copies) ->
         source.grad_dtype = grad.dtype
     source.grad = grad
     return True
+
+
+def _is_where_it_was(entry: Entry) -> bool:
+    """True if a `DTensor` still has the local part of its plan. A plan guard checks any other parameter."""
+    if entry.spec is not None:
+        return is_shard_of(entry.param, entry.local, entry.spec)
+    return entry.local is entry.param or address_of(local_part(entry.param)) == address_of(entry.local)
 
 
 def _is_as_copied(entry: Entry) -> bool:

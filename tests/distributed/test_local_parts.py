@@ -168,3 +168,23 @@ def test_gradients_of_shards_that_take_turns_soon_need_no_new_plan(
             param.grad = torch.ones_like(param) if index % 2 == step % 2 else None
         optimizer.step()
     assert all((param.full_tensor() == -4).all() for param in params)
+
+
+class Labelled(DTensor):
+    """A subclass, which the plan guard of the extension does not read itself."""
+
+
+def test_a_replaced_local_part_of_a_subclass_is_updated(mesh: DeviceMesh, backend: str) -> None:
+    whole = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+    param = torch.Tensor._make_wrapper_subclass(Labelled, whole.shape, dtype=whole.dtype)
+    param._local_tensor, param._spec = whole._local_tensor, whole._spec
+    param.requires_grad_(True)
+    optimizer = FusedSGD([param], lr=0.5, backend=backend)
+    values = []
+    for step in range(3):
+        param.grad = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+        if step == 1:
+            param._local_tensor = torch.full((4, 4), 10.0)
+        optimizer.step()
+        values.append(float(param._local_tensor[0, 0]))
+    assert values == [0.5, 9.5, 9.0]
