@@ -98,8 +98,8 @@ def markdown(result: dict[str, Any]) -> str:
             ["trained with", "batch", "learning rate", "updates", *depth_names, "the paper's top-1"],
             accuracies,
         ),
-        "Mean ± standard deviation over seeds, and the lowest seed in brackets. The paper's column is Table 4 (ResNet-50 "
-        "on ImageNet, batch 256 in the first row, 1024 below), with the change to the row before in brackets.",
+        "Mean ± standard deviation over seeds, and the lowest seed in brackets. The paper's column is Table 4 "
+        "(ResNet-50 on ImageNet, batch 256 in the first row, 1024 below), with the change to the row before in brackets.",
         "## Change to the row before, points",
         report.table(["trained with", *depth_names, "in the paper"], changes),
         "A difference is taken seed by seed. Its mean stands before its "
@@ -183,8 +183,8 @@ def _method(result: dict[str, Any]) -> str:
   `loss_scale="dynamic"`. *Cosine* replaces the divisions by ten.
 - {images["train"]:,} images train, and {images["test"]:,} test: one test image is {100 / images["test"]:.2g} points.
   Seeds vary the weights and the order, not the images.
-- The second table has {count} comparisons, uncorrected. One in twenty is bold by chance. A seed that collapses widens the
-  interval, and a large mean can then be within noise. The collapsed seeds are therefore counted beside it.
+- The second table has {count} comparisons, uncorrected. One in twenty is bold by chance. A seed that collapses
+  widens the interval, and a large mean can then be within noise. The collapsed seeds are therefore counted beside it.
 - *Diverged*: a loss was infinite, and the difference is undefined.
 - The default learning rate, 0.4 for a batch of 256, was chosen with 14 layers by the small batch alone, on two seeds
   that the ablation does not use ([pilot](ablation_pilot.md)). It had the lowest test loss of the first seed. With both
