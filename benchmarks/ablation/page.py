@@ -99,7 +99,8 @@ def markdown(result: dict[str, Any]) -> str:
             accuracies,
         ),
         "Mean ± standard deviation over seeds, and the lowest seed in brackets. The paper's column is Table 4 "
-        "(ResNet-50 on ImageNet, batch 256 in the first row, 1024 below), with the change to the row before in brackets.",
+        "(ResNet-50 on ImageNet, batch 256 in the first row, 1024 below), with the change to the row "
+        "before in brackets.",
         "## Change to the row before, points",
         report.table(["trained with", *depth_names, "in the paper"], changes),
         "A difference is taken seed by seed. Its mean stands before its "
