@@ -25,6 +25,8 @@ IN_THE_PAPER = {
 }
 # From Okabe and Ito's palette, for readers with any colour vision; the marker also distinguishes the depths.
 STYLES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#000000", "v"))
+COLLAPSE = 0.05
+"""The loss of accuracy to the small batch beyond which a training counts as collapsed."""
 LABEL_WIDTH = 0.25
 """The least distance between two labels of lines, as a share of the panel's width."""
 DODGE = 0.14
@@ -96,14 +98,19 @@ def markdown(result: dict[str, Any]) -> str:
             ["trained with", "batch", "learning rate", "updates", *depth_names, "the paper's top-1"],
             accuracies,
         ),
-        "Mean ± standard deviation over seeds. The paper's column is Table 4 (ResNet-50 on ImageNet, batch 256 in the "
-        "first row, 1024 below), with the change to the row before in brackets.",
+        "Mean ± standard deviation over seeds, and the lowest seed in brackets. The paper's column is Table 4 "
+        "(ResNet-50 on ImageNet, batch 256 in the first row, 1024 below), with the change to the row "
+        "before in brackets.",
         "## Change to the row before, points",
         report.table(["trained with", *depth_names, "in the paper"], changes),
         "A difference is taken seed by seed. Its mean stands before its "
         f"{result['confidence']:.0%} confidence interval (Student's t, pairs). "
         "**Bold**: the interval excludes zero. All other changes are within noise.",
-        "\n".join(f"- *{name.removeprefix('+ ')}* {_verdicts(name, depths)}." for name in later),
+        "\n".join(
+            f"- *{name.removeprefix('+ ')}* {_verdicts(name, depths)}.{_collapses(before, name, depths)}"
+            for before, name in itertools.pairwise(some_rows)
+        ),
+        f"A seed *collapses* if its accuracy is more than {100 * COLLAPSE:g} points below that of its small batch.",
     ]
     for depth, rows in depths.items():
         parts += [f"## {depth} layers", _details(rows)]
@@ -111,7 +118,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _accuracy_text(row: dict[str, Any]) -> str:
-    return report.mean_text(row["accuracy"]["mean"], row["accuracy"]["std"], 100, 2)
+    accuracy = row["accuracy"]
+    mean = report.mean_text(accuracy["mean"], accuracy["std"], 100, 2)
+    return f"{mean} ({100 * min(accuracy['seeds']):.1f})"
 
 
 def _verdicts(name: str, depths: dict[str, dict[str, Any]]) -> str:
@@ -124,6 +133,23 @@ def _verdicts(name: str, depths: dict[str, dict[str, Any]]) -> str:
         )
         found.setdefault(verdict, []).append(depth)
     return "; ".join(f"{verdict} at {_listed(at)} layers" for verdict, at in found.items())
+
+
+def _collapses(before: str, name: str, depths: dict[str, dict[str, Any]]) -> str:
+    """Returns a sentence with the seeds that collapse without and with a trick; empty if no seed does."""
+    found = []
+    for depth, rows in depths.items():
+        without, with_trick = _collapsed(rows, before), _collapsed(rows, name)
+        if without or with_trick:
+            count = len(rows[name]["accuracy"]["seeds"])
+            found.append(f"{without} → {with_trick} of {count} at {depth} layers")
+    return f" Collapsed seeds: {_listed(found)}." if found else ""
+
+
+def _collapsed(rows: dict[str, Any], name: str) -> int:
+    """Returns the number of seeds of a row whose accuracy is far below that of their small batch."""
+    pairs = zip(rows["small batch"]["accuracy"]["seeds"], rows[name]["accuracy"]["seeds"])
+    return sum(accuracy < small_batch - COLLAPSE for small_batch, accuracy in pairs)
 
 
 def _details(rows: dict[str, Any]) -> str:
@@ -153,13 +179,13 @@ def _method(result: dict[str, Any]) -> str:
   their size. All rows see equally many images, so the large batch has proportionally fewer updates.
 - The networks are the residual networks for CIFAR-10 of arXiv 1512.03385, with 6 · n + 2 layers. Every row trains with
   `FusedSGD`.
-- As in the paper: Nesterov momentum {MOMENTUM:g}, weight decay {WEIGHT_DECAY:g}, learning rate divided
-  by ten after each quarter of the training, warm-up for 5/120 of it. *Low precision* is `cast_model` and
+- As in the paper: Nesterov momentum {MOMENTUM:g}, weight decay {WEIGHT_DECAY:g}, learning rate divided by
+  ten after each quarter of the training, warm-up for 5/120 of it. *Low precision* is `cast_model` and
   `loss_scale="dynamic"`. *Cosine* replaces the divisions by ten.
 - {images["train"]:,} images train, and {images["test"]:,} test: one test image is {100 / images["test"]:.2g} points.
   Seeds vary the weights and the order, not the images.
-- The second table has {count} comparisons, uncorrected. One in twenty is bold by chance. A seed whose training
-  collapses widens the interval, and a large mean can then be within noise. The tables of each depth show such seeds.
+- The second table has {count} comparisons, uncorrected. One in twenty is bold by chance. A seed that collapses
+  widens the interval, and a large mean can then be within noise. The collapsed seeds are therefore counted beside it.
 - *Diverged*: a loss was infinite, and the difference is undefined.
 - The default learning rate, 0.4 for a batch of 256, was chosen with 14 layers by the small batch alone, on two seeds
   that the ablation does not use ([pilot](ablation_pilot.md)). It had the lowest test loss of the first seed. With both

@@ -311,9 +311,33 @@ def test_the_page_tells_at_which_depths_a_trick_helps_and_at_which_it_costs(
     monkeypatch.setattr(ablation, "train_once", helps_where_deep)
     ablation.main([*SMALL, "--depths", "14", "8", "20", "--seeds", "4", "--output", str(tmp_path)])
     lines = (tmp_path / "ablation.md").read_text(encoding="utf-8").splitlines()
-    assert "- *zero γ* costs accuracy at 8 and 20 layers; helps at 14 layers." in lines
+    (zero_gamma,) = (line for line in lines if line.startswith("- *zero γ*"))
+    assert "costs accuracy at 8 and 20 layers; helps at 14 layers." in zero_gamma
     assert "- *warm-up* is within noise at 8, 14 and 20 layers." in lines
     assert "| + zero γ | **-10.00 (-10.00 … -10.00)** | **+10.00 (+10.00 … +10.00)** |" in "".join(lines)
+
+
+def test_the_page_counts_the_seeds_that_collapse_without_and_with_a_trick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def saved_by_zero_gamma(row, setting, images, seed):
+        breaks = setting.depth == 14 and seed != 1 and row.linear_scaling and not row.zero_gamma
+        return Outcome(0.4 if breaks else 0.96 if row.large_batch else 1.0, 1.0)
+
+    monkeypatch.setattr(ablation, "train_once", saved_by_zero_gamma)
+    ablation.main([*SMALL, "--depths", "14", "8", "--seeds", "3", "--output", str(tmp_path)])
+    page = (tmp_path / "ablation.md").read_text(encoding="utf-8")
+    sentences = {
+        line.split("*")[1]: line.partition(" Collapsed seeds: ")[2]
+        for line in page.splitlines()
+        if line.startswith("- *") and "Collapsed" in line
+    }
+    assert sentences == {
+        "linear scaling": "0 → 2 of 3 at 14 layers.",
+        "warm-up": "2 → 2 of 3 at 14 layers.",
+        "zero γ": "2 → 0 of 3 at 14 layers.",
+    }
+    assert "| 58.67 ± 32.33 (40.0) |" in page
 
 
 @pytest.fixture
