@@ -270,9 +270,11 @@ bool PlanGuard::refresh_entry(Entry& entry, GuardedEntry& guarded) {
   if (grad == Py_None) {
     Py_DECREF(grad);
     entry.grad = nullptr;
+    guarded.has_grad = false;
     return true;
   }
   grads_.push_back(grad);
+  guarded.has_grad = true;
   if (!entry.live) return false;
   TensorView param, gradient;
   if (guarded.spec != nullptr && !is_local_part(guarded.home, guarded.object, guarded.spec)) return false;
@@ -379,7 +381,7 @@ bool PlanGuard::refresh(const py::list& group_dicts, const py::dict& optimizer_s
 template <typename Function>
 void PlanGuard::for_each_updated(const Function& function) {
   for (size_t i = 0; i < guarded_.size(); ++i) {
-    if (plan.entries[i].grad == nullptr) continue;
+    if (!guarded_[i].has_grad) continue;
     for (Counter& counter : guarded_[i].counters) {
       if (counter.tensor != nullptr) function(counter);
     }

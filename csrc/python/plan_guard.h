@@ -40,6 +40,7 @@ struct GuardedEntry {
   PyObject* spec = nullptr;    // the DTensorSpec of a DTensor whose local part is `home`; null: no DTensor
   Layout layout;
   dlpack::Device device{};
+  bool has_grad = false;       // in this step; `Entry.grad` is null for a gradient without elements
   unsigned state_tensors = 0;  // a bit for each state tensor, also for an empty one, whose address is null
   Counter counters[2];         // of the parameter, and of the local part of a DTensor
   PyObject* state = nullptr;   // the parameter's dict in Optimizer.state, and the tensors in the dict

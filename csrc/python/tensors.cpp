@@ -34,6 +34,7 @@ Py_ssize_t offset_of_slot(PyTypeObject* type, const char* name) {
       py::reinterpret_steal<py::object>(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), name));
   if (!member) PyErr_Clear();
   if (!member || !Py_IS_TYPE(member.ptr(), &PyMemberDescr_Type)) return 0;
+  if (!PyType_IsSubtype(type, PyDescr_TYPE(member.ptr()))) return 0;
   return reinterpret_cast<PyMemberDescrObject*>(member.ptr())->d_member->offset;
 }
 
@@ -84,18 +85,14 @@ bool is_local_part(PyObject* local, PyObject* tensor, PyObject* spec) {
 PyObject* local_grad_of(PyObject* tensor, PyObject* spec) {
   const py::object grad = py::reinterpret_steal<py::object>(torch_api.grad(tensor, nullptr));
   if (!grad) throw py::error_already_set();
-  PyObject* local = grad.ptr();
-  if (!grad.is_none()) {
-    if (!Py_IS_TYPE(grad.ptr(), Py_TYPE(tensor))) return nullptr;
-    const DTensorSlots& slots = slots_of(Py_TYPE(tensor));
-    PyObject* const grad_spec = slot(grad.ptr(), slots.spec);
-    local = slot(grad.ptr(), slots.local);
-    if (local == nullptr || !is_plain(local) || grad_spec == nullptr || !is_placed_alike(grad_spec, spec)) {
-      return nullptr;
-    }
-  }
-  Py_INCREF(local);
-  return local;
+  if (grad.is_none()) return py::object(grad).release().ptr();
+  if (!Py_IS_TYPE(grad.ptr(), Py_TYPE(tensor))) return nullptr;
+  const DTensorSlots& slots = slots_of(Py_TYPE(tensor));
+  // Owned references, because a comparison may run Python code.
+  const auto grad_spec = py::reinterpret_borrow<py::object>(slot(grad.ptr(), slots.spec));
+  auto local = py::reinterpret_borrow<py::object>(slot(grad.ptr(), slots.local));
+  if (!local || !is_plain(local.ptr()) || !grad_spec || !is_placed_alike(grad_spec.ptr(), spec)) return nullptr;
+  return local.release().ptr();
 }
 
 bool read_tensor(PyObject* tensor, TensorView& out) {
@@ -136,8 +133,7 @@ PyObject* grad_of(PyObject* tensor) {
 int64_t version_of(PyObject* tensor) {
   // DTensor does not override `_version`, nor `grad` in `local_grad_of`.
   const bool is_inherited = is_plain(tensor) || local_part_of(tensor) != nullptr;
-  PyObject* version =
-      is_inherited ? torch_api.version(tensor, nullptr) : PyObject_GetAttrString(tensor, "_version");
+  PyObject* version = is_inherited ? torch_api.version(tensor, nullptr) : PyObject_GetAttrString(tensor, "_version");
   if (version == nullptr) throw py::error_already_set();
   const int64_t number = PyLong_AsLongLong(version);
   Py_DECREF(version);

@@ -16,6 +16,7 @@ from fused_tricks import FusedSGD
 from fused_tricks.step import stand_ins
 from support.comparison import assert_same_bits
 
+pytestmark = pytest.mark.both_watches
 OPTIONS = {"lr": 0.5, "momentum": 0.5, "weight_decay": 0.25}
 
 
@@ -68,11 +69,11 @@ def pair(mesh: DeviceMesh, backend: str, dtype: torch.dtype) -> Pair:
 
 
 def test_a_steady_step_over_shards_runs_no_python_for_each_of_them(
-    pair: Pair, backend: str, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backend not in ("cpu", "emulated_cuda", "triton"):
-        pytest.skip("only the plan guard of the extension reads local parts")
     pair.train(2)
+    if not pair.optimizer._prepared.stepper.reads_shards:
+        pytest.skip("only the plan guard of the extension reads local parts")
     monkeypatch.setattr(stand_ins, "_fill", lambda *_: pytest.fail("a stand-in was filled"))
     monkeypatch.setattr(pair.optimizer, "_prepare", lambda: pytest.fail("a new plan was made"))
     pair.train(3)
@@ -188,3 +189,15 @@ def test_a_replaced_local_part_of_a_subclass_is_updated(mesh: DeviceMesh, backen
         optimizer.step()
         values.append(float(param._local_tensor[0, 0]))
     assert values == [0.5, 9.5, 9.0]
+
+
+def test_an_update_of_an_empty_local_part_increments_the_version_counter(
+    mesh: DeviceMesh, backend: str
+) -> None:
+    param = Parameter(distribute_tensor(torch.zeros(0, 4), mesh, [Shard(0)]))
+    optimizer = FusedSGD([param], lr=0.5, backend=backend)
+    for _ in range(2):
+        param.grad = distribute_tensor(torch.zeros(0, 4), mesh, [Shard(0)])
+        before = param._version
+        optimizer.step()
+        assert param._version > before

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...distributed.sharding import is_distributed
+from ...distributed.sharding import is_distributed, local_part
 from ...step.parameters import MASTER_PARAM, STATE_TENSORS, is_in_use
 from ...step.plan import Plan
 from ...step.shared_memory import missing_bytes
@@ -37,6 +37,8 @@ class _State(NamedTuple):
     held: dict[str, list[Any]]
     tensors: list[Tensor]
     addresses: list[int]
+    sharded: list[Tensor]
+    local_parts: list[Tensor]
 
 
 class _Layout(NamedTuple):
@@ -98,6 +100,10 @@ class PlanGuard:
         pairs = [(own.get(key), tensor) for entry, own in live for key, tensor in entry.local_state.items()]
         # A DTensor has no address of its own. Its local part is the plan's tensor.
         tensors = [tensor if is_distributed(held) else held for held, tensor in pairs if held is not None]
+        # A pending local part is another tensor once it is complete.
+        sharded: list[Tensor] = [
+            held for held, tensor in pairs if is_distributed(held) and local_part(held) is tensor
+        ]
         self._state = _State(
             list(state),
             list(state.values()),
@@ -105,6 +111,8 @@ class PlanGuard:
             {key: [own.get(key) for _, own in live] for key in STATE_TENSORS},
             tensors,
             list(map(Tensor.data_ptr, tensors)),
+            sharded,
+            list(map(local_part, sharded)),
         )
 
     def gradients(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> Gradients | None:
@@ -199,6 +207,7 @@ class PlanGuard:
             )
             and list(map(Tensor.data_ptr, known.tensors)) == known.addresses
             and not any(map(Tensor.is_neg, known.tensors))
+            and all(map(is_, map(local_part, known.sharded), known.local_parts))
         )
 
     def _addresses(self, grads: list[Tensor]) -> list[int] | None:
