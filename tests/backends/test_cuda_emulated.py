@@ -274,7 +274,7 @@ def run_one_update(param: Tensor, master: Tensor, buffer: Tensor, grad: Tensor, 
     """Runs an update without the optimizer, which would read the whole tensor to make its master."""
     param.grad = grad
     local_state = {"master_param": master, "momentum_buffer": buffer}
-    entry = Entry(0, param, live=True, source=param, local_state=local_state)
+    entry = Entry(0, param, live=True, source=param, local=param, local_state=local_state)
     entry.grad_dtype = grad.dtype
     entry.first_updates = {"momentum_buffer": torch.ones((), dtype=torch.int64)}
     group = {**FusedSGD([param]).defaults, "params": [param], "lr": 0.5, "momentum": 0.9}
