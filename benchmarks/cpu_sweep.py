@@ -23,7 +23,7 @@ import fused_tricks
 from benchmarks.lib import command_line, machine, parameter_sets, progress, report, variants
 from benchmarks.lib.harness import Spread, shuffled
 from benchmarks.lib.variants import Edit
-from benchmarks.step.contestants import loops
+from benchmarks.step.contestants import OUR_WORK, loops
 from fused_tricks import FusedSGD
 from fused_tricks.backends import cpu
 from fused_tricks.extension import load_extension
@@ -49,13 +49,6 @@ class Setting:
     parameters: str
     dtype: torch.dtype
     scales: bool
-
-    @property
-    def bytes_per_element(self) -> int:
-        """The bytes that a step must move for an element: 4 bytes each for two reads and writes, and the rest."""
-        size = self.dtype.itemsize
-        weight = 0 if size == 4 else size
-        return 16 + size * (2 if self.scales else 1) + weight
 
 
 SETTINGS = (
@@ -135,10 +128,9 @@ class Steps:
     def __init__(self, setting: Setting) -> None:
         module = fused_tricks.cast_model(parameter_sets.build(setting.parameters), setting.dtype)
         self._parameters = list(module.parameters())
-        self.bytes = sum(
-            parameter.numel() * (setting.bytes_per_element if parameter.dtype == setting.dtype else 24)
-            for parameter in self._parameters
-        )
+        # Without a loss scale, no scan reads the gradients.
+        scanned = 0 if setting.scales else sum(parameter.nbytes for parameter in self._parameters)
+        self.bytes = OUR_WORK.traffic(self._parameters) - scanned
         self._optimizer = FusedSGD(
             self._parameters,
             lr=1e-3,

@@ -20,7 +20,12 @@ from support.backends import unusable_because
 CSRC = Path(__file__).parents[2] / "csrc"
 
 
-@pytest.mark.skipif(unusable_because("cpu") is not None, reason=f"backend cpu: {unusable_because('cpu')}")
+has_extension = pytest.mark.skipif(
+    unusable_because("cpu") is not None, reason=f"backend cpu: {unusable_because('cpu')}"
+)
+
+
+@has_extension
 def test_the_result_has_every_variant_in_every_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,7 +56,13 @@ def test_every_edit_fits_the_source(tmp_path: Path, name: str) -> None:
         assert (source / edit.file).read_text() != before
 
 
-def test_a_step_moves_22_bytes_for_an_fp16_element_and_20_for_an_unscaled_fp32_element() -> None:
-    assert cpu_sweep.Setting("", "", torch.float16, True).bytes_per_element == 22
-    assert cpu_sweep.Setting("", "", torch.float32, True).bytes_per_element == 24
-    assert cpu_sweep.Setting("", "", torch.float32, False).bytes_per_element == 20
+@has_extension
+@pytest.mark.parametrize(
+    ("dtype", "scales", "size"),
+    [(torch.float16, True, 22), (torch.float32, True, 24), (torch.float32, False, 20)],
+)
+def test_a_step_moves_the_bytes_of_its_scan_and_its_update(
+    dtype: torch.dtype, scales: bool, size: int
+) -> None:
+    steps = cpu_sweep.Steps(cpu_sweep.Setting("", "synthetic:2:40", dtype, scales))
+    assert steps.bytes == 80 * size
