@@ -47,7 +47,7 @@ from benchmarks.train import page as train_page
 
 pytestmark = pytest.mark.slow
 
-TRAIN = ["--dataset", "digits", "--image-size", "16", "--batch-size", "8", "--device", "cpu", "--seeds", "1"]
+TRAIN = ["--dataset", "digits", "--image-size", "32", "--batch-size", "8", "--device", "cpu", "--seeds", "1"]
 STEP = ["--rounds", "2", "--host-rounds", "2", "--loop-mib", "1", "--device", "cpu", "--no-compiled"]
 PEERS = {
     OPTIMI,
