@@ -225,9 +225,9 @@ def markdown(result: dict[str, Any]) -> str:
                 "A step of the CPU backend with other choices in its two passes over memory. Each cell has the "
                 "milliseconds of a step, its ratio to the step *as it is* (median of the rounds' ratios; below 1 is "
                 "faster), and its share of the bandwidth of the in-place loop, `target += 0.001 * source` over large "
-                "FP32 buffers, which takes its turn. Caches are warm: a set that fits them exceeds 1. *Two additions in place of the "
-                "update* reads and writes the same memory in the same order, so it is the time of the memory alone. "
-                "Instruction set: "
+                "FP32 buffers, which takes its turn. Caches are warm: a set that fits them exceeds 1. *Two additions "
+                "in place of the update* reads and writes the same memory in the same order, so it is the time of the "
+                "memory alone. Instruction set: "
                 f"{result['instruction_set']}.",
                 report.table(["variant", *found], rows),
                 report.machine_note(result["machine"]),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import losslessness
+from benchmarks.ablation import page as ablation_page
 from benchmarks.lib import report
 from benchmarks.step import page as step_page
 from benchmarks.step import sizes_page
@@ -20,6 +21,7 @@ from benchmarks.train import page as train_page
 
 Picture = Callable[[dict[str, Any], Path], None]
 PAGES: dict[str, tuple[Callable[[dict[str, Any]], str], Picture]] = {
+    "ablation": (ablation_page.markdown, ablation_page.picture),
     "losslessness": (losslessness.markdown, losslessness.picture),
     "step": (step_page.markdown, step_page.picture),
     "step_sizes": (sizes_page.markdown, sizes_page.picture),

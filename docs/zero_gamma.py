@@ -70,7 +70,7 @@ def draw_block(axes: Axes) -> None:
     axes.text(0.0, -0.9, "x", ha="right", va="center")
     axes.text(places[-1], 0.16, "γ = 0, β = 0", ha="center", va="center", color=MARK)
     axes.text(4.3, -0.62, "shortcut", ha="center", color=INK, fontsize=9)
-    axes.text(4.3, -1.5, "a new block returns x: the branch is 0", ha="center", color=OURS)
+    axes.text(4.3, -1.5, "a new block: the branch adds 0 to x", ha="center", color=OURS)
 
 
 def draw_growth(axes: Axes) -> None:

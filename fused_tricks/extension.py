@@ -7,17 +7,21 @@ import functools
 import importlib
 import json
 import platform
+import shlex
 import sys
+from importlib import metadata
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 
 from ._torch import library_path, negative_view
 
 _REINSTALL = "reinstall fused_tricks"
-_COMPILE = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary fused_tricks fused_tricks"
+_COMPILE = "pip install --force-reinstall --no-deps --no-cache-dir"
 
 # In the order of the enum in csrc/core/dtype.h.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -161,7 +165,20 @@ def _failure(package: Path) -> str | None:
 def _advice(reason: str) -> str:
     if reason.startswith("FUSED_TRICKS_EXTENSION"):
         # The wheel for every platform is built so. A compiler may exist.
-        return f"compile it, without this variable, by `{_COMPILE}`"
+        return f"compile it, without this variable, by `{_COMPILE} {_sources()}`"
     if reason.startswith("no C++ compiler"):
         return f"install a C++ compiler and {_REINSTALL}"
     return f"fix this problem and {_REINSTALL}"
+
+
+def _sources() -> str:
+    """Returns the argument of pip for the sources: the folder of the installation, or the release."""
+    try:
+        record = metadata.distribution("fused_tricks").read_text("direct_url.json")
+        url = json.loads(record or "{}").get("url", "")
+    except (metadata.PackageNotFoundError, ValueError):
+        url = ""
+    folder = Path(url2pathname(urlsplit(url).path)) if url.startswith("file:") else None
+    if folder is not None and (folder / "setup.py").is_file():
+        return shlex.quote(str(folder))
+    return "--no-binary fused_tricks fused_tricks"

@@ -29,6 +29,8 @@ COLLAPSE = 0.05
 """The loss of accuracy to the small batch beyond which a training counts as collapsed."""
 LABEL_WIDTH = 0.25
 """The least distance between two labels of lines, as a share of the panel's width."""
+LEAST_SEEDS = 3
+"""The least number of seeds for a confidence interval: that of two reaches far beyond all accuracies."""
 DODGE = 0.14
 """The distance between the lines of two depths in a row, in rows."""
 
@@ -52,6 +54,18 @@ def _change_in_the_paper(name: str) -> str:
 
 def _change(row: dict[str, Any], what: str, to: str) -> Difference:
     return Difference(**row[what][to])
+
+
+def _change_text(row: dict[str, Any], what: str, to: str, factor: float, decimals: int) -> str:
+    """Returns the mean change, with its confidence interval if there are enough seeds."""
+    change = _change(row, what, to)
+    if _is_judged(row) or change.diverged:
+        return change.text(factor, decimals)
+    return f"{factor * change.mean:+.{decimals}f}"
+
+
+def _is_judged(row: dict[str, Any]) -> bool:
+    return len(row["accuracy"]["seeds"]) >= LEAST_SEEDS
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -83,7 +97,7 @@ def markdown(result: dict[str, Any]) -> str:
     changes = [
         [
             name,
-            *(_change(rows[name], "accuracy", "to_row_before").text(100, 2) for rows in depths.values()),
+            *(_change_text(rows[name], "accuracy", "to_row_before", 100, 2) for rows in depths.values()),
             _change_in_the_paper(name) or "–",
         ]
         for name in later
@@ -105,7 +119,8 @@ def markdown(result: dict[str, Any]) -> str:
         report.table(["trained with", *depth_names, "in the paper"], changes),
         "A difference is taken seed by seed. Its mean stands before its "
         f"{result['confidence']:.0%} confidence interval (Student's t, pairs). "
-        "**Bold**: the interval excludes zero. All other changes are within noise.",
+        "**Bold**: the interval excludes zero. Other changes with an interval are within noise. A change of fewer than "
+        f"{LEAST_SEEDS} seeds has no interval.",
         "\n".join(
             f"- *{name.removeprefix('+ ')}* {_verdicts(name, depths)}.{_collapses(before, name, depths)}"
             for before, name in itertools.pairwise(some_rows)
@@ -124,13 +139,16 @@ def _accuracy_text(row: dict[str, Any]) -> str:
 
 
 def _verdicts(name: str, depths: dict[str, dict[str, Any]]) -> str:
-    """Returns at which depths a trick gains accuracy, costs accuracy, or does neither beyond noise."""
+    """Returns at which depths a trick gains accuracy, costs accuracy, does neither beyond noise, or is not judged."""
     found: dict[str, list[str]] = {}
     for depth, rows in depths.items():
         change = _change(rows[name], "accuracy", "to_row_before")
-        verdict = (
-            "is within noise" if change.within_noise else "helps" if change.mean > 0 else "costs accuracy"
-        )
+        if not _is_judged(rows[name]):
+            verdict = "has too few seeds"
+        elif change.within_noise:
+            verdict = "is within noise"
+        else:
+            verdict = "helps" if change.mean > 0 else "costs accuracy"
         found.setdefault(verdict, []).append(depth)
     return "; ".join(f"{verdict} at {_listed(at)} layers" for verdict, at in found.items())
 
@@ -163,9 +181,9 @@ def _details(rows: dict[str, Any]) -> str:
             [
                 name,
                 ", ".join(f"{100 * value:.1f}" for value in accuracy["seeds"]),
-                _change(row, "accuracy", "to_first_row").text(100, 2) if place else "",
+                _change_text(row, "accuracy", "to_first_row", 100, 2) if place else "",
                 report.mean_text(loss["mean"], loss["std"], 1, 3),
-                _change(row, "loss", "to_row_before").text(1, 3) if place else "",
+                _change_text(row, "loss", "to_row_before", 1, 3) if place else "",
             ]
         )
     return report.table(header, lines)
@@ -173,7 +191,7 @@ def _details(rows: dict[str, Any]) -> str:
 
 def _method(result: dict[str, Any]) -> str:
     depths, images = result["depths"], result["images"]
-    count = len(depths) * (len(next(iter(depths.values()))) - 1)
+    count = sum(len(rows) - 1 for rows in depths.values() if _is_judged(rows["small batch"]))
     return f"""\
 - All rows of a seed begin with the same weights and train on the same images in the same order, cut into batches of
   their size. All rows see equally many images, so the large batch has proportionally fewer updates.
@@ -184,7 +202,7 @@ def _method(result: dict[str, Any]) -> str:
   `loss_scale="dynamic"`. *Cosine* replaces the divisions by ten.
 - {images["train"]:,} images train, and {images["test"]:,} test: one test image is {100 / images["test"]:.2g} points.
   Seeds vary the weights and the order, not the images.
-- The second table has {count} comparisons, uncorrected. One in twenty is bold by chance. A seed that collapses
+- The second table has {count} intervals, uncorrected. One in twenty is bold by chance. A seed that collapses
   widens the interval, and a large mean can then be within noise. The collapsed seeds are therefore counted beside it.
 - *Diverged*: a loss was infinite, and the difference is undefined.
 - The default learning rate, 0.4 for a batch of 256, was chosen with 14 layers by the small batch alone, on two seeds
@@ -295,10 +313,13 @@ def _label(axes: Axes, ends: dict[str, tuple[float, str]], height: float) -> Non
 
 def _paper_column(axes: Axes, names: Sequence[str]) -> None:
     report.dress(axes, "Paper's Table 4", "")
-    axes.set_xlabel("change of top-1\naccuracy, points", color="#555555")
+    axes.set_xlabel("change of top-1\nerror, points", color="#555555")
     axes.spines[:].set_visible(False)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_ylim(len(names) - 0.2, -0.5)
     for place, name in enumerate(names):
-        axes.text(0.5, place, _change_in_the_paper(name) or "–", ha="center", va="center", fontsize=13)
+        change = _change_in_the_paper(name)
+        # The picture has errors, and the table has accuracies.
+        text = change.translate(str.maketrans("+-", "-+")) if change else "–"
+        axes.text(0.5, place, text, ha="center", va="center", fontsize=13)

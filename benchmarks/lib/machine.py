@@ -78,5 +78,12 @@ def one_line(machine: dict[str, Any]) -> str:
     if device:
         where = f"{device['name']}, driver {device['driver']}, CUDA {versions['CUDA of torch']}"
     else:
-        where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+        where = f"{machine['cpu']}, {threads_text(machine)}"
     return f"{where} · torch {versions['torch']} · {machine['date']}"
+
+
+def threads_text(machine: Mapping[str, Any]) -> str:
+    """Returns the numbers of cores and threads in a record, such as `2 cores, 1 thread`."""
+    return ", ".join(
+        f"{machine[what]} {what if machine[what] != 1 else what[:-1]}" for what in ("cores", "threads")
+    )

@@ -142,11 +142,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def machine_note(machine: Mapping[str, Any]) -> str:
     """Returns the machine as a Markdown list."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    threads = f"{machine['cores']} cores, {machine['threads']} threads"
     lines = [
         f"- Command: `{machine['command']}`",
         f"- Date: {machine['date']}",
-        f"- CPU: {machine['cpu']} ({machine['cpu_capability']}), {threads}",
+        f"- CPU: {machine['cpu']} ({machine['cpu_capability']}), {machines.threads_text(machine)}",
         *([_gpu_line(machine["gpu"])] if machine["gpu"] else []),
         f"- Versions: {versions}",
     ]

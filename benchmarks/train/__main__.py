@@ -284,7 +284,7 @@ def main(arguments: Sequence[str]) -> None:
         wanted = steps, seeds
         steps, seeds = within(options.minutes, seconds_a_step(build_model, recipe, shape), steps, seeds)
         if (steps, seeds) != wanted:
-            cut = f" (fewer than wanted, to last about {options.minutes} minutes)"
+            cut = f" (cut to about {options.minutes} min)"
     recipe = replace(recipe, steps=steps)
     records, loading = train(images, build_model, recipe, options, steps, seeds)
     measure_memory(records, build_model, recipe, shape)
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str]) -> None:
         "machine": machine.describe("benchmarks.train", arguments, device),
         "setting": (
             f"{options.model} on {options.dataset} at {options.image_size} × {options.image_size}, batch "
-            f"{options.batch_size}, {steps} steps, {seeds} seeds{cut}, {dtype_name} on {device.type} "
+            f"{options.batch_size}, {steps} steps, {seeds} seed{'s' * (seeds > 1)}{cut}, {dtype_name} on {device.type} "
             f"(backend {recipe.backend}), loss scale {options.loss_scale}"
             + (f", clipped to {options.max_grad_norm:g}" if options.max_grad_norm else "")
             + (f", torch.compile(mode={options.compile!r})" if options.compile else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +15,7 @@ from ..step.plan import Plan
 from ..step.request import Outcome as Outcome
 from ..step.request import StepRequest
 from ..step.shared_memory import has_memory
+from ..user_warning import warn_user
 from . import cpu, cuda, reference, triton
 
 
@@ -183,10 +183,9 @@ def _fastest(devices: set[torch.device], *, has_wrappers: bool) -> str:
 
 @functools.cache
 def _warn_of_reference(*reasons: str) -> None:
-    warnings.warn(
+    warn_user(
         "FusedSGD uses the slow backend='reference' for these parameters, because the fast ones are not usable here: "
-        + "; ".join(reasons),
-        stacklevel=2,
+        + "; ".join(reasons)
     )
 
 

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .._torch import disable_dynamo
-from ..step.diagnostics import warn_user
 from ..step.shared_memory import missing_bytes
+from ..user_warning import warn_user
 from ..validation import as_double, integer, shown
 from .applied_steps import AppliedCount
 from .call_count import CallCount

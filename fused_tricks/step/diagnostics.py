@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from ..backends.gpu import is_capturing
 from ..loss_scale import DynamicLossScale
+from ..user_warning import warn_user
 from .device_state import StepReading, StepState, to_float32
 
 if TYPE_CHECKING:
@@ -24,18 +22,6 @@ STUCK_AFTER = 25
 STEPS_PER_READING = 250
 # Launched steps between the start of a reading and the first attempt to read it on the host.
 STEPS_UNTIL_ARRIVAL = 10
-
-_PACKAGES = ("fused_tricks", "torch")
-
-
-def warn_user(message: str) -> None:
-    """Issues a `UserWarning` that points at the first line of the call stack outside this package and torch."""
-    level = 1
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES:
-        level += 1
-        frame = frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 class LateReading:

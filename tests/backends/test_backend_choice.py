@@ -51,7 +51,9 @@ def test_an_optimizer_without_parameters_counts_its_steps(name: str) -> None:
     assert optimizer.stats().applied_steps == 1
 
 
-def test_auto_says_once_that_only_the_slow_backend_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_says_once_at_the_users_line_that_only_the_slow_backend_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name, backend in list(BACKENDS.items()):
         if backend.device_type is not None:
             unusable = backend._replace(unavailable_because=lambda: "this is a test of warnings")
@@ -63,6 +65,7 @@ def test_auto_says_once_that_only_the_slow_backend_is_left(monkeypatch: pytest.M
             warnings.simplefilter("always")
             FusedSGD([param], lr=0.1).step()
         assert [str(w.message).count("this is a test of warnings") > 0 for w in caught] == [True] * expected
+        assert all(warning.filename == __file__ for warning in caught)
 
 
 # The device of the parameters, the usable backends, the backends that refuse the device, and the choice.

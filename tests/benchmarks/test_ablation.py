@@ -317,6 +317,16 @@ def test_the_page_tells_at_which_depths_a_trick_helps_and_at_which_it_costs(
     assert "| + zero γ | **-10.00 (-10.00 … -10.00)** | **+10.00 (+10.00 … +10.00)** |" in "".join(lines)
 
 
+def test_a_change_of_two_seeds_has_no_interval_and_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "train_once", helps_where_deep)
+    ablation.main([*SMALL, "--depths", "14", "8", "--seeds", "3", "2", "--output", str(tmp_path)])
+    page = (tmp_path / "ablation.md").read_text(encoding="utf-8")
+    assert "| + zero γ | -10.00 | **+10.00 (+10.00 … +10.00)** |" in page
+    assert "- *zero γ* has too few seeds at 8 layers; helps at 14 layers." in page
+
+
 def test_the_page_counts_the_seeds_that_collapse_without_and_with_a_trick(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

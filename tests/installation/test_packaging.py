@@ -7,9 +7,11 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,9 +158,22 @@ def test_the_requirements_of_a_build_are_the_same_with_and_without_isolation():
     ],
 )
 def test_the_advice_about_a_missing_extension_fits_its_reason(monkeypatch, tmp_path, failure, advice):
+    monkeypatch.setattr(metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda file: None))
     (tmp_path / "_build_info.json").write_text(json.dumps({"extension_failure": failure}))
     monkeypatch.setattr(extension_module, "__file__", str(tmp_path / "extension.py"))
     assert extension_module._why_missing() == f"the extension was not built ({failure}); {advice}"
+
+
+@pytest.mark.parametrize("folder", ["sources", "my sources"])
+def test_an_installation_from_a_folder_is_compiled_from_this_folder(monkeypatch, tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "setup.py").touch()
+    record = json.dumps({"url": (tmp_path / folder).as_uri(), "dir_info": {}})
+    monkeypatch.setattr(metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda file: record))
+    advice = shlex.split(extension_module._advice("FUSED_TRICKS_EXTENSION=0 was set").strip("`"))
+    assert advice[-1].removesuffix("`") == str(tmp_path / folder)
+    shutil.rmtree(tmp_path / folder)
+    assert "--no-binary fused_tricks" in extension_module._advice("FUSED_TRICKS_EXTENSION=0 was set")
 
 
 @pytest.fixture
