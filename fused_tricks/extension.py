@@ -126,7 +126,7 @@ def _why_missing() -> str | None:
             f"Python runs the source tree {package.parent}, in which nothing is built, instead of the package "
             f"installed in {installed}; run Python from another folder, or pip install -e {package.parent}"
         )
-    reason = _failure(package)
+    reason = _recorded(package, "extension_failure")
     if reason is not None:
         return f"the extension was not built ({reason}); {_advice(reason)}"
     others = sorted(path.name for path in package.glob("_extension.*") if path.suffix in (".so", ".pyd"))
@@ -152,13 +152,18 @@ def _other_installation(package: Path) -> Path | None:
     return None
 
 
-def _failure(package: Path) -> str | None:
-    """Returns the recorded reason why the build left the extension out; None without a record."""
+def cuda_failure() -> str | None:
+    """Returns the recorded reason why the build left CUDA out; None without a record."""
+    return _recorded(Path(__file__).parent, "cuda_failure")
+
+
+def _recorded(package: Path, key: str) -> str | None:
+    """Returns the reason that the record of a build has under a key; None without a record."""
     try:
         info = json.loads((package / "_build_info.json").read_text())
     except (OSError, ValueError):
         return None
-    reason: str | None = info.get("extension_failure")
+    reason: str | None = info.get(key)
     return reason
 
 

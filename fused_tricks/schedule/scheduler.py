@@ -212,8 +212,11 @@ class WarmupCosineLR(LRScheduler):
             RuntimeError: The storage of a group's tensor `lr` was resized. The schedule stays unchanged.
 
         Warns:
-            UserWarning: The number of the next update is above `total_steps`; warned once.
+            UserWarning: The number of the next update is above `total_steps`, or `optimizer.step()` has not been
+                called; each warned once.
         """
+        if epoch is None:
+            self._warn_if_first()
         self._update_lr(epoch)
         self._step_count += 1
         total = self.curve.total_steps
@@ -222,6 +225,19 @@ class WarmupCosineLR(LRScheduler):
             warn_user(
                 f"the schedule was stepped beyond total_steps={total}: further updates use the floor, "
                 f"min_ratio={self.curve.min_ratio}; pass the number of all updates, with the warm-up, as total_steps"
+            )
+
+    def _warn_if_first(self) -> None:
+        """Warns at the first call if the optimizer has not stepped. With `count="applied"` the order has no effect."""
+        if self._step_count != 1 or not isinstance(self._counter, CallCount):
+            return
+        # A GradScaler calls the step of such an optimizer after an overflow too.
+        always_steps = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        is_watched = hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
+        if always_steps and is_watched and not getattr(self.optimizer, "_opt_called", False):
+            warn_user(
+                "schedule.step() was called before the first optimizer.step(), so no update has the first rate of the "
+                "schedule; call schedule.step() after optimizer.step()"
             )
 
     def get_last_lr(self) -> list[float | Tensor]:

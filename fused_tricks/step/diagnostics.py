@@ -65,7 +65,7 @@ class StepDiagnostics:
         self._at_floor_since: int | None = None
 
     def before_update(self, plan: Plan, is_scaled_by_grad_scaler: bool, is_partitioned: bool) -> None:
-        """Warns if the loss was not scaled although the update unscales, and if FP16 gradients have no loss scale.
+        """Warns if FP16 gradients have no loss scale, and if the loss was not scaled or no gradient exists with one.
 
         Args:
             plan: The plan of the step.
@@ -81,7 +81,15 @@ class StepDiagnostics:
                     "rounded to zero; use loss_scale='dynamic' and optimizer.scale(loss).backward(), or a GradScaler; "
                     "loss_scale=1.0 states that no scaling is wanted",
                 )
-        elif self._loss_scale != 1.0 and grads and not self._step_state.scale_was_read and not is_partitioned:
+        elif not grads:
+            if not is_partitioned and any(entry.param.numel() for entry in plan.entries):
+                self._report(
+                    "no gradient",
+                    "no parameter of the optimizer has a gradient, so optimizer.step() updates nothing; call "
+                    "zero_grad() after step() or before the forward pass, and give the optimizer the parameters of the "
+                    "model that computes the loss",
+                )
+        elif self._loss_scale != 1.0 and not self._step_state.scale_was_read and not is_partitioned:
             self._report(
                 "scale is not called",
                 "optimizer.step() divides the gradients by the loss scale, but optimizer.scale() has never been "

@@ -107,8 +107,21 @@ def test_a_scale_of_one_states_that_no_scaling_is_wanted(backend, device):
     assert warnings_of(2, optimizer_of(backend, device, loss_scale=1.0)) == []
 
 
-def test_a_step_without_gradients_asks_for_no_scale(backend, device):
+def test_a_step_with_a_loss_scale_and_without_gradients_is_warned_of_once(backend, device):
     optimizer = optimizer_of(backend, device, loss_scale="dynamic")
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="no parameter of the optimizer has a gradient") as caught:
+        optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__]
+    assert warnings_of(2, optimizer) == []
+
+
+@pytest.mark.parametrize("shape", [(2,), (0,)], ids=str)
+def test_a_step_without_gradients_is_silent_like_sgds_if_nothing_is_scaled_or_has_elements(
+    backend, device, shape
+):
+    options = {} if shape == (2,) else {"loss_scale": "dynamic"}
+    optimizer = FusedSGD(parameters([shape], torch.float16, device), lr=0.1, backend=backend, **options)
     optimizer.zero_grad()
     assert warnings_of(2, optimizer) == []
 

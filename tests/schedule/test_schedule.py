@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -183,6 +184,40 @@ def test_a_first_step_that_a_grad_scaler_leaves_out_is_no_reason_to_warn() -> No
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
+
+
+UPDATES_AFTER_OVERFLOWS = {
+    "FusedSGD": FusedSGD,
+    "SGD(fused=True)": partial(torch.optim.SGD, fused=True),
+}
+
+
+@pytest.mark.parametrize("make", UPDATES_AFTER_OVERFLOWS.values(), ids=UPDATES_AFTER_OVERFLOWS)
+def test_a_schedule_that_is_stepped_before_the_optimizer_warns_once_at_the_users_line(make: Any) -> None:
+    param = Parameter(torch.zeros(2))
+    param.grad = torch.ones(2)
+    optimizer = make([param], lr=1.0)
+    schedule = WarmupCosineLR(optimizer, 7, 4)
+    with pytest.warns(UserWarning, match="before the first optimizer.step") as caught:
+        for _ in range(2):
+            schedule.step()
+            optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("case", ["optimizer first", "counts applied", "goes to an update", "resumes"])
+def test_a_schedule_that_loses_no_rate_does_not_warn(case: str) -> None:
+    param = Parameter(torch.zeros(2))
+    param.grad = torch.ones(2)
+    optimizer = FusedSGD([param], lr=1.0)
+    schedule = WarmupCosineLR(optimizer, 7, 4, count="applied" if case == "counts applied" else "calls")
+    if case == "resumes":
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": 2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if case == "optimizer first":
+            optimizer.step()
+        schedule.step(3 if case == "goes to an update" else None)
 
 
 def test_a_copy_is_no_reason_to_warn() -> None:
