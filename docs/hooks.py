@@ -63,7 +63,9 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return f"{text}({config.repo_url.rstrip('/')}/blob/main/{name})" if config.repo_url else plain(text)
 
     method = os.path.relpath("benchmarks/README.md", os.path.dirname(source))
-    markdown = re.sub(r"^benchmarks/README\.md(?= says)", rf"[Method]({method})", markdown, flags=re.MULTILINE)
+    markdown = re.sub(
+        r"^benchmarks/README\.md(?= says)", rf"[Method]({method})", markdown, flags=re.MULTILINE
+    )
     # GitHub ignores the second word of a block, and the site shows it as a title.
     markdown = re.sub(r"^```python (\w+)$", r'```python title="\1"', markdown, flags=re.MULTILINE)
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)

@@ -106,10 +106,15 @@ def test_the_loop_of_a_section_trains_the_model(heading):
 
 @pytest.mark.parametrize(
     "heading",
-    ["mat1 and mat2 must have the same dtype, but got Float and Half", "Found dtype Float but expected Half"],
+    [
+        "mat1 and mat2 must have the same dtype, but got Float and Half",
+        "expected m1 and m2 to have the same dtype, but got: float != c10::Half",
+        "Input type (torch.FloatTensor) and weight type (torch.HalfTensor) should be the same",
+        "Found dtype Float but expected Half",
+    ],
 )
 def test_a_cast_model_takes_fp32_inputs_and_targets(heading):
-    names = names_of()
+    names = names_of(MODELS[heading])
     (block,) = code_of(heading)
     run(block, names)
     names["loss"].backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,19 @@ from support.networks import Network
 Names = dict[str, Any]
 
 
-class Convolution(nn.Module):
-    def __init__(self) -> None:
+class Layer(nn.Module):
+    def __init__(self, bias: bool) -> None:
         super().__init__()
-        self.body, self.fc = nn.Conv1d(1, 3, 4), nn.Linear(3, 3)
+        self.fc = nn.Linear(6, 3, bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(images)
+
+
+class Convolution(nn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Conv1d(1, 3, 4, bias=bias), nn.Linear(3, 3)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.body(images[:, None])[:, :, 0])
@@ -162,6 +172,19 @@ def fp32_input_of_a_linear_layer(names: Names) -> None:
     names["model"].half()(names["images"])
 
 
+@problem("expected m1 and m2 to have the same dtype, but got: float != c10::Half", partial(Layer, bias=False))
+def fp32_input_of_a_linear_layer_without_a_bias(names: Names) -> None:
+    names["model"].half()(names["images"])
+
+
+@problem(
+    "Input type (torch.FloatTensor) and weight type (torch.HalfTensor) should be the same",
+    partial(Convolution, bias=False),
+)
+def fp32_input_of_a_convolution_without_a_bias(names: Names) -> None:
+    names["model"].half()(names["images"])
+
+
 @problem("Input type (float) and bias type (c10::Half) should be the same", Convolution)
 def fp32_input_of_a_convolution(names: Names) -> None:
     names["model"].half()(names["images"])
@@ -198,6 +221,20 @@ def loss_that_is_not_scaled(names: Names) -> None:
     optimizer = FusedSGD(names["model"].parameters(), lr=0.1, loss_scale="dynamic")
     loss_of(names).backward()
     optimizer.step()
+
+
+@problem("no parameter of the optimizer has a gradient, so optimizer.step() updates nothing")
+def gradients_dropped_before_the_step(names: Names) -> None:
+    optimizer = FusedSGD(names["model"].parameters(), lr=0.1, loss_scale="dynamic")
+    optimizer.scale(loss_of(names)).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+@problem("schedule.step() was called before the first optimizer.step()")
+def schedule_before_the_optimizer(names: Names) -> None:
+    optimizer = FusedSGD(names["model"].parameters(), lr=0.1)
+    ft.WarmupCosineLR(optimizer, total_steps=8).step()
 
 
 @problem("FusedSGD updates from float16 gradients without a loss scale")
