@@ -31,7 +31,7 @@ from fused_tricks.extension import load_extension
 CPU = torch.device("cpu")
 LOOP = "in-place loop"
 TODAY = "as it is"
-ADDITIONS = "two additions in place of the update"
+TWO_OPERATIONS = "two operations in place of the update"
 WARMUP = 2
 
 
@@ -96,11 +96,11 @@ def _unrolled(times: int) -> tuple[Edit, ...]:
 
 VARIANTS: dict[str, tuple[Edit, ...]] = {
     TODAY: (),
-    ADDITIONS: (
+    TWO_OPERATIONS: (
         Edit(
             "cpu/kernels_impl.h",
             "  sgd_update(rule, Simd::load(grad), w, b);\n  Simd::store(weight, w);",
-            "  b = b + Simd::load(grad);\n  w = w + b;\n  Simd::store(weight, w);",
+            "  b = fma(V(1.0f), Simd::load(grad), b);\n  w = fma(V(1.0f), b, w);\n  Simd::store(weight, w);",
         ),
     ),
     "prefetch 512 bytes ahead": _prefetch(512, 3, gradient=True),
@@ -225,9 +225,9 @@ def markdown(result: dict[str, Any]) -> str:
                 "A step of the CPU backend with other choices in its two passes over memory. Each cell has the "
                 "milliseconds of a step, its ratio to the step *as it is* (median of the rounds' ratios; below 1 is "
                 "faster), and its share of the bandwidth of the in-place loop, `target += 0.001 * source` over large "
-                "FP32 buffers, which takes its turn. Caches are warm: a set that fits them exceeds 1. *Two additions "
-                "in place of the update* reads and writes the same memory in the same order, so it is the time of the "
-                "memory alone. Instruction set: "
+                "FP32 buffers, which takes its turn. Caches are warm: a set that fits them exceeds 1. *Two operations "
+                "in place of the update* read and write the same memory in the same order, so their time is that of "
+                "the memory alone. Instruction set: "
                 f"{result['instruction_set']}.",
                 report.table(["variant", *found], rows),
                 report.machine_note(result["machine"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import json
 import shutil
@@ -77,13 +76,6 @@ def capture(
     with torch.cuda.graph(graph):
         step()
     return graph.replay
-
-
-def free_memory(device: torch.device) -> int:
-    """Returns the free bytes, after unused memory of the allocator was released."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
 
 
 def cache_size(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Peak memory: the most bytes of all tensors at once."""
+"""Free memory, and peak memory: the most bytes of all tensors at once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,28 @@ import gc
 import itertools
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.autograd.profiler import profile
 
 from benchmarks.lib import gpu
+
+MEMINFO = Path("/proc/meminfo")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Returns the bytes that new tensors on a device may take; None where the system does not report them."""
+    gc.collect()
+    if gpu.is_gpu(device):
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    (available,) = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * available
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:

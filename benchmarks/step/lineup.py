@@ -118,14 +118,14 @@ def of_tiny_parameters(
 def fitting(
     candidates: Sequence[Candidate], elements: int, device: torch.device
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Returns the candidates that fit into a GPU's memory together, ours and the fastest of torch.amp first.
+    """Returns the candidates that fit into memory together, ours and the fastest of torch.amp first.
 
     Returns:
         The candidates, in their order; and by name, the reasons for the candidates that are left out.
     """
-    if not gpu.is_gpu(device):
+    free = memory.free_bytes(device)
+    if free is None:
         return list(candidates), {}
-    free = gpu.free_memory(device)
     most = int(0.9 * free / (elements * BYTES_AN_ELEMENT))
     first = (OURS, FUSED, f"{FUSED}{CASTS}")
     order = sorted(candidates, key=lambda candidate: (candidate.name not in first, candidate.name))

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("torchvision", reason="the benchmarks take their networks from torchvision")
 
-from benchmarks.lib import gpu, parameter_sets
+from benchmarks.lib import gpu, memory, parameter_sets
 from benchmarks.lib.names import AVERAGE, AVERAGED_MODEL, FOR_LOOP, FUSED, GRAPH, OURS
 from benchmarks.step import __main__ as step
 from benchmarks.step import check as step_check
@@ -227,11 +227,17 @@ def test_a_table_has_what_failed_in_place_of_a_time(tmp_path: Path, monkeypatch:
     assert OURS not in result["contestants"] and result["contestants"][FUSED]["ours_is_faster_by"] is None
 
 
-def test_sets_beyond_the_memory_of_a_gpu_are_skipped_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+def test_sets_beyond_the_free_memory_are_skipped_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    FakeCuda(monkeypatch)
-    monkeypatch.setattr(gpu, "free_memory", lambda device: 28 * 2000 * 10 // 9 + 1)
+    free = 28 * 2000 * 10 // 9 + 1024
+    if kind == "gpu":
+        FakeCuda(monkeypatch)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
+    else:
+        monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+        (tmp_path / "meminfo").write_text(f"MemFree: 1 kB\nMemAvailable:  {free // 1024} kB\n")
     sizes = ["--models", "synthetic:2:500", "synthetic:2:5000", "--tensor-counts", "--element-counts"]
     quick = [
         "--seconds",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from torch.nn import Parameter
 
 from fused_tricks import FusedSGD, extension
 from fused_tricks.backends import BACKENDS
+from fused_tricks.step import planned_steps
+from fused_tricks.step.plan import build_plan
 from support.comparison import assert_all_same_bits, assert_same_bits
 
 pytestmark = pytest.mark.both_watches
@@ -267,3 +270,27 @@ def test_a_step_that_raises_leaves_no_gradient_in_a_stand_in(backend, device):
     param.grad = None
     assert gradient() is None
     assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("is_enabled", [True, False], ids=["collects", "collects nothing"])
+@pytest.mark.parametrize("is_refused", [False, True], ids=["applied", "refused"])
+def test_the_garbage_collector_pauses_while_a_plan_is_made(
+    backend, device, monkeypatch, is_enabled, is_refused
+):
+    seen = []
+
+    def build(*arguments):
+        seen.append(gc.isenabled())
+        return build_plan(*arguments)
+
+    monkeypatch.setattr(planned_steps, "build_plan", build)
+    param = Parameter(torch.zeros(1, 3, device=device).expand(2 if is_refused else 1, 3))
+    param.grad = torch.ones_like(param)
+    (gc.enable if is_enabled else gc.disable)()
+    try:
+        with pytest.raises(RuntimeError, match="share memory") if is_refused else nullcontext():
+            FusedSGD([param], lr=0.1, backend=backend).step()
+        assert gc.isenabled() == is_enabled
+    finally:
+        gc.enable()
+    assert seen and not any(seen)
