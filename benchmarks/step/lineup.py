@@ -43,7 +43,9 @@ FORMS: dict[str, Any] = {
     FUSED: {"fused": True},
 }
 BYTES_AN_ELEMENT = 28
-"""The upper bound for a contestant: weights, gradients twice, momentum, and temporary tensors of a step."""
+"""The upper bound for a contestant on a GPU: weights, gradients twice, momentum, and temporary tensors of a step."""
+CPU_BYTES_AN_ELEMENT = 18
+"""The same on a CPU, where temporary tensors of one contestant at a time are shared out over all."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,11 @@ def fitting(
     free = memory.free_bytes(device)
     if free is None:
         return list(candidates), {}
-    most = int(0.9 * free / (elements * BYTES_AN_ELEMENT))
+    each = BYTES_AN_ELEMENT if gpu.is_gpu(device) else CPU_BYTES_AN_ELEMENT
+    most = int(0.9 * free / (elements * each))
     first = (OURS, FUSED, f"{FUSED}{CASTS}")
-    order = sorted(candidates, key=lambda candidate: (candidate.name not in first, candidate.name))
+    # Contestants of other packages, which may be missing here, come last.
+    order = sorted(candidates, key=lambda one: (one.name not in first, one.optional, one.name))
     chosen = {candidate.name for candidate in order[:most]}
     why = f"{free / 2**30:.0f} GiB of memory are free, which {most} contestants of {elements:,} elements fill"
     return (
