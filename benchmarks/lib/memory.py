@@ -26,8 +26,8 @@ def free_bytes(device: torch.device) -> int | None:
         lines = MEMINFO.read_text().splitlines()
     except OSError:
         return None
-    (available,) = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return 1024 * available
+    available = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * available[0] if available else None
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:

@@ -152,6 +152,8 @@ def measure(options: argparse.Namespace) -> Measurement:
         elements,
         device,
     )
+    if OURS in too_large:
+        raise SystemExit(f"--parameters {options.parameters}: {too_large[OURS]}")
     entries, out_of_step = lineup.assemble(candidates, device)
     step = interleave(
         [*(entry.contestant for entry in entries), *plain_loops],

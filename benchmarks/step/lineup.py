@@ -134,7 +134,7 @@ def fitting(
     # Contestants of other packages, which may be missing here, come last.
     order = sorted(candidates, key=lambda one: (one.name not in first, one.optional, one.name))
     chosen = {candidate.name for candidate in order[:most]}
-    why = f"{free / 2**30:.0f} GiB of memory are free, which {most} contestants of {elements:,} elements fill"
+    why = f"only {most} contestants of {elements:,} elements fit into {free / 2**20:,.0f} MiB of free memory"
     return (
         [candidate for candidate in candidates if candidate.name in chosen],
         {candidate.name: why for candidate in candidates if candidate.name not in chosen},

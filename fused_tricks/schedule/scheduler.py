@@ -53,8 +53,8 @@ class WarmupCosineLR(LRScheduler):
     - A resumed run may build and load the optimizer and the schedule in any order: each load sets the rates for the
       position of the schedule. Initial rates that an optimizer has from a checkpoint or from an earlier schedule stay.
       Set `group["initial_lr"]` or `base_lrs` to start from other rates.
-    - `step` does not warn if `optimizer.step()` was not called before. torch's schedulers do, although a `GradScaler`
-      rightly omits the call if gradients overflow.
+    - A first `step` before any `optimizer.step()` causes a warning, as with torch's schedulers. Exceptions are
+      `count="applied"`, and optimizers whose call a `GradScaler` omits if gradients overflow.
     - In torch's `SequentialLR`, the schedule must be the last one. Once begun, the schedule sets the rates whenever the
       optimizer is loaded or a group is added.
     - In torch's `ChainedScheduler`, the schedule overwrites the rates of the schedulers listed before it. A scheduler
@@ -233,7 +233,8 @@ class WarmupCosineLR(LRScheduler):
             return
         # A GradScaler calls the step of such an optimizer after an overflow too.
         always_steps = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        is_watched = hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
+        # torch's wrapper does not see a step that was compiled or saved before. Its state then shows it.
+        is_watched = hasattr(self.optimizer.step, "_wrapped_by_lr_sched") and not self.optimizer.state
         if always_steps and is_watched and not getattr(self.optimizer, "_opt_called", False):
             warn_user(
                 "schedule.step() was called before the first optimizer.step(), so no update has the first rate of the "

@@ -82,7 +82,8 @@ class StepDiagnostics:
                     "loss_scale=1.0 states that no scaling is wanted",
                 )
         elif not grads:
-            if not is_partitioned and any(entry.param.numel() for entry in plan.entries):
+            trained = [entry.param for entry in plan.entries if entry.param.requires_grad]
+            if not is_partitioned and any(param.numel() for param in trained):
                 self._report(
                     "no gradient",
                     "no parameter of the optimizer has a gradient, so optimizer.step() updates nothing; call "

@@ -227,6 +227,24 @@ def test_a_table_has_what_failed_in_place_of_a_time(tmp_path: Path, monkeypatch:
     assert OURS not in result["contestants"] and result["contestants"][FUSED]["ours_is_faster_by"] is None
 
 
+def test_a_set_beyond_the_free_memory_ends_the_benchmark_of_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
+    with pytest.raises(SystemExit, match="--parameters synthetic:2:5: only 0 contestants of 10 elements fit"):
+        step.main([*STEP, "--parameters", "synthetic:2:5", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("text", [None, "", "MemFree: 8 kB\n"], ids=["no file", "empty", "another kernel"])
+def test_free_memory_that_is_not_reported_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    if text is not None:
+        (tmp_path / "meminfo").write_text(text)
+    assert memory.free_bytes(torch.device("cpu")) is None
+
+
 @pytest.mark.parametrize("kind", ["gpu", "cpu"])
 def test_sets_beyond_the_free_memory_are_skipped_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -254,8 +272,8 @@ def test_sets_beyond_the_free_memory_are_skipped_by_name(
     result = json.loads((tmp_path / "step_sizes.json").read_text(encoding="utf-8"))
     (point,) = result["sweeps"]["models"]
     assert set(point["ms"]) == {OURS, FUSED}
-    assert "which 2 contestants of 1,000 elements fill" in point["left_out"][FUSED + CASTS]
-    assert "which 0 contestants of 10,000 elements fill" in result["skipped"]["synthetic:2:5000"]
+    assert "only 2 contestants of 1,000 elements fit" in point["left_out"][FUSED + CASTS]
+    assert "only 0 contestants of 10,000 elements fit" in result["skipped"]["synthetic:2:5000"]
     assert "- synthetic:2:5000: " in (tmp_path / "step_sizes.md").read_text(encoding="utf-8")
 
 

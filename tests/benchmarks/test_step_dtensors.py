@@ -38,8 +38,9 @@ def test_every_way_is_timed_or_its_reason_is_given(tmp_path: Path) -> None:
     assert all(name in page for name in NAMES)
 
 
-def test_a_way_that_computes_something_else_is_not_timed() -> None:
-    wrong = dtensors.Way("wrong", lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+@pytest.mark.parametrize("lr", [0.5, float("nan")])
+def test_a_way_that_computes_something_else_is_not_timed(lr: float) -> None:
+    wrong = dtensors.Way("wrong", lambda parameters: torch.optim.SGD(parameters, lr=torch.tensor(lr)))
     right = next(way for way in dtensors.WAYS if way.name == dtensors.FOR_LOOP)
     trainings = [dtensors.Training(way, 3, 4, sharded=False) for way in (wrong, right)]
     outcomes, refused = dtensors.checked(trainings)

@@ -205,11 +205,14 @@ def test_a_schedule_that_is_stepped_before_the_optimizer_warns_once_at_the_users
     assert [warning.filename for warning in caught] == [__file__]
 
 
-@pytest.mark.parametrize("case", ["optimizer first", "counts applied", "goes to an update", "resumes"])
+@pytest.mark.parametrize(
+    "case", ["optimizer first", "saved step first", "counts applied", "goes to an update", "resumes"]
+)
 def test_a_schedule_that_loses_no_rate_does_not_warn(case: str) -> None:
     param = Parameter(torch.zeros(2))
     param.grad = torch.ones(2)
-    optimizer = FusedSGD([param], lr=1.0)
+    optimizer = FusedSGD([param], lr=1.0, momentum=0.9)
+    saved_step = optimizer.step
     schedule = WarmupCosineLR(optimizer, 7, 4, count="applied" if case == "counts applied" else "calls")
     if case == "resumes":
         schedule.load_state_dict({**schedule.state_dict(), "last_epoch": 2})
@@ -217,6 +220,8 @@ def test_a_schedule_that_loses_no_rate_does_not_warn(case: str) -> None:
         warnings.simplefilter("error")
         if case == "optimizer first":
             optimizer.step()
+        if case == "saved step first":
+            saved_step()
         schedule.step(3 if case == "goes to an update" else None)
 
 
