@@ -20,8 +20,8 @@ import torch
 
 from ._torch import library_path, negative_view
 
-_REINSTALL = "reinstall fused_tricks"
-_COMPILE = "pip install --force-reinstall --no-deps --no-cache-dir"
+# pip caches a wheel without the extension, and would install it again.
+_PIP = "pip install --force-reinstall --no-deps --no-cache-dir"
 
 # In the order of the enum in csrc/core/dtype.h.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -51,7 +51,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module("fused_tricks._extension")
     except ImportError as error:
-        return None, _why_missing() or f"the compiled extension cannot be imported ({error}); {_REINSTALL}"
+        return None, _why_missing() or f"the compiled extension cannot be imported ({error}); {reinstall()}"
     # The finder of an editable installation may find the extension of another source tree.
     if Path(str(module.__file__)).parent != Path(__file__).parent:
         return None, _why_missing()
@@ -121,10 +121,15 @@ def _why_missing() -> str | None:
     # Only a source tree contains C++ sources beside the package.
     is_source = (package.parent / "csrc").is_dir()
     installed = _other_installation(package) if is_source else None
+    editable = f"pip install -e {shlex.quote(str(package.parent))}"
     if installed is not None:
+        failure = _recorded(installed / package.name, "extension_failure")
+        remedy = f"run Python from another folder, or {editable}"
+        if failure is not None:
+            remedy = f"that package has no extension either ({failure}); {editable}"
         return (
             f"Python runs the source tree {package.parent}, in which nothing is built, instead of the package "
-            f"installed in {installed}; run Python from another folder, or pip install -e {package.parent}"
+            f"installed in {installed}; {remedy}"
         )
     reason = _recorded(package, "extension_failure")
     if reason is not None:
@@ -133,14 +138,14 @@ def _why_missing() -> str | None:
     if others:
         return (
             f"the extension was built for another Python ({', '.join(others)}), and this is Python "
-            f"{platform.python_version()}; {_REINSTALL} with this Python"
+            f"{platform.python_version()}; with this Python {reinstall()}"
         )
     if is_source:
         return (
-            f"Python runs the source tree {package.parent}, in which nothing is built; pip install -e "
-            f"{package.parent}, or pip install it and run Python from another folder"
+            f"Python runs the source tree {package.parent}, in which nothing is built; {editable}, or pip install it "
+            "and run Python from another folder"
         )
-    return f"{package} has no extension; {_REINSTALL}"
+    return f"{package} has no extension; {reinstall()}"
 
 
 def _other_installation(package: Path) -> Path | None:
@@ -170,20 +175,23 @@ def _recorded(package: Path, key: str) -> str | None:
 def _advice(reason: str) -> str:
     if reason.startswith("FUSED_TRICKS_EXTENSION"):
         # The wheel for every platform is built so. A compiler may exist.
-        return f"compile it, without this variable, by `{_COMPILE} {_sources()}`"
+        return f"without this variable, {reinstall()}"
     if reason.startswith("no C++ compiler"):
-        return f"install a C++ compiler and {_REINSTALL}"
-    return f"fix this problem and {_REINSTALL}"
+        return f"install a C++ compiler, and {reinstall()}"
+    return f"fix this problem, and {reinstall()}"
 
 
-def _sources() -> str:
-    """Returns the argument of pip for the sources: the folder of the installation, or the release."""
+def reinstall() -> str:
+    """Returns the command that compiles and installs this package again, as an advice: `run ...`."""
+    package = Path(__file__).parent
+    if (package.parent / "setup.py").is_file():
+        return f"run `{_PIP} -e {shlex.quote(str(package.parent))}`"
     try:
-        record = metadata.distribution("fused_tricks").read_text("direct_url.json")
-        url = json.loads(record or "{}").get("url", "")
-    except (metadata.PackageNotFoundError, ValueError):
-        url = ""
-    folder = Path(url2pathname(urlsplit(url).path)) if url.startswith("file:") else None
-    if folder is not None and (folder / "setup.py").is_file():
-        return shlex.quote(str(folder))
-    return "--no-binary fused_tricks fused_tricks"
+        record = json.loads(metadata.distribution("fused_tricks").read_text("direct_url.json") or "{}")
+        url = urlsplit(str(record["url"]))
+    except (metadata.PackageNotFoundError, ValueError, LookupError, TypeError):
+        url = urlsplit("")
+    folder = Path(url2pathname(url.path))
+    if url.scheme == "file" and (folder / "setup.py").is_file():
+        return f"run `{_PIP} {shlex.quote(str(folder))}`"
+    return f"run `{_PIP} PATH`, where PATH is a checkout or the archive of the sources"

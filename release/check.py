@@ -6,11 +6,12 @@ import argparse
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from release.old_glibc import OLDEST
+from release.pythons import MINORS
 
 ROOT = Path(__file__).parents[1]
 MEGABYTE = 10**6
@@ -33,6 +34,7 @@ def main() -> None:
     problems = [] if files else [f"{arguments.folder} has no files; make wheels builds them"]
     if arguments.tag:
         problems += tag_problems(arguments.tag, version, (ROOT / "CHANGELOG.md").read_text())
+        problems += missing_files([file.name for file in files])
     for file in files:
         info = build_info(file)
         print(f"{file.name:<76} {file.stat().st_size / MEGABYTE:5.2f} MB  {described(info)}")
@@ -56,6 +58,15 @@ def tag_problems(tag: str, version: str, changelog: str) -> Iterator[str]:
         yield f"the tag must be v{version}, the version of fused_tricks/__init__.py, got {tag}"
     if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE):
         yield f"CHANGELOG.md must have a section '## [{version}] - YYYY-MM-DD'"
+
+
+def missing_files(names: Sequence[str]) -> Iterator[str]:
+    """Yields the files that a release requires and that are not among the names."""
+    required = {f"the wheel for CPython 3.{minor}": f"-cp3{minor}-cp3{minor}-manylinux" for minor in MINORS}
+    required |= {"the wheel without compiled code": "-py3-none-any.whl", "the sources": ".tar.gz"}
+    for what, part in required.items():
+        if not any(part in name for name in names):
+            yield f"{what} is missing"
 
 
 def build_info(file: Path) -> dict[str, Any] | None:

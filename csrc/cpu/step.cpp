@@ -118,8 +118,7 @@ void Step::update(const Plan& plan, const StepRequest& request) const {
   const Kernels& kernels = selected_kernels();
   const bool streams = total_count_ >= kLarge;
   parallel_for(static_cast<int64_t>(chunks_.size()), total_count_ <= kSmall, [&](int64_t begin, int64_t end) {
-    // Backwards, because the gradients that this thread scanned last are still in the cache.
-    for (size_t i = static_cast<size_t>(end); i-- > static_cast<size_t>(begin);) {
+    for (size_t i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
       const Chunk& chunk = chunks_[i];
       const Entry& entry = plan.entries[chunk.entry];
       if (entry.grad == nullptr) continue;

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..extension import cuda_failure, load_extension, missing_because
+from ..extension import cuda_failure, load_extension, missing_because, reinstall
 from ..step.device_state import StepState
 from ..step.plan import Plan
 from ..step.request import StepRequest
@@ -30,8 +30,8 @@ def unavailable_because() -> str | None:
     if not hasattr(load_extension(), "CudaStep"):
         failure = cuda_failure() or ""
         if failure.startswith("FUSED_TRICKS_CUDA"):
-            return f"the extension was built without CUDA ({failure}); reinstall fused_tricks without this variable"
-        return "the extension was built without CUDA; install a CUDA toolkit and reinstall fused_tricks"
+            return f"the extension was built without CUDA ({failure}); without this variable, {reinstall()}"
+        return f"the extension was built without CUDA; install a CUDA toolkit, and {reinstall()}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None

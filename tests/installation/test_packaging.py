@@ -21,6 +21,7 @@ import torch
 import fused_tricks
 from fused_tricks import extension as extension_module
 from fused_tricks.__main__ import collect, text_of
+from fused_tricks.backends import cuda
 
 pytestmark = pytest.mark.slow
 
@@ -145,35 +146,63 @@ def test_the_requirements_of_a_build_are_the_same_with_and_without_isolation():
     assert project["dependency-groups"]["build"] == project["build-system"]["requires"]
 
 
+PIP = "pip install --force-reinstall --no-deps --no-cache-dir"
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path) -> Path:
+    """Returns the folder of an installed package, whose origin is not recorded."""
+    package = tmp_path / "site" / "fused_tricks"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(extension_module, "__file__", str(package / "extension.py"))
+    monkeypatch.setattr(metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda file: None))
+    return package
+
+
 @pytest.mark.parametrize(
     ("failure", "advice"),
     [
-        ("no C++ compiler: CXX=cl is not a program", "install a C++ compiler and reinstall fused_tricks"),
-        (
-            "FUSED_TRICKS_EXTENSION=0 was set",
-            "compile it, without this variable, by `pip install --force-reinstall --no-deps --no-cache-dir "
-            "--no-binary fused_tricks fused_tricks`",
-        ),
-        ("a header is missing", "fix this problem and reinstall fused_tricks"),
+        ("no C++ compiler: CXX=cl is not a program", "install a C++ compiler, and"),
+        ("FUSED_TRICKS_EXTENSION=0 was set", "without this variable,"),
+        ("a header is missing", "fix this problem, and"),
     ],
 )
-def test_the_advice_about_a_missing_extension_fits_its_reason(monkeypatch, tmp_path, failure, advice):
-    monkeypatch.setattr(metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda file: None))
-    (tmp_path / "_build_info.json").write_text(json.dumps({"extension_failure": failure}))
-    monkeypatch.setattr(extension_module, "__file__", str(tmp_path / "extension.py"))
-    assert extension_module._why_missing() == f"the extension was not built ({failure}); {advice}"
+def test_the_advice_about_a_missing_extension_fits_its_reason(installed, failure, advice):
+    (installed / "_build_info.json").write_text(json.dumps({"extension_failure": failure}))
+    command = f"run `{PIP} PATH`, where PATH is a checkout or the archive of the sources"
+    assert extension_module._why_missing() == f"the extension was not built ({failure}); {advice} {command}"
+
+
+def test_a_build_without_cuda_names_the_variable_that_left_it_out(installed, monkeypatch):
+    monkeypatch.setattr(cuda, "missing_because", lambda: None)
+    monkeypatch.setattr(cuda, "load_extension", SimpleNamespace)
+    assert "install a CUDA toolkit, and run `pip" in cuda.unavailable_because()
+    record = {"cuda_failure": "FUSED_TRICKS_CUDA=0 was set"}
+    (installed / "_build_info.json").write_text(json.dumps(record))
+    assert "(FUSED_TRICKS_CUDA=0 was set); without this variable, run `pip" in cuda.unavailable_because()
 
 
 @pytest.mark.parametrize("folder", ["sources", "my sources"])
-def test_an_installation_from_a_folder_is_compiled_from_this_folder(monkeypatch, tmp_path, folder):
+def test_an_installation_from_a_folder_is_compiled_from_this_folder(installed, monkeypatch, tmp_path, folder):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "setup.py").touch()
     record = json.dumps({"url": (tmp_path / folder).as_uri(), "dir_info": {}})
     monkeypatch.setattr(metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda file: record))
-    advice = shlex.split(extension_module._advice("FUSED_TRICKS_EXTENSION=0 was set").strip("`"))
-    assert advice[-1].removesuffix("`") == str(tmp_path / folder)
+    command = shlex.split(extension_module.reinstall().removeprefix("run `").removesuffix("`"))
+    assert command == [*PIP.split(), str(tmp_path / folder)]
     shutil.rmtree(tmp_path / folder)
-    assert "--no-binary fused_tricks" in extension_module._advice("FUSED_TRICKS_EXTENSION=0 was set")
+    assert "PATH is a checkout" in extension_module.reinstall()
+
+
+@pytest.mark.parametrize("record", ["[]", "null", '{"url": null}', "{", '{"url": "git+https://a.b/c"}'])
+def test_an_installation_of_unknown_origin_asks_for_the_sources(installed, monkeypatch, record):
+    monkeypatch.setattr(metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda file: record))
+    assert "PATH is a checkout" in extension_module.reinstall()
+
+
+def test_an_editable_installation_is_compiled_in_its_folder(installed):
+    (installed.parent / "setup.py").touch()
+    assert extension_module.reinstall() == f"run `{PIP} -e {installed.parent}`"
 
 
 @pytest.fixture
@@ -212,6 +241,15 @@ def test_a_source_tree_names_the_installation_that_it_hides(source, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     assert str(tmp_path / "site") in str(reported(elsewhere, tmp_path / "site"))
+
+
+def test_a_source_tree_says_if_the_installation_that_it_hides_has_no_extension_either(source, tmp_path):
+    (tmp_path / "site" / "fused_tricks").mkdir(parents=True)
+    (tmp_path / "site" / "fused_tricks" / "__init__.py").touch()
+    record = {"extension_failure": "FUSED_TRICKS_EXTENSION=0 was set"}
+    (tmp_path / "site" / "fused_tricks" / "_build_info.json").write_text(json.dumps(record))
+    row = reported(source, tmp_path / "site")["cpu"]
+    assert "that package has no extension either (FUSED_TRICKS_EXTENSION=0 was set); pip install -e" in row
 
 
 def test_an_extension_for_another_python_is_named(source):

@@ -16,7 +16,7 @@ import pytest
 import fused_tricks
 from fused_tricks.cuda_toolkit import DEFAULT_ARCHITECTURES
 from release import check
-from release.check import build_info, described, file_problems, package_version, tag_problems
+from release.check import build_info, described, file_problems, missing_files, package_version, tag_problems
 from release.old_glibc import OLDEST, former_versions, linker_flags
 from release.pythons import MINORS, find_pythons
 
@@ -95,6 +95,15 @@ def test_a_tag_is_the_version_and_has_its_section_in_the_changelog():
     assert "the tag must be v1.2.3" in wrong_tag and "got v1.2.4" in wrong_tag
     (no_section,) = tag_problems("v1.2.30", "1.2.30", changelog)
     assert "## [1.2.30] - YYYY-MM-DD" in no_section
+
+
+def test_a_release_has_a_wheel_for_every_python_the_pure_one_and_the_sources():
+    wheels = [f"fused_tricks-1.0-cp3{minor}-cp3{minor}-manylinux_2_28_x86_64.whl" for minor in range(10, 15)]
+    files = [*wheels, "fused_tricks-1.0-py3-none-any.whl", "fused_tricks-1.0.tar.gz"]
+    assert list(missing_files(files)) == []
+    for file in files:
+        (missing,) = missing_files([name for name in files if name != file])
+        assert missing.endswith("is missing")
 
 
 def test_the_version_stands_in_one_place():
