@@ -35,6 +35,7 @@ def main() -> None:
     if arguments.tag:
         problems += tag_problems(arguments.tag, version, (ROOT / "CHANGELOG.md").read_text())
         problems += missing_files([file.name for file in files])
+        problems += readme_problems((ROOT / "README.md").read_text())
     for file in files:
         info = build_info(file)
         print(f"{file.name:<76} {file.stat().st_size / MEGABYTE:5.2f} MB  {described(info)}")
@@ -58,6 +59,13 @@ def tag_problems(tag: str, version: str, changelog: str) -> Iterator[str]:
         yield f"the tag must be v{version}, the version of fused_tricks/__init__.py, got {tag}"
     if not re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.MULTILINE):
         yield f"CHANGELOG.md must have a section '## [{version}] - YYYY-MM-DD'"
+
+
+def readme_problems(text: str) -> Iterator[str]:
+    """Yields the links and pictures of a README that are dead on PyPI, which has no other file of the repository."""
+    for target in re.findall(r"\]\(([^()\s]+)\)", text):
+        if not target.startswith(("https://", "#")):
+            yield f"README.md links to {target}; PyPI requires an address with https://"
 
 
 def missing_files(names: Sequence[str]) -> Iterator[str]:

@@ -16,7 +16,15 @@ import pytest
 import fused_tricks
 from fused_tricks.cuda_toolkit import DEFAULT_ARCHITECTURES
 from release import check
-from release.check import build_info, described, file_problems, missing_files, package_version, tag_problems
+from release.check import (
+    build_info,
+    described,
+    file_problems,
+    missing_files,
+    package_version,
+    readme_problems,
+    tag_problems,
+)
 from release.old_glibc import OLDEST, former_versions, linker_flags
 from release.pythons import MINORS, find_pythons
 
@@ -95,6 +103,11 @@ def test_a_tag_is_the_version_and_has_its_section_in_the_changelog():
     assert "the tag must be v1.2.3" in wrong_tag and "got v1.2.4" in wrong_tag
     (no_section,) = tag_problems("v1.2.30", "1.2.30", changelog)
     assert "## [1.2.30] - YYYY-MM-DD" in no_section
+
+
+def test_a_readme_whose_links_are_dead_on_pypi_cannot_be_released():
+    text = "![a](https://a.b/c.png) [d](docs/d.md) [e](#e) [![f](f.png)](https://f)"
+    assert [problem.split()[3] for problem in readme_problems(text)] == ["docs/d.md;", "f.png;"]
 
 
 def test_a_release_has_a_wheel_for_every_python_the_pure_one_and_the_sources():
