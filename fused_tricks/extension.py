@@ -182,7 +182,7 @@ def _advice(reason: str) -> str:
 
 
 def reinstall() -> str:
-    """Returns the command that compiles and installs this package again, as an advice: `run ...`."""
+    """Returns the advice to compile and install this package again, with the command."""
     package = Path(__file__).parent
     if (package.parent / "setup.py").is_file():
         return f"run `{_PIP} -e {shlex.quote(str(package.parent))}`"

@@ -233,9 +233,10 @@ class WarmupCosineLR(LRScheduler):
             return
         # A GradScaler calls the step of such an optimizer after an overflow too.
         always_steps = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        # torch's wrapper does not see a step that was compiled or saved before. Its state then shows it.
-        is_watched = hasattr(self.optimizer.step, "_wrapped_by_lr_sched") and not self.optimizer.state
-        if always_steps and is_watched and not getattr(self.optimizer, "_opt_called", False):
+        is_watched = hasattr(self.optimizer.step, "_wrapped_by_lr_sched")
+        # torch's wrapper does not see a step that was compiled or saved earlier. The state shows such a step.
+        has_stepped = getattr(self.optimizer, "_opt_called", False) or bool(self.optimizer.state)
+        if always_steps and is_watched and not has_stepped:
             warn_user(
                 "schedule.step() was called before the first optimizer.step(), so no update has the first rate of the "
                 "schedule; call schedule.step() after optimizer.step()"

@@ -235,6 +235,15 @@ def test_a_set_beyond_the_free_memory_ends_the_benchmark_of_the_step(
         step.main([*STEP, "--parameters", "synthetic:2:5", "--output", str(tmp_path)])
 
 
+def test_the_forms_of_torch_amp_take_part_before_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    candidates = step_lineup.of_a_model("synthetic:2:5", torch.float16, cpu, ["cpu"], compiles=False)
+    required = {candidate.name for candidate in candidates if not candidate.optional}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 18 * 10 * len(required) * 10 // 9 + 1)
+    chosen, _ = step_lineup.fitting(candidates, 10, cpu)
+    assert {candidate.name for candidate in chosen} == required < {each.name for each in candidates}
+
+
 @pytest.mark.parametrize("text", [None, "", "MemFree: 8 kB\n"], ids=["no file", "empty", "another kernel"])
 def test_free_memory_that_is_not_reported_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
